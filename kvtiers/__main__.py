@@ -1,0 +1,18 @@
+"""`python -m kvtiers`, and what the installed command `kvtiers` runs: the command line, or what it needs to run."""
+
+import sys
+
+from kvtiers.errors import MissingExtraError
+
+
+def main() -> None:
+    """Run the command line; without the extra `cli`, say so in one line."""
+    try:
+        from kvtiers.cli import main as commands
+    except MissingExtraError as error:
+        sys.exit(f"kvtiers: {error}")
+    commands(prog_name="kvtiers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How many bytes are held, per tier and place: the bytes of the storages themselves, not of what they should be."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal
+
+import attrs
+from torch import Tensor
+
+from kvtiers.blocks import Place, Selection, Tier
+from kvtiers.store import LayerStore, MidTokens
+
+Part = Tier | Literal["digests", "spare"]
+
+
+@attrs.frozen(kw_only=True)
+class Held:
+    """Bytes of one tier in one place. `digests` belong to mid; `spare` are slots of a context buffer in no use now."""
+
+    tier: Part
+    place: Place
+    bytes: int
+
+
+def held_by(stores: Iterable[LayerStore]) -> list[Held]:
+    """What `stores` hold together, one entry per tier and place, largest first."""
+    total: Counter[tuple[Part, Place]] = Counter()
+    for store in stores:
+        for buffer in store._all_buffers():
+            _split(store, buffer, total)
+        small = [store.digests.buffer, store.starts.buffer, store.state, *_parts(store.mid), *_parts(store.selection)]
+        storages = {t.untyped_storage().data_ptr(): t for t in small if isinstance(t, Tensor)}
+        total["digests", "device"] += sum(t.untyped_storage().nbytes() for t in storages.values())
+        for shelf in store.shelves.values():
+            for place, size in shelf.bytes_by_place().items():
+                total["mid", place] += size
+    return [Held(tier=tier, place=place, bytes=n) for (tier, place), n in total.most_common() if n]
+
+
+def _parts(value: MidTokens | Selection | None) -> list[object]:
+    return [] if value is None else [getattr(value, field.name) for field in attrs.fields(type(value))]
+
+
+def _split(store: LayerStore, buffer: Tensor, total: Counter[tuple[Part, Place]]) -> None:
+    """Credit the slots of a context buffer to the tiers that are in them."""
+    whole = buffer.untyped_storage().nbytes()
+    slot = whole // buffer.shape[2]
+    recent = max(0, store.tail - store.head - store.current)
+    parts: dict[Part, int] = {
+        "sink": store.sink_tokens,
+        "mid": 0 if store.stale else store.mid_tokens,
+        "recent": recent,
+        "current": min(store.current, store.tail - store.head),
+    }
+    for tier, tokens in parts.items():
+        total[tier, "device"] += tokens * slot
+    total["spare", "device"] += whole - slot * sum(parts.values())
+
+
+def bytes_in(held: Iterable[Held], place: Place) -> int:
+    """All bytes in `place`."""
+    return sum(h.bytes for h in held if h.place == place)

@@ -1,0 +1,199 @@
+"""The archive: every mid block, attended now or not. `Archive` is the policy, a `Shelf` holds one layer's blocks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvtiers.blocks import Blocks, Place
+from kvtiers.errors import GeometryError
+
+
+class Shelf(ABC):
+    """The archived blocks of one layer in one form, all of one size, in order of origin."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.span = 0
+        self.tokens = 0
+
+    @abstractmethod
+    def write(self, blocks: Blocks) -> None:
+        """Append `blocks`. Either all of them are held afterwards, or an error is raised and nothing changed."""
+
+    @abstractmethod
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` blocks, which the last `write` brought."""
+
+    @abstractmethod
+    def read(
+        self, index: Int[Tensor, "batch kv_heads chosen"]
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads chosen tokens head_dim"],
+        Float[Tensor, "batch kv_heads chosen tokens value_dim"],
+        Float[Tensor, "#batch #kv_heads #chosen tokens axes"],
+    ]:
+        """Keys, values and offsets of the chosen blocks, on the device of `index`."""
+
+    @abstractmethod
+    def bytes_by_place(self) -> dict[Place, int]:
+        """Bytes of the storages (or files) held, by place."""
+
+    @abstractmethod
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        """Make new row i what row `rows[i]` was."""
+
+    @abstractmethod
+    def fork(self) -> "Shelf":
+        """An independent copy that continues from here."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything held, as named tensors, to be saved."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], *, count: int, span: int) -> None:
+        """Become what `tensors` of a saved shelf say."""
+
+    def admit(self, blocks: Blocks) -> None:
+        """Check that `blocks` are of the size of those already here."""
+        if self.count and (blocks.tokens != self.tokens or blocks.span != self.span):
+            raise GeometryError(
+                f"archived blocks of a layer are of one size, {self.tokens} tokens over {self.span} steps; got "
+                f"{blocks.tokens} tokens over {blocks.span} steps; commit blocks of one length"
+            )
+
+
+class Archive(ABC):
+    """Decides where archived data lives. A frozen setting; `open` gives each layer its shelf."""
+
+    place: ClassVar[Place]
+
+    @abstractmethod
+    def open(self) -> Shelf:
+        """A new, empty shelf for one layer and one form."""
+
+
+class Growing:
+    """A tensor that grows along one axis by doubling, so that appending is cheap and nothing is concatenated."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.length = 0
+        self.buffer: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.buffer is None else self.buffer.untyped_storage().nbytes()
+
+    @property
+    def data(self) -> Tensor | None:
+        """What has been appended so far (a view)."""
+        return None if self.buffer is None else self.buffer.narrow(self.axis, 0, self.length)
+
+    def append(self, rows: Tensor) -> None:
+        """Append `rows` along the axis."""
+        count = rows.shape[self.axis]
+        needed = self.length + count
+        if self.buffer is None or self.buffer.shape[self.axis] < needed:
+            have = 0 if self.buffer is None else self.buffer.shape[self.axis]
+            shape = list(rows.shape)
+            shape[self.axis] = needed if have == 0 else max(needed, min(2 * have, 2 * needed))
+            grown = rows.new_empty(shape)
+            if self.buffer is not None:
+                grown.narrow(self.axis, 0, self.length).copy_(self.buffer.narrow(self.axis, 0, self.length))
+            self.buffer = grown
+        self.buffer.narrow(self.axis, self.length, count).copy_(rows)
+        self.length = needed
+
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        """Select along the first axis."""
+        if self.buffer is not None:
+            self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
+
+    def fork(self) -> "Growing":
+        other = Growing(self.axis)
+        other.length = self.length
+        other.buffer = None if self.buffer is None else self.buffer.clone()
+        return other
+
+
+class TensorShelf(Shelf):
+    """A shelf in memory, on the device the blocks come from or on the one that is named."""
+
+    def __init__(self, place: Place, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.place: Place = place
+        self.device = device
+        self._keys, self._values, self._offsets = Growing(2), Growing(2), Growing(2)
+        self._constant: Tensor | None = None
+
+    def write(self, blocks: Blocks) -> None:
+        self.admit(blocks)
+        device = self.device or blocks.keys.device
+        per_block = max(blocks.offsets.shape[:3]) > 1
+        if self.count and per_block == (self._constant is not None):
+            raise GeometryError("blocks with offsets of their own cannot follow blocks that share them")
+        if per_block:
+            self._offsets.append(blocks.offsets.expand(*blocks.keys.shape[:4], -1).to(device, torch.float32))
+        else:
+            self._constant = blocks.offsets.to(device, torch.float32)
+        self._keys.append(blocks.keys.to(device))
+        self._values.append(blocks.values.to(device))
+        self.count += blocks.count
+        self.span, self.tokens = blocks.span, blocks.tokens
+
+    def drop_last(self, count: int) -> None:
+        for part in (self._keys, self._values, self._offsets):
+            part.length = max(0, part.length - count)
+        self.count -= count
+
+    def read(self, index: Int[Tensor, "batch kv_heads chosen"]) -> Any:
+        at = index.to(self.device) if self.device is not None else index
+        offsets = self._constant if self._constant is not None else pick(self._offsets.data, at)
+        parts = (pick(self._keys.data, at), pick(self._values.data, at), offsets)
+        return tuple(part.to(index.device, non_blocking=True) for part in parts)  # type: ignore[union-attr]
+
+    def bytes_by_place(self) -> dict[Place, int]:
+        constant = 0 if self._constant is None else self._constant.untyped_storage().nbytes()
+        return {self.place: self._keys.nbytes + self._values.nbytes + self._offsets.nbytes + constant}
+
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        for part in (self._keys, self._values, self._offsets):
+            part.take(rows)
+
+    def fork(self) -> "TensorShelf":
+        other = TensorShelf(self.place, self.device)
+        other.count, other.span, other.tokens = self.count, self.span, self.tokens
+        other._keys, other._values, other._offsets = self._keys.fork(), self._values.fork(), self._offsets.fork()
+        other._constant = None if self._constant is None else self._constant.clone()
+        return other
+
+    def tensors(self) -> dict[str, Tensor]:
+        held = {"keys": self._keys.data, "values": self._values.data, "offsets": self._offsets.data}
+        held["constant"] = self._constant
+        return {name: part for name, part in held.items() if part is not None}
+
+    def restore(self, tensors: Mapping[str, Tensor], *, count: int, span: int) -> None:
+        self.count, self.span = count, span
+        for name, part in (("keys", self._keys), ("values", self._values), ("offsets", self._offsets)):
+            if name in tensors:
+                part.append(tensors[name].to(self.device or tensors[name].device))
+        if "constant" in tensors:
+            self._constant = tensors["constant"].to(self.device or tensors["constant"].device)
+        self.tokens = tensors["keys"].shape[3] if count else 0
+
+
+def pick(
+    data: Float[Tensor, "batch kv_heads blocks tokens width"] | None, index: Int[Tensor, "batch kv_heads chosen"]
+) -> Float[Tensor, "batch kv_heads chosen tokens width"]:
+    """The chosen blocks of every row and head, in one indexed copy."""
+    if data is None:
+        raise GeometryError("an empty shelf was read")
+    batch, heads = data.shape[:2]
+    row = torch.arange(batch, device=data.device)[:, None, None]
+    head = torch.arange(heads, device=data.device)[None, :, None]
+    return data[row, head, index]

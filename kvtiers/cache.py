@@ -1,0 +1,321 @@
+"""`TieredCache`: the layers of a model, and the rows of a batch. Rows that advance together share one store."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvtiers import accounting, saving, session, swap
+from kvtiers.blocks import Context, Extent, Tier
+from kvtiers.errors import CropError, GeometryError
+from kvtiers.geometry import Geometry
+from kvtiers.policy import Policy
+from kvtiers.rotary import Rotary
+from kvtiers.store import LayerStore, Observe
+
+
+class Ragged:
+    """Which columns of a forward are real tokens, by row. Worked out once per forward, for all layers."""
+
+    def __init__(self, valid: Bool[Tensor, "batch steps"]) -> None:
+        host = valid.cpu()
+        patterns: dict[bytes, int] = {}
+        self.pattern_of_row: list[int] = []
+        self.columns: list[Tensor] = []
+        for row in host:
+            key = bytes(row.tolist())
+            if key not in patterns:
+                patterns[key] = len(patterns)
+                self.columns.append(row.nonzero()[:, 0].to(valid.device))
+            self.pattern_of_row.append(patterns[key])
+
+    @staticmethod
+    def of(valid: Bool[Tensor, "batch steps"] | None) -> "Ragged | None":
+        """None if every token of every row is real."""
+        return None if valid is None or bool(valid.all()) else Ragged(valid)
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Turn:
+    """One chunk of some rows of a forward, appended and selected: attend `query` to `context`.
+
+    rows: which rows of the batch (none: all). columns: which columns of the forward.
+    query: [rows, query_heads, columns, head_dim], placed.
+    """
+
+    rows: Int[Tensor, " rows"] | None
+    columns: slice | Int[Tensor, " columns"]
+    query: Float[Tensor, "rows query_heads columns head_dim"]
+    context: Context
+
+
+@attrs.define(eq=False)
+class Lane:
+    """Rows with the same history extents, and their store. rows: none means all of them."""
+
+    rows: Int[Tensor, " rows"] | None
+    store: LayerStore
+
+
+class Layer:
+    """One layer: its lanes. A batch without padding is one lane."""
+
+    def __init__(self, make: Callable[[int], LayerStore], index: int) -> None:
+        self._make = make
+        self.index = index
+        self.lanes: list[Lane] = []
+
+    @property
+    def seen(self) -> int:
+        """Steps seen by the row that has seen most."""
+        return max((lane.store.seen for lane in self.lanes), default=0)
+
+    @property
+    def batch(self) -> int | None:
+        """Rows, or none before the first tokens."""
+        return sum(lane.store.geometry.batch for lane in self.lanes) or None
+
+    def _split(self, batch: int, ragged: Ragged | None) -> list[tuple[Lane, Tensor | None]]:
+        """The lanes of this forward with their valid columns (none: all), split where rows part ways."""
+        if not self.lanes:
+            self.lanes = [Lane(None, self._make(batch))]
+        if self.batch != batch:
+            raise GeometryError(
+                f"layer {self.index} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by itself: "
+                "use batch_repeat_interleave or batch_select_indices first, or reset() it"
+            )
+        if ragged is None:
+            return [(lane, None) for lane in self.lanes]
+        lanes: list[tuple[Lane, Tensor | None]] = []
+        for lane in self.lanes:
+            rows = list(range(batch)) if lane.rows is None else lane.rows.tolist()
+            groups: dict[int, list[int]] = {}
+            for at, row in enumerate(rows):
+                groups.setdefault(ragged.pattern_of_row[row], []).append(at)
+            for pattern, members in groups.items():
+                columns = ragged.columns[pattern]
+                if len(groups) == 1:
+                    lanes.append((lane, columns))
+                    continue
+                at = torch.tensor(members, device=columns.device)
+                own = session.fork(lane.store) if lane.store.seen else self._make(len(members))
+                if lane.store.seen:
+                    session.take(own, at)
+                lanes.append((Lane(torch.tensor([rows[m] for m in members], device=columns.device), own), columns))
+        self.lanes = [lane for lane, _ in lanes]
+        return lanes
+
+    def turns(
+        self,
+        query: Float[Tensor, "batch query_heads steps head_dim"],
+        keys: Float[Tensor, "batch kv_heads steps head_dim"],
+        values: Float[Tensor, "batch kv_heads steps value_dim"],
+        ragged: Ragged | None = None,
+    ) -> Iterator[Turn]:
+        """Feed a forward of any length through the three verbs, cut on the policy's absolute chunk grid (text)."""
+        for lane, columns in self._split(keys.shape[0], ragged):
+            length = keys.shape[2] if columns is None else columns.numel()
+            size = lane.store.policy.chunk_size
+            start = 0
+            while start < length:
+                stop = length if size is None else min(length, start + size - lane.store.seen % size)
+                where = slice(start, stop) if columns is None else columns[start:stop]
+                q, k, v = (_rows(x, lane.rows)[:, :, where] for x in (query, keys, values))
+                lane.store.append(k, v)
+                lane.store.select(q)
+                yield Turn(
+                    rows=lane.rows, columns=where, query=lane.store.place_query(q), context=lane.store.context()
+                )
+                start = stop
+
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        """Make new row i what row `rows[i]` was."""
+        if len(self.lanes) == 1:
+            session.take(self.lanes[0].store, rows)
+            self.lanes[0].rows = None
+            return
+        wanted = rows.tolist()
+        lanes = []
+        for lane in self.lanes:
+            own = {row: at for at, row in enumerate(lane.rows.tolist())} if lane.rows is not None else {}
+            new = [(i, own[row]) for i, row in enumerate(wanted) if row in own]
+            if new:
+                session.take(lane.store, torch.tensor([at for _, at in new], device=rows.device))
+                lanes.append(Lane(torch.tensor([i for i, _ in new], device=rows.device), lane.store))
+        if len(lanes) == 1:
+            lanes[0].rows = None
+        self.lanes = lanes
+
+    def stores(self) -> list[LayerStore]:
+        return [lane.store for lane in self.lanes]
+
+    def adopt(self, lanes: Sequence[tuple[Int[Tensor, " rows"] | None, LayerStore]]) -> None:
+        """Become `lanes`: the rows (none: all) and store of each."""
+        self.lanes = [Lane(rows, store) for rows, store in lanes]
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+class TieredCache:
+    """What a transformer remembers: one `Layer` per layer of the model.
+
+    policies: one for all layers, or one each. geometries: one per layer (their `batch` is taken from the first tokens).
+    rotaries: how each layer rotates, or none where it does not. observe: told of every `kvtiers.events.Event`.
+    check: refuse keys or values that are not finite (looks at every token, so it costs a wait on a GPU).
+    """
+
+    def __init__(
+        self,
+        policies: Policy | Sequence[Policy],
+        geometries: Sequence[Geometry],
+        *,
+        rotaries: Sequence[Rotary | None] | None = None,
+        observe: Observe | None = None,
+        check: bool = False,
+    ) -> None:
+        count = len(geometries)
+        each = [policies] * count if isinstance(policies, Policy) else list(policies)
+        rotary = list(rotaries) if rotaries is not None else [None] * count
+        if len(each) != count or len(rotary) != count:
+            raise GeometryError(
+                f"one policy and one rotary per layer: got {len(each)} policies, {len(rotary)} rotaries "
+                f"for {count} layers"
+            )
+        self.policies, self.geometries, self.rotaries = each, list(geometries), rotary
+        self.observe, self.check = observe, check
+        for index in range(count):
+            self._store(index, 1)
+        self.layers = [self._layer(index) for index in range(count)]
+
+    def _store(self, index: int, batch: int) -> LayerStore:
+        return LayerStore(
+            self.policies[index],
+            attrs.evolve(self.geometries[index], batch=batch),
+            layer=index,
+            rotary=self.rotaries[index],
+            observe=self.observe,
+            check=self.check,
+        )
+
+    def _layer(self, index: int) -> Layer:
+        return Layer(lambda batch: self._store(index, batch), index)
+
+    # ------------------------------------------------------------------ the three verbs
+
+    def append(
+        self,
+        layer: int,
+        keys: Float[Tensor, "batch kv_heads steps head_dim"],
+        values: Float[Tensor, "batch kv_heads steps value_dim"],
+    ) -> None:
+        """Add current tokens, at most one chunk, for rows without padding (with padding, use `layers[i].turns`)."""
+        for lane, _ in self.layers[layer]._split(keys.shape[0], None):
+            lane.store.append(_rows(keys, lane.rows), _rows(values, lane.rows))
+
+    def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
+        """Let the policy choose which archived blocks are attended."""
+        for lane in self.layers[layer].lanes:
+            lane.store.select(None if query is None else _rows(query, lane.rows))
+
+    def context(self, layer: int) -> Context:
+        """What attention sees. Pure. Rows whose histories differ in length have `contexts`."""
+        lanes = self.layers[layer].lanes
+        if len(lanes) != 1:
+            raise GeometryError(
+                f"layer {layer} has {len(lanes)} groups of rows with histories of different length (or none yet); "
+                "read contexts(layer) instead"
+            )
+        return lanes[0].store.context()
+
+    def contexts(self, layer: int) -> list[tuple[Int[Tensor, " rows"] | None, Context]]:
+        """The context of each group of rows (none: all rows)."""
+        return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes]
+
+    # ------------------------------------------------------------------ as a whole
+
+    @property
+    def seen(self) -> int:
+        """Steps that the first layer has seen."""
+        return self.layers[0].seen if self.layers else 0
+
+    def stores(self) -> list[LayerStore]:
+        """Every store of every layer."""
+        return [store for layer in self.layers for store in layer.stores()]
+
+    def reset(self) -> None:
+        """Forget everything; buffers and archived files are freed."""
+        for layer in self.layers:
+            layer.lanes = []
+
+    def crop(self, steps: int) -> None:
+        """Roll every row back to its first `steps` steps, exactly, or raise `CropError` and change nothing."""
+        self.crop_by(self.seen - steps)
+
+    def crop_by(self, steps: int) -> None:
+        """Remove the newest `steps` steps of every row, exactly, or raise `CropError` and change nothing."""
+        for store in self.stores():
+            reason = session.crop_reason(store, store.seen - steps)
+            if reason is not None:
+                raise CropError(
+                    f"layer {store.layer} cannot give back {steps} of {store.seen} steps: {reason}; "
+                    "fork() the cache before steps that may have to be undone"
+                )
+        for store in self.stores():
+            session.crop(store, store.seen - steps)
+
+    def take(self, rows: Int[Tensor, " rows"]) -> None:
+        """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""
+        for layer in self.layers:
+            layer.take(rows)
+
+    def fork(self) -> "TieredCache":
+        """An independent copy that continues exactly from here."""
+        other = TieredCache(
+            self.policies, self.geometries, rotaries=self.rotaries, observe=self.observe, check=self.check
+        )
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            theirs.adopt([(lane.rows, session.fork(lane.store)) for lane in mine.lanes])
+        return other
+
+    def swap(self, policies: Policy | Sequence[Policy]) -> None:
+        """Go on under another policy. What would need tokens that are gone raises `SwapError` and changes nothing."""
+        each = [policies] * len(self.layers) if isinstance(policies, Policy) else list(policies)
+        for store in self.stores():
+            swap.check(store, each[store.layer])
+        for store in self.stores():
+            swap.apply(store, each[store.layer])
+        self.policies = each
+
+    def save(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Write everything to one safetensors file, whole or not at all. `extra` is plain data to keep beside it."""
+        saving.save(self, Path(path), dict(extra or {}))
+
+    def load(self, path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Become what was saved from a cache of the same policy and geometry, on `device`; returns `extra`.
+
+        On an error this cache is unchanged.
+        """
+        return saving.load(self, Path(path), torch.device(device))
+
+    def held(self) -> list[accounting.Held]:
+        """Bytes held per tier and place."""
+        return accounting.held_by(self.stores())
+
+    def census(self, layer: int = 0, row: int = 0) -> dict[str, int]:
+        """How many steps of a row are in each tier, and how many a policy dropped."""
+        for lane in self.layers[layer].lanes:
+            if lane.rows is None or row in lane.rows.tolist():
+                return lane.store.census()
+        return {}
+
+    def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
+        """The blocks of the row that has seen most, each with its tier."""
+        stores = self.layers[layer].stores()
+        store = max(stores, key=lambda s: s.seen) if stores else None
+        return [] if store is None else store.timeline.layout(store.settled)

@@ -1,0 +1,151 @@
+"""The command `kvtiers`: what is installed, and the commands that integrations add.
+
+A package adds a command with an entry point of group `kvtiers.commands` that names a click command. It is loaded when
+it is asked for; one that fails to load is listed with the reason and breaks nothing else.
+"""
+
+import json
+from importlib import metadata
+from typing import Any
+
+import attrs
+
+from kvtiers.errors import MissingExtraError, PluginError
+from kvtiers.plugins import Plugin, explain, registry
+from kvtiers.policy import SLOTS
+from kvtiers.presets import describe, policy
+
+try:
+    import click
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise MissingExtraError(f"the command line needs {error.name}; pip install 'kvtiers[cli]'") from error
+
+COMMANDS = "kvtiers.commands"
+
+
+class Commands(click.Group):
+    """The commands below, and those of the entry-point group `kvtiers.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(entry.name for entry in metadata.entry_points(group=COMMANDS))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        entries = metadata.entry_points(group=COMMANDS, name=cmd_name)
+        if own is not None or not entries:
+            return own
+        entry = next(iter(entries))
+        try:
+            command = entry.load()
+        except Exception as error:  # noqa: BLE001 - a command that fails to load must not break the others
+            return _broken(entry, explain(error))
+        if not isinstance(command, click.Command):
+            return _broken(entry, f"{entry.value} is a {type(command).__name__}, which is no click command")
+        return command
+
+
+def _broken(entry: metadata.EntryPoint, why: str) -> click.Command:
+    origin = entry.dist.name if entry.dist else "an unknown distribution"
+
+    def fail(**_: Any) -> None:
+        raise click.ClickException(f"command {entry.name!r} of {origin} cannot be loaded: {why}")
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    return click.Command(entry.name, callback=fail, short_help=f"(broken) {why}", context_settings=settings)
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="kvtiers")
+def main() -> None:
+    """Tiered key-value caches for autoregressive transformers."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plugins(as_json: bool) -> None:
+    """What is installed, from where, what it provides, and what failed and why."""
+    rows = [_row(plugin) for plugin in registry().plugins]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    table = _table("plugin", "distribution", "version", "provides", "status")
+    for row in rows:
+        provides = "\n".join(f"{kind}: {', '.join(names)}" for kind, names in row["provides"].items())
+        status = "\n".join([row["status"], *row["errors"]])
+        table.add_row(row["name"], row["distribution"], row["version"], provides, status)
+    Console().print(table)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def policies(as_json: bool) -> None:
+    """The presets with their settings, and what can be put in each slot."""
+    presets = [_preset(name) for name in registry().names("policy")]
+    choices = [_choice(slot, name) for slot in SLOTS for name in registry().names(slot)]
+    if as_json:
+        click.echo(json.dumps({"policies": presets, "slots": choices}, indent=2))
+        return
+    console = Console()
+    table = _table("policy", "settings", "distribution", "what it does")
+    for preset in presets:
+        settings = preset["error"] or "\n".join(f"{key} = {_brief(value)}" for key, value in preset["settings"].items())
+        table.add_row(preset["name"], settings, preset["distribution"], preset["about"])
+    console.print(table)
+    table = _table("slot", "name", "distribution", "what it does")
+    for choice in choices:
+        table.add_row(choice["slot"], choice["name"], choice["distribution"], choice["error"] or choice["about"])
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(show_lines=True)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _row(plugin: Plugin) -> dict[str, Any]:
+    status = "disabled" if plugin.disabled else "failed" if plugin.errors else "ok"
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "module": plugin.module,
+        "provides": {kind: list(names) for kind, names in plugin.provides.items()},
+        "observes": plugin.observes,
+        "status": status,
+        "errors": [explain(error) for error in plugin.errors],
+    }
+
+
+def _preset(name: str) -> dict[str, Any]:
+    found = _choice("policy", name)
+    if found["error"]:
+        return found | {"settings": {}}
+    try:
+        made = policy(name)
+    except Exception as error:  # noqa: BLE001 - one broken preset must not hide the others
+        return found | {"settings": {}, "error": explain(error)}
+    try:
+        settings = describe(made)
+    except Exception:  # noqa: BLE001 - a preset of unregistered classes works, it only cannot be written down
+        settings = {field.name: repr(getattr(made, field.name)) for field in attrs.fields(type(made))}
+    return found | {"settings": settings}
+
+
+def _choice(kind: str, name: str) -> dict[str, Any]:
+    try:
+        factory, plugin = registry().factory(kind, name), registry().provider(kind, name)
+    except PluginError as error:
+        return {"slot": kind, "name": name, "distribution": "", "about": "", "error": explain(error)}
+    about = next((line.strip() for line in (factory.__doc__ or "").splitlines() if line.strip()), "")
+    return {"slot": kind, "name": name, "distribution": plugin.distribution, "about": about, "error": ""}
+
+
+def _brief(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    options = ", ".join(f"{key}={option}" for key, option in value.items() if key != "name")
+    return f"{value['name']} ({options})" if options else str(value["name"])

@@ -1,0 +1,71 @@
+"""The shape of one layer's keys and values, and where a step's tokens lie."""
+
+import math
+
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Float
+from torch import Tensor
+
+_POSITIVE = [v.instance_of(int), v.ge(1)]
+
+
+@attrs.frozen(kw_only=True)
+class Geometry:
+    """What one layer stores per step.
+
+    `grid` is the extent of one step beyond time: `()` for text (one token a step), `(30, 52)` for a latent video frame.
+    `steps_per_commit` says how many steps arrive at once at least: 1 for text, the frames of a block for video.
+    """
+
+    kv_heads: int = attrs.field(validator=_POSITIVE)
+    head_dim: int = attrs.field(validator=_POSITIVE)
+    query_heads: int = attrs.field(validator=_POSITIVE)
+    value_dim: int = attrs.field(validator=_POSITIVE)
+    batch: int = attrs.field(default=1, validator=_POSITIVE)
+    grid: tuple[int, ...] = ()
+    steps_per_commit: int = attrs.field(default=1, validator=_POSITIVE)
+    causal: bool = True
+    """Whether current tokens see only their past (text), or one another both ways (video)."""
+    dtype: torch.dtype = torch.float32
+
+    @query_heads.default
+    def _as_many_as_kv(self) -> int:
+        return self.kv_heads
+
+    @value_dim.default
+    def _as_wide_as_keys(self) -> int:
+        return self.head_dim
+
+    def __attrs_post_init__(self) -> None:
+        if self.query_heads % self.kv_heads:
+            from kvtiers.errors import GeometryError
+
+            raise GeometryError(
+                f"query_heads must be a multiple of kv_heads, got {self.query_heads} and {self.kv_heads}; "
+                "every key/value head serves the same number of query heads"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step: 1 for text, height x width for a latent frame."""
+        return math.prod(self.grid)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value over all rows and key/value heads of this layer."""
+        return self.batch * self.kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one token's key alone, over all rows and key/value heads."""
+        return self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def positions(self, start: int, stop: int, device: torch.device | None = None) -> Float[Tensor, "tokens axes"]:
+        """The positions of the tokens of steps `start` to `stop`: time first, then the axes of `grid`."""
+        time = torch.arange(start, stop, dtype=torch.float64, device=device)
+        if not self.grid:
+            return time[:, None]
+        axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in self.grid)]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)

@@ -1,0 +1,347 @@
+"""The plugin loader: what is installed under the entry-point group `kvtiers`, what it provides, and what failed.
+
+A plugin that fails is recorded with its distribution and exception. It is raised when someone asks for a name that it
+may have provided, and never before, so a broken package that nobody uses breaks nothing. `KVTIERS_DISABLE_PLUGINS=a,b`
+skips plugins by entry-point name or distribution.
+"""
+
+import difflib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import attrs
+import pluggy
+
+from kvtiers import hookspecs
+from kvtiers.errors import PluginError, UnknownPolicyError
+from kvtiers.events import Event
+
+GROUP = "kvtiers"
+DISABLE = "KVTIERS_DISABLE_PLUGINS"
+HOOKS: Mapping[str, str] = {
+    "policy": "kvtiers_policies",
+    "sinks": "kvtiers_sinks",
+    "compressor": "kvtiers_compressors",
+    "retriever": "kvtiers_retrievers",
+    "realigner": "kvtiers_realigners",
+    "archive": "kvtiers_archives",
+}
+"""What can be asked for by name (a preset, or one of `kvtiers.policy.SLOTS`), and the hook that provides it."""
+
+_log = logging.getLogger("kvtiers")
+Factory = Callable[..., Any]
+
+
+class UnprovidedError(UnknownPolicyError, PluginError):
+    """When nobody provides the name that was asked for, and a plugin that may have provided it failed."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Plugin:
+    """One plugin: where it comes from, what it provides, and what went wrong.
+
+    provides: for each kind of `HOOKS`, the names it gives. failed: the kinds whose names are not known because of an
+        error.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    module: str
+    provides: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
+    observes: bool = False
+    disabled: bool = False
+    errors: tuple[Exception, ...] = ()
+    failed: frozenset[str] = frozenset()
+
+    @property
+    def error(self) -> Exception | None:
+        """The first thing that went wrong."""
+        return self.errors[0] if self.errors else None
+
+    @property
+    def origin(self) -> str:
+        """Name, distribution and version, for messages."""
+        return f"{self.name!r} of {self.distribution} {self.version}".rstrip()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Loaded:
+    """A plugin with what only the registry needs. One manager per plugin: a failure stays inside."""
+
+    plugin: Plugin
+    manager: pluggy.PluginManager
+    factories: Mapping[str, Mapping[str, Factory]]
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` if a known name is near `name`, else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def explain(error: BaseException) -> str:
+    """An exception on one line."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class Registry:
+    """The plugins in use. `registry()` is the one of this process; build others from (name, module) pairs in tests."""
+
+    def __init__(self, plugins: Iterable[tuple[str, object]] = ()) -> None:
+        self._loaded: list[_Loaded] = []
+        self._observers: list[_Loaded] = []
+        for name, plugin in plugins:
+            self._add(_inspect(plugin, Plugin(name=name, distribution="(given)", version="", module=_module(plugin))))
+
+    @classmethod
+    def installed(cls) -> "Registry":
+        """A registry of every installed plugin, loaded one by one. Never raises."""
+        found = cls()
+        skipped = {name.strip() for name in os.environ.get(DISABLE, "").split(",")} - {""}
+        seen = set()
+        for entry in metadata.entry_points(group=GROUP):
+            distribution = entry.dist.name if entry.dist else "(unknown)"
+            version = entry.dist.version if entry.dist else ""
+            identity = (distribution, entry.name, entry.value)
+            if identity in seen:  # the same distribution is on the path twice
+                continue
+            seen.add(identity)
+            record = Plugin(name=entry.name, distribution=distribution, version=version, module=entry.value)
+            found._add(_load(entry, record, disabled=bool({entry.name, distribution} & skipped)))
+        return found
+
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """Every plugin, those that failed or clash included, in the order of loading."""
+        return tuple(self._with_clashes(loaded) for loaded in self._loaded)
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """The names installed for one kind of `HOOKS`, sorted."""
+        return tuple(sorted({name for loaded in self._loaded for name in loaded.factories.get(kind, {})}))
+
+    def provider(self, kind: str, name: str) -> Plugin:
+        """The plugin that provides `name`."""
+        return self._find(kind, name).plugin
+
+    def factory(self, kind: str, name: str) -> Factory:
+        """The factory of `name`.
+
+        Raises `UnknownPolicyError` for a name that nobody provides (an `UnprovidedError`, which is a `PluginError` too,
+        if a plugin that failed may have), `PluginError` for a name that two plugins provide.
+        """
+        return self._find(kind, name).factories[kind][name]
+
+    def register(self, plugin: object, name: str | None = None) -> Plugin:
+        """Add a module or object with hook implementations. Raises `PluginError` at once if anything is wrong with it."""
+        name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
+        if any(loaded.plugin.name == name for loaded in self._loaded):
+            raise PluginError(f"a plugin named {name!r} is registered already; choose another name, or unregister it")
+        loaded = _inspect(plugin, Plugin(name=name, distribution="(given)", version="", module=_module(plugin)))
+        if loaded.plugin.error is not None:
+            raise PluginError(f"plugin {name!r} cannot be registered: {explain(loaded.plugin.error)}") from (
+                loaded.plugin.error
+            )
+        for kind, names in loaded.plugin.provides.items():
+            for each in names:
+                if each in self.names(kind):
+                    origin = self._providers(kind, each)[0].plugin.origin
+                    raise PluginError(f"plugin {name!r} provides the {kind} {each!r}, as {origin} does; rename it")
+        self._add(loaded)
+        return loaded.plugin
+
+    def unregister(self, name: str) -> None:
+        """Remove the plugin called `name`."""
+        known = [loaded.plugin.name for loaded in self._loaded]
+        if name not in known:
+            raise PluginError(f"no plugin is named {name!r}; registered: {', '.join(known)}.{suggest(name, known)}")
+        self._loaded = [loaded for loaded in self._loaded if loaded.plugin.name != name]
+        self._observers = [loaded for loaded in self._observers if loaded.plugin.name != name]
+
+    @contextmanager
+    def registered(self, plugin: object, name: str | None = None) -> Iterator[Plugin]:
+        """`register` for the length of a `with` block."""
+        record = self.register(plugin, name)
+        try:
+            yield record
+        finally:
+            if any(loaded.plugin.name == record.name for loaded in self._loaded):
+                self.unregister(record.name)
+
+    def observers_active(self) -> bool:
+        """Whether anybody listens; if not, an event need not even be built."""
+        return bool(self._observers)
+
+    def observe(self, event: Event) -> None:
+        """Tell every observer. One that raises is logged and not called again."""
+        for loaded in tuple(self._observers):
+            try:
+                loaded.manager.hook.kvtiers_observe(event=event)
+            except Exception:
+                self._observers = [other for other in self._observers if other is not loaded]
+                _log.warning("observer %s failed and is not called again", loaded.plugin.origin, exc_info=True)
+
+    def _add(self, loaded: _Loaded) -> None:
+        self._loaded.append(loaded)
+        if loaded.plugin.observes:
+            self._observers = [*self._observers, loaded]
+
+    def _providers(self, kind: str, name: str) -> list[_Loaded]:
+        return [loaded for loaded in self._loaded if name in loaded.factories.get(kind, {})]
+
+    def _find(self, kind: str, name: str) -> _Loaded:
+        providers = self._providers(kind, name)
+        if len(providers) == 1:
+            return providers[0]
+        if providers:
+            raise self._clash(kind, name, providers)
+        known = self.names(kind)
+        message = f"unknown {kind} {name!r}; installed: {', '.join(known) or 'none'}.{suggest(name, known)}"
+        disabled = [loaded.plugin.origin for loaded in self._loaded if loaded.plugin.disabled]
+        if disabled:
+            message += f" Disabled by {DISABLE}: {', '.join(disabled)}."
+        broken = [loaded.plugin for loaded in self._loaded if kind in loaded.plugin.failed]
+        if not broken:
+            raise UnknownPolicyError(message)
+        why = "; ".join(f"{plugin.origin} ({explain(plugin.errors[0])})" for plugin in broken)
+        raise UnprovidedError(f"{message} It may belong to a plugin that failed: {why}. See `kvtiers plugins`.") from (
+            broken[0].errors[0]
+        )
+
+    def _clash(self, kind: str, name: str, providers: list[_Loaded]) -> PluginError:
+        origins = " and ".join(loaded.plugin.origin for loaded in providers)
+        names = ", ".join(loaded.plugin.name for loaded in providers)
+        return PluginError(
+            f"the {kind} {name!r} is provided by {origins}; uninstall one, or set {DISABLE} to one of: {names}"
+        )
+
+    def _with_clashes(self, loaded: _Loaded) -> Plugin:
+        clashes = tuple(
+            self._clash(kind, name, providers)
+            for kind, factories in loaded.factories.items()
+            for name in factories
+            if len(providers := self._providers(kind, name)) > 1
+        )
+        return attrs.evolve(loaded.plugin, errors=(*loaded.plugin.errors, *clashes))
+
+
+def _module(plugin: object) -> str:
+    return plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
+
+
+def _load(entry: metadata.EntryPoint, record: Plugin, *, disabled: bool) -> _Loaded:
+    empty = pluggy.PluginManager(hookspecs.PROJECT)
+    if disabled:
+        return _Loaded(plugin=attrs.evolve(record, disabled=True), manager=empty, factories={})
+    try:
+        module = entry.load()
+    except Exception as error:
+        broken = attrs.evolve(record, errors=(error,), failed=frozenset(HOOKS))
+        return _Loaded(plugin=broken, manager=empty, factories={})
+    return _inspect(module, record)
+
+
+def _inspect(plugin: object, record: Plugin) -> _Loaded:
+    """Register `plugin` with a manager of its own, call its providing hooks, and note everything that goes wrong."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    errors: list[Exception] = []
+    failed: set[str] = set()
+    factories: dict[str, Mapping[str, Factory]] = {}
+    try:
+        manager.register(plugin, record.name)
+    except Exception as error:
+        broken = attrs.evolve(record, errors=(error,), failed=frozenset(HOOKS))
+        return _Loaded(plugin=broken, manager=pluggy.PluginManager(hookspecs.PROJECT), factories={})
+    errors += _misspelled(manager, plugin)
+    if errors:  # what the misspelled hook would have provided is not known
+        failed.update(HOOKS)
+    for kind, hook in HOOKS.items():
+        try:
+            factories[kind] = _provided(hook, getattr(manager.hook, hook)())
+        except Exception as error:
+            errors.append(error)
+            failed.add(kind)
+    listed = attrs.evolve(
+        record,
+        provides={kind: tuple(sorted(found)) for kind, found in factories.items() if found},
+        observes=bool(manager.hook.kvtiers_observe.get_hookimpls()),
+        errors=tuple(errors),
+        failed=frozenset(failed),
+    )
+    return _Loaded(plugin=listed, manager=manager, factories=factories)
+
+
+def _misspelled(manager: pluggy.PluginManager, plugin: object) -> list[Exception]:
+    """What pluggy does not know as a hook, and hooks that lack their marker."""
+    hooks = (*HOOKS.values(), "kvtiers_observe")
+    found: list[Exception] = []
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        marked = [name for name in dir(plugin) if manager.parse_hookimpl_opts(plugin, name) is not None]
+        wrong = next(name for name in marked if name not in hooks)
+        problem = PluginError(f"there is no hook {wrong!r}; hooks: {', '.join(hooks)}.{suggest(wrong, hooks)}")
+        problem.__cause__ = error
+        found.append(problem)
+    for name in hooks:
+        function = getattr(plugin, name, None)
+        if inspect.isroutine(function) and manager.parse_hookimpl_opts(plugin, name) is None:
+            found.append(PluginError(f"{name!r} is not marked; put @kvtiers.hookimpl above it"))
+    return found
+
+
+def _provided(hook: str, results: list[Any]) -> Mapping[str, Factory]:
+    """Check what one hook of one plugin returned. pluggy leaves out a hook that is absent or returned none."""
+    given: dict[str, Factory] = {}
+    for result in results:
+        if not isinstance(result, Mapping):
+            raise PluginError(f"hook {hook} must return a mapping of name to factory, got {type(result).__name__}")
+        for name, factory in result.items():
+            if not isinstance(name, str) or not name:
+                raise PluginError(f"hook {hook} must map names (text), got the key {name!r}")
+            if not callable(factory):
+                raise PluginError(f"hook {hook} must map {name!r} to a factory, got {type(factory).__name__}")
+            given[name] = factory
+    return given
+
+
+_registry: Registry | None = None
+
+
+def registry() -> Registry:
+    """The plugins installed in this process, loaded on the first call."""
+    global _registry
+    if _registry is None:
+        _registry = Registry.installed()
+    return _registry
+
+
+def register(plugin: object, name: str | None = None) -> Plugin:
+    """`Registry.register` on the registry of this process, for a notebook or a test."""
+    return registry().register(plugin, name)
+
+
+def unregister(name: str) -> None:
+    """`Registry.unregister` on the registry of this process."""
+    registry().unregister(name)
+
+
+def observers_active() -> bool:
+    """Whether anybody listens in this process."""
+    return registry().observers_active()
+
+
+def observe(event: Event) -> None:
+    """Tell every observer of this process."""
+    registry().observe(event)
+
+
+def observer() -> Callable[[Event], None] | None:
+    """`observe`, or none if nobody listens, so that a cache need not make events for nobody."""
+    return observe if observers_active() else None

@@ -1,0 +1,347 @@
+"""The four policies of a tiered cache and its archive, as abstract classes, and `Policy`, one choice of each.
+
+A policy decides; the store moves tensors. A policy sees metadata, digests, a query or blocks, and returns a decision or
+new blocks. It holds settings only (they are frozen values), so one instance serves every layer.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvtiers.archive import Archive
+from kvtiers.blocks import Blocks, Extent, Form
+from kvtiers.errors import BudgetError, PolicyError, SlotError
+from kvtiers.geometry import Geometry
+from kvtiers.timeline import Timeline
+
+SLOTS = ("sinks", "compressor", "retriever", "realigner", "archive")
+
+
+class Sink(ABC):
+    """Decides which blocks are anchors. Anchors are the beginning: the first block that is none ends the sink tier."""
+
+    @abstractmethod
+    def is_anchor(self, block: Extent, sink: int) -> bool:
+        """Whether `block` is an anchor, given the policy's `sink` setting (steps)."""
+
+    def steps(self, sink: int) -> int:
+        """How many single steps from the beginning are anchors (text)."""
+        count = 0
+        while count < sink and self.is_anchor(Extent(count, count + 1), sink):
+            count += 1
+        return count
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Source:
+    """What a compressor may look at when tokens are committed.
+
+    queries: [batch, query_heads, tokens, head_dim], rotated at their original positions.
+    keys, values: the K/V of the tokens being committed, as stored.
+    latents: what the model's input was made of (video: clean latents), for a `SourceCompressor`; else none.
+    """
+
+    queries: Float[Tensor, "batch query_heads tokens head_dim"] | None
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"]
+    values: Float[Tensor, "batch kv_heads tokens value_dim"]
+    latents: Tensor | None = None
+    pixels: Tensor | None = None
+
+
+class Compressor(ABC):
+    """Decides what a block becomes when it leaves recent. Works on the K/V of one layer."""
+
+    drops: ClassVar[bool] = False
+    """True if nothing of a block remains; then `age` is not called."""
+    keeps: ClassVar[bool] = False
+    """True if a block stays as it is; then `age` is not called."""
+    prepares: ClassVar[bool] = False
+    """True if `prepare` must be called with the queries of every forward."""
+
+    def prepare(self, source: Source, state: Any) -> Any:
+        """Look at tokens as they are committed; returns the new state (a tensor, or none), which `age` will be given."""
+        return state
+
+    @abstractmethod
+    def age(self, blocks: Blocks, state: Any) -> tuple[Blocks | None, Any]:
+        """What `blocks` become, and the new state. `blocks` must not be changed in place; none drops them."""
+
+    @abstractmethod
+    def compressed_tokens(self, tokens: int) -> int:
+        """How many tokens a block of `tokens` tokens becomes."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Reduced:
+    """Input tokens of the transformer that stand for one block at reduced resolution.
+
+    tokens: [batch, tokens, channels], what the patch embedding would have yielded.
+    offsets: [tokens, axes], positions from the start of the block; span: steps it occupies when placed.
+    """
+
+    tokens: Float[Tensor, "batch tokens channels"]
+    offsets: Float[Tensor, "tokens axes"]
+    span: int
+
+
+class SourceCompressor(Compressor):
+    """Compresses the source of a block; the model itself projects the result to each layer's K/V at commit.
+
+    Source: PackForcing (arXiv 2603.25730) section 3.2, dual-branch compression.
+    """
+
+    @abstractmethod
+    def reduce(self, source: Source) -> Reduced:
+        """The reduced input tokens of the block whose latents (and pixels) `source` carries. Called once per commit."""
+
+    def age(self, blocks: Blocks, state: Any) -> tuple[Blocks | None, Any]:
+        """The reduced K/V that the model computed when the block was committed."""
+        if blocks.reduced is None:
+            raise SlotError(
+                f"{type(self).__name__} compresses source tokens, but the block has no reduced K/V; "
+                "use it with an integration that projects them (video), or choose a compressor of K/V"
+            )
+        return blocks.reduced, state
+
+
+class Retriever(ABC):
+    """Decides which archived blocks a query attends."""
+
+    needs_query: ClassVar[bool] = True
+    """False if the choice does not depend on the query."""
+    needs_digests: ClassVar[bool] = True
+    """False if blocks can be chosen by their number alone."""
+
+    def count(self, top_k: int, archived: int) -> int:
+        """How many of `archived` blocks are attended."""
+        return min(top_k, archived)
+
+    def digest(
+        self, blocks: Blocks, keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
+    ) -> Float[Tensor, "batch kv_heads blocks digests width"]:
+        """The small tensors that are kept hot for `blocks`; `keys` are their full-form keys rotated at their origin."""
+        raise SlotError(f"{type(self).__name__} needs digests but defines no digest()")
+
+    def digest_floats(self, tokens: int, head_dim: int) -> int:
+        """Digest numbers per block of `tokens` tokens and KV head, for `Policy.bound_bytes`."""
+        return 0
+
+    @abstractmethod
+    def score(
+        self,
+        query: Float[Tensor, "batch query_heads queries head_dim"] | None,
+        digests: Float[Tensor, "batch kv_heads blocks digests width"] | None,
+        archived: int,
+    ) -> Float[Tensor, "#batch #kv_heads archived"]:
+        """How much each archived block matters to `query` (rotated at its origin); the highest are attended."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Placement:
+    """Where a context's blocks are put: `shift` is added to the original time of the tokens of that tier."""
+
+    sink_shift: int
+    mid_starts: Float[Tensor, "*selection chosen"]
+    recent_shift: int
+
+
+class Realigner(ABC):
+    """Decides which positions an assembled context gets."""
+
+    rotates: ClassVar[bool] = True
+    """False if keys keep the rotation that the model gave them."""
+
+    @abstractmethod
+    def place(
+        self,
+        *,
+        sink: int,
+        starts: Int[Tensor, "*selection chosen"],
+        spans: Int[Tensor, "*selection chosen"],
+        total: int,
+        recent: int,
+    ) -> Placement:
+        """Place a context of `sink` steps, then mid blocks, then recent (and current) from step `recent`.
+
+        starts, spans: original first steps and lengths of the mid blocks, in order; `total` is the sum of one row's and
+        head's spans (given as a number, so that nothing waits for the device).
+        """
+
+
+Recall = Literal["full", "compressed"]
+
+
+def _slot(kind: type) -> Any:
+    def check(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+        if not isinstance(value, kind):
+            raise SlotError(
+                f"slot {field.name!r} takes a {kind.__name__}, got {type(value).__name__}; "
+                f"give a {kind.__name__}, or its name through kvtiers.policy(...)"
+            )
+
+    return attrs.field(validator=check)
+
+
+def _count(default: Any, minimum: int, *, optional: bool = False) -> Any:
+    def check(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            also = " or None" if optional else ""
+            raise PolicyError(f"{field.name} must be a whole number of at least {minimum}{also}, got {value!r}")
+
+    return attrs.field(default=default, validator=check)
+
+
+@attrs.frozen(kw_only=True)
+class Policy:
+    """One choice per slot, and how many steps (or blocks) each tier holds. Built by name with `kvtiers.policy`."""
+
+    sinks: Sink = _slot(Sink)
+    compressor: Compressor = _slot(Compressor)
+    retriever: Retriever = _slot(Retriever)
+    realigner: Realigner = _slot(Realigner)
+    archive: Archive = _slot(Archive)
+    sink: int = _count(0, 0)
+    """Steps at the beginning that are anchors."""
+    recent: int | None = _count(None, 0, optional=True)
+    """Newest steps kept in full detail, without the current ones. None: nothing ever leaves recent."""
+    top_k: int = _count(16, 1)
+    """Archived blocks attended in the form that `recall` names."""
+    fringe: int = _count(0, 0)
+    """Next-ranked archived blocks attended in compressed form beside them."""
+    recall: Recall = attrs.field(default="compressed", validator=v.in_(("full", "compressed")))
+    """The form in which selected blocks are attended."""
+    block_size: int = _count(32, 1)
+    """Steps of a block (text; a video's blocks are what is committed)."""
+    chunk_size: int | None = _count(128, 1, optional=True)
+    """A forward over more steps is cut on multiples of this. None: a forward is one chunk."""
+    refresh: int | Literal["block", "chunk"] = attrs.field(default="block")
+    """How often a selection is renewed while single steps are decoded: per block, per forward, or every n steps. A chunk
+    of several steps, and a block that was just archived, always renew it."""
+    budget: int | None = _count(None, 1, optional=True)
+    """The most tokens one attention call may see; checked against `bound`."""
+
+    @refresh.validator
+    def _check_refresh(self, _: object, value: object) -> None:
+        if value not in ("block", "chunk") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise PolicyError(f"refresh must be 'block', 'chunk' or a number of steps of at least 1, got {value!r}")
+
+    def __attrs_post_init__(self) -> None:
+        if self.budget is not None and self.recent is not None and self.sink + self.recent > self.budget:
+            raise BudgetError(
+                f"sink + recent = {self.sink} + {self.recent} = {self.sink + self.recent} steps is more than "
+                f"budget = {self.budget}; lower sink or recent, or raise budget"
+            )
+
+    @property
+    def sink_steps(self) -> int:
+        """Steps that are anchors, by the `sinks` policy."""
+        return self.sinks.steps(self.sink)
+
+    @property
+    def refresh_steps(self) -> int:
+        """`refresh` as a number of steps."""
+        if isinstance(self.refresh, int):
+            return self.refresh
+        return self.block_size if self.refresh == "block" else 1
+
+    @property
+    def in_place(self) -> bool:
+        """Whether history stays where it is because every block is kept, attended, and on the device."""
+        return self.recent is None or (
+            self.compressor.keeps and self.archive.place == "device" and self.retriever.count(1, 2) == 2
+        )
+
+    @property
+    def timeline(self) -> Timeline:
+        """The timeline of text under this policy."""
+        return Timeline(sink=self.sink_steps, recent=self.recent, block_size=self.block_size)
+
+    def block_tokens(self, geometry: Geometry, form: Form) -> int:
+        """Tokens of one archived block in `form`."""
+        full = max(self.block_size, geometry.steps_per_commit) * geometry.tokens_per_step
+        return full if form == "full" or self.compressor.keeps else self.compressor.compressed_tokens(full)
+
+    def mid_bound(self, geometry: Geometry) -> int | None:
+        """The most mid tokens attended, or none if there is no limit."""
+        if self.recent is None or self.compressor.drops:
+            return 0
+        if self.retriever.count(self.top_k, 2**40) == 2**40:
+            return None
+        chosen = self.retriever.count(self.top_k, 2**40)
+        return chosen * self.block_tokens(geometry, self.recall) + self.fringe * self.block_tokens(
+            geometry, "compressed"
+        )
+
+    def bound(self, geometry: Geometry) -> int | None:
+        """The most tokens that one attention call sees, per row and KV head; none if there is no limit."""
+        mid = self.mid_bound(geometry)
+        if mid is None or self.recent is None or self.chunk_size is None:
+            return None
+        commit = geometry.steps_per_commit
+        block = max(self.block_size, commit)
+        recent = (self.recent + block - 1) // commit * commit
+        current = commit if commit > 1 else self.chunk_size
+        return (self.sink_steps + recent + current) * geometry.tokens_per_step + mid
+
+    def slots(self, geometry: Geometry) -> int | None:
+        """Token slots of a layer's context buffer: `bound`, and room for the recent tier to slide; none if it grows."""
+        bound = self.bound(geometry)
+        return None if bound is None else bound + self.slack(geometry)
+
+    def slack(self, geometry: Geometry) -> int:
+        """Spare slots behind the current ones, so that small blocks do not move the whole recent tier each time."""
+        if self.recent is None or geometry.steps_per_commit > 1 or self.block_size >= 16:
+            return 0
+        return self.recent // 2 + 64
+
+    def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0) -> int | None:
+        """The most bytes one layer holds on the device, everything counted; none if there is no limit.
+
+        Counted: the context buffer with current slots and slack, the unrotated copies of its keys, digests, and (for an
+        archive on the device) `archived_blocks` blocks. Growing tensors hold at most twice what they need.
+        """
+        slots = self.slots(geometry)
+        if slots is None:
+            return None
+        held = slots * (geometry.token_bytes + (geometry.key_bytes if self.realigner.rotates else 0))
+        full = self.block_tokens(geometry, "full")
+        digest = self.retriever.digest_floats(full, geometry.head_dim) * 4 * geometry.batch * geometry.kv_heads
+        hot = archived_blocks * (digest + 8)
+        if not self.compressor.drops:
+            chosen = self.retriever.count(self.top_k, archived_blocks) + self.fringe
+            axes = 1 + len(geometry.grid)
+            tokens = max(self.block_tokens(geometry, form) for form in ("full", "compressed"))
+            held += chosen * geometry.batch * geometry.kv_heads * (3 * 8 + tokens * 8 * (axes + 1))
+        forms: set[Form] = {self.recall} | ({"compressed"} if self.fringe else set())
+        if self.archive.place == "device" and not self.compressor.drops:
+            offsets = 4 * geometry.batch * geometry.kv_heads * (1 + len(geometry.grid))
+            hot += sum(
+                archived_blocks * self.block_tokens(geometry, form) * (geometry.token_bytes + offsets)
+                for form in forms
+            )
+        return held + 2 * hot
+
+    def check_budget(self, geometry: Geometry) -> None:
+        """Raise `BudgetError` if a context could exceed the stated budget."""
+        bound = self.bound(geometry)
+        if self.budget is not None and (bound is None or bound > self.budget):
+            raise BudgetError(
+                f"this policy attends up to {'any number of' if bound is None else bound} tokens, more than "
+                f"budget = {self.budget}; lower sink, recent, top_k or chunk_size, or raise budget"
+            )
+
+
+def choose(
+    scores: Float[Tensor, "batch kv_heads archived"], count: int
+) -> Int[Tensor, "batch kv_heads chosen"]:
+    """The indices of the `count` highest scores, best first; of equal scores the newer block wins."""
+    newest_first = scores.flip(-1)
+    order = torch.sort(newest_first, dim=-1, descending=True, stable=True).indices[..., :count]
+    return scores.shape[-1] - 1 - order

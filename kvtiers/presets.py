@@ -1,0 +1,201 @@
+"""Policies by name: presets and slot choices that plugins provide, put together, read from TOML, and written down."""
+
+import inspect
+import tomllib
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from kvtiers.archive import Archive
+from kvtiers.errors import PluginError, PolicyError, SlotError
+from kvtiers.plugins import Registry, explain, registry, suggest
+from kvtiers.policy import SLOTS, Compressor, Policy, Realigner, Retriever, Sink
+
+KINDS: Mapping[str, type] = {
+    "policy": Policy,
+    "sinks": Sink,
+    "compressor": Compressor,
+    "retriever": Retriever,
+    "realigner": Realigner,
+    "archive": Archive,
+}
+_FIELDS = tuple(field.name for field in attrs.fields(Policy))
+
+
+def policy(name: str, **changes: Any) -> Policy:
+    """The preset `name`, with some settings or slots changed.
+
+    A slot is changed by name (`retriever="recency"`), by name with options (`retriever={"name": "affinity", "heads":
+    "mean"}` or `("affinity", {"heads": "mean"})`), or by an instance. Other keywords are fields of `Policy`.
+
+    Raises `UnknownPolicyError` for a name that is not installed, `PolicyError` for an unknown keyword or a value out of
+    range, `SlotError` for an instance of the wrong kind, `PluginError` if the plugin that provides a name is at fault.
+    """
+    _refuse_unknown(changes, f"policy {name!r}")
+    preset: Policy = _build("policy", name, {})
+    return attrs.evolve(preset, **{key: _resolve(key, value) for key, value in changes.items()})
+
+
+def load_policy(path: str | PathLike[str]) -> Policy:
+    """The policy that a TOML file describes.
+
+    `policy = "packforcing-lm"` names the preset to start from; every other key is a change as in `policy(...)`, a slot
+    being a name (`retriever = "recency"`) or a table (`[retriever]` with `name` and options). TOML has no none: write
+    `"none"` for `recent`, `chunk_size` or `budget`. Errors are those of `policy(...)`, with the file named.
+    """
+    where = Path(path)
+    try:
+        settings = tomllib.loads(where.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"policy file {str(where)!r} cannot be read: {explain(error)}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise PolicyError(f"policy file {str(where)!r} is not valid TOML: {error}") from error
+    name = settings.pop("policy", None)
+    if not isinstance(name, str):
+        raise PolicyError(
+            f'policy file {str(where)!r} must name the preset to start from, policy = "...", got {name!r}; '
+            f"installed: {', '.join(registry().names('policy'))}"
+        )
+    optional = {key: None for key, value in settings.items() if key not in SLOTS and value == "none"}
+    try:
+        return policy(name, **settings | optional)
+    except (PolicyError, PluginError, SlotError) as error:
+        raise type(error)(f"policy file {str(where)!r}: {error}") from error
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """`policy` as plain values that JSON can hold; `from_description` builds an equal policy from them.
+
+    A slot is {"name": its installed name, option: value, ...}. Raises `PolicyError` for a slot that no plugin provides
+    by name, or whose options are not plain values.
+    """
+    found = {name: getattr(policy, name) for name in _FIELDS}
+    return found | {slot: _describe_slot(slot, found[slot]) for slot in SLOTS}
+
+
+def from_description(description: Mapping[str, Any]) -> Policy:
+    """The policy that `describe` wrote down. Errors are those of `policy(...)`."""
+    _refuse_unknown(description, "a policy's description")
+    missing = [slot for slot in SLOTS if slot not in description]
+    if missing:
+        raise PolicyError(f"a policy's description must name every slot; missing: {', '.join(missing)}")
+    return Policy(**{key: _resolve(key, value) for key, value in description.items()})
+
+
+def build(slot: str, choice: str | Mapping[str, Any] | tuple[str, Mapping[str, Any]] | object) -> Any:
+    """What `choice` means for `slot`: a name, a name with options, or an instance (returned as it is)."""
+    if isinstance(choice, str):
+        return _build(slot, choice, {})
+    if isinstance(choice, Mapping):
+        options = dict(choice)
+        name = options.pop("name", None)
+    elif isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], Mapping):
+        name, options = choice[0], dict(choice[1])
+    else:
+        return choice
+    if not isinstance(name, str):
+        raise PolicyError(
+            f'{slot} = {choice!r} names nothing; give {{"name": ..., options}}. Installed: '
+            f"{', '.join(registry().names(slot))}"
+        )
+    return _build(slot, name, options)
+
+
+def _resolve(key: str, value: Any) -> Any:
+    return build(key, value) if key in SLOTS else value
+
+
+def _refuse_unknown(settings: Mapping[str, Any], what: str) -> None:
+    for key in settings:
+        if key not in _FIELDS:
+            raise PolicyError(f"{what} has no setting {key!r}; settings: {', '.join(_FIELDS)}.{suggest(key, _FIELDS)}")
+
+
+def _build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
+    """Call the factory of `name`; blame options on the user and everything else on the plugin."""
+    if not isinstance(name, str):
+        raise PolicyError(
+            f"a {kind} is asked for by name, got {name!r}; installed: {', '.join(registry().names(kind))}"
+        )
+    factory = registry().factory(kind, name)
+    allowed = _options(factory)
+    for key in options:
+        if allowed is not None and key not in allowed:
+            raise PolicyError(
+                f"{kind} {name!r} has no option {key!r}; "
+                f"options: {', '.join(allowed) or 'none'}.{suggest(key, allowed)}"
+            )
+    try:
+        made = factory(**options)
+    except (TypeError, ValueError) as error:
+        if kind == "policy":
+            raise _fault(kind, name, f"failed: {explain(error)}") from error
+        choices = f"; options: {', '.join(allowed)}" if allowed else ""
+        message = _first(error).rstrip(".")
+        raise PolicyError(f"{kind} {name!r} with {dict(options)}: {message}{choices}") from error
+    except Exception as error:
+        raise _fault(kind, name, f"failed: {explain(error)}") from error
+    if not isinstance(made, KINDS[kind]):
+        raise _fault(kind, name, f"made a {type(made).__name__}, which is no {KINDS[kind].__name__}")
+    return made
+
+
+def _fault(kind: str, name: str, what: str) -> PluginError:
+    return PluginError(f"{kind} {name!r} of plugin {registry().provider(kind, name).origin} {what}")
+
+
+def _first(error: Exception) -> str:
+    """The message of an error; attrs validators carry the field and value as further arguments, which nobody reads."""
+    return str(error.args[0]) if error.args else type(error).__name__
+
+
+def _options(factory: Any) -> tuple[str, ...] | None:
+    """The keywords that a factory takes; none if it takes any."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # a factory written in C may have no signature
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return tuple(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _describe_slot(slot: str, value: Any) -> dict[str, Any]:
+    if not attrs.has(type(value)):
+        raise PolicyError(f"{slot} {value!r} cannot be written down: it is no attrs class; make it @attrs.frozen")
+    options = {f.alias or f.name: getattr(value, f.name) for f in attrs.fields(type(value)) if f.init}
+    for key, option in options.items():
+        if not isinstance(option, str | int | float | None):
+            raise PolicyError(
+                f"{slot} {type(value).__name__} cannot be written down: option {key!r} is a {type(option).__name__}; "
+                "options must be text, numbers, true, false or none"
+            )
+    for name in _names_of(registry(), slot, type(value)):
+        description = {"name": name, **options}
+        try:
+            if build(slot, description) == value:
+                return description
+        except (PolicyError, PluginError):  # a name whose factory takes other options; the next may fit
+            continue
+    raise PolicyError(
+        f"{slot} {type(value).__name__} cannot be written down: no plugin provides it by name; "
+        f"installed: {', '.join(registry().names(slot))}"
+    )
+
+
+def _names_of(plugins: Registry, slot: str, made: type) -> list[str]:
+    """The names of `slot` that may make a `made`: those whose factory is that class first, then factory functions."""
+    factories = {name: plugins.factory(slot, name) for name in plugins.names(slot) if _unique(plugins, slot, name)}
+    exact = [name for name, factory in factories.items() if factory is made]
+    return exact + [name for name, factory in factories.items() if not isinstance(factory, type)]
+
+
+def _unique(plugins: Registry, slot: str, name: str) -> bool:
+    try:
+        plugins.factory(slot, name)
+    except PluginError:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""Rotary position embedding: rotate a key once, in float32, from its stored value to the position it has."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvtiers.errors import RotaryError
+
+Layout = Literal["half", "interleaved"]
+_TABLES_KEPT = 8
+
+
+class Rotary:
+    """How one model rotates queries and keys.
+
+    frequencies: inverse frequencies (radians per step), one tensor per axis (text: time; video: time, height, width).
+    layout: `half` pairs channel i with i + n/2 (Llama); `interleaved` pairs 2i with 2i + 1 (GLM, Wan).
+    scaling: what cos and sin are multiplied by (yarn's attention scaling).
+    Channels beyond twice the number of frequencies are not rotated (partial rotary).
+
+    Source: RoFormer (arXiv 2104.09864) equation 15; several axes: PackForcing (arXiv 2603.25730) section 3.4.
+    """
+
+    def __init__(
+        self,
+        frequencies: Sequence[Float[Tensor, " pairs"]],
+        *,
+        layout: Layout = "half",
+        scaling: float = 1.0,
+        angle_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if layout not in ("half", "interleaved"):
+            raise RotaryError(f"unknown rotary layout {layout!r}; allowed: 'half', 'interleaved'")
+        if layout == "half" and len(frequencies) > 1:
+            raise RotaryError(f"layout 'half' rotates one axis, got {len(frequencies)}; use layout='interleaved'")
+        self.frequencies = tuple(f.detach().to(angle_dtype).clone() for f in frequencies)
+        self.layout: Layout = layout
+        self.scaling = float(scaling)
+        self.angle_dtype = angle_dtype
+        self._tables: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
+
+    @property
+    def axes(self) -> int:
+        return len(self.frequencies)
+
+    @property
+    def width(self) -> int:
+        """How many channels are rotated."""
+        return 2 * sum(f.numel() for f in self.frequencies)
+
+    def table(
+        self, positions: Float[Tensor, "*batch tokens axes"]
+    ) -> tuple[Float[Tensor, "*batch tokens width"], Float[Tensor, "*batch tokens width"]]:
+        """Cosines and sines at `positions`, float32, laid out for `rotate`; the sine carries the pair's sign."""
+        positions = positions.to(self.angle_dtype)
+        frequencies = [f.to(positions.device) for f in self.frequencies]
+        angles = torch.cat([positions[..., i, None] * f for i, f in enumerate(frequencies)], dim=-1)
+        cos, sin = (angles.cos() * self.scaling).float(), (angles.sin() * self.scaling).float()
+        if self.layout == "half":
+            return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+
+    def run(
+        self, start: float, steps: int, grid: tuple[int, ...], device: torch.device
+    ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]]:
+        """`table` of consecutive steps from `start`, remembered: all layers of a forward ask for the same few."""
+        key = (start, steps, grid, device)
+        found = self._tables.get(key)
+        if found is None:
+            time = torch.arange(steps, dtype=torch.float64, device=device) + start
+            axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in grid)]
+            positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2) if grid else time[:, None]
+            found = self._tables[key] = self.table(positions)
+            if len(self._tables) > _TABLES_KEPT:
+                self._tables.popitem(last=False)
+        return found
+
+    def apply(
+        self,
+        x: Float[Tensor, "*batch tokens head_dim"],
+        table: tuple[Float[Tensor, "*#batch tokens width"], Float[Tensor, "*#batch tokens width"]],
+    ) -> Float[Tensor, "*batch tokens head_dim"]:
+        """Rotate `x` by a table of `table` or `run`, in float32, and round once to the dtype of `x`."""
+        cos, sin = table
+        width = cos.shape[-1]
+        turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+        turned = turned.to(cos.dtype)
+        if self.layout == "half":
+            half = width // 2
+            partner = torch.cat([turned[..., half:], turned[..., :half]], -1)
+        else:
+            partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        out = torch.addcmul(turned * cos, partner, sin).to(x.dtype)
+        return out if rest is None else torch.cat([out, rest], -1)
+
+    def rotate(
+        self,
+        x: Float[Tensor, "*batch tokens head_dim"],
+        positions: Float[Tensor, "*#batch tokens axes"],
+    ) -> Float[Tensor, "*batch tokens head_dim"]:
+        """Rotate `x` from position 0 to `positions` (in steps and grid cells, fractions allowed)."""
+        return self.apply(x, self.table(positions))
+
+    def same_as(self, other: "Rotary") -> bool:
+        """Whether both rotate alike."""
+        return (
+            self.layout == other.layout
+            and self.scaling == other.scaling
+            and self.axes == other.axes
+            and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self.frequencies, other.frequencies, strict=True))
+        )

@@ -1,0 +1,115 @@
+"""A cache as one safetensors file: never pickle, checked against truncation and change, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvtiers import session
+from kvtiers.errors import SavedCacheError
+from kvtiers.presets import describe
+
+if TYPE_CHECKING:
+    from kvtiers.cache import TieredCache
+
+FORMAT = "kvtiers-cache-1"
+
+
+def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
+    """Write `cache` to `path`."""
+    tensors: dict[str, Tensor] = {}
+    layers: list[list[dict[str, Any]]] = []
+    for layer in cache.layers:
+        lanes = []
+        for number, lane in enumerate(layer.lanes):
+            own, numbers = session.dump(lane.store)
+            tensors |= {f"{layer.index}.{number}.{name}": part.contiguous() for name, part in own.items()}
+            lanes.append({"rows": None if lane.rows is None else lane.rows.tolist(), "numbers": numbers})
+        layers.append(lanes)
+    about = json.dumps({"policies": _descriptions(cache), "layers": layers, "extra": extra}, sort_keys=True)
+    metadata = {"format": FORMAT, "about": about, "sha256": _checksum(tensors, about)}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(cache: "TieredCache", path: Path, device: torch.device) -> dict[str, Any]:
+    """Fill `cache` from `path` and return what was kept beside it."""
+    tensors, about = _read(path)
+    tensors = {name: part.to(device) for name, part in tensors.items()}
+    if about["policies"] != json.loads(json.dumps(_descriptions(cache))):
+        raise SavedCacheError(
+            f"{path} was saved under another policy or geometry; make the cache with the settings it was saved with "
+            f"(saved for layer 0: {json.dumps(about['policies'][0]) if about['policies'] else 'no layers'})"
+        )
+    lanes_of_layers = []
+    try:
+        for index, saved in enumerate(about["layers"]):
+            lanes = []
+            for number, lane in enumerate(saved):
+                store = cache._store(index, int(lane["numbers"]["batch"]))
+                start = f"{index}.{number}."
+                own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+                session.restore(store, own, lane["numbers"])
+                rows = None if lane["rows"] is None else torch.tensor(lane["rows"], device=device)
+                lanes.append((rows, store))
+            lanes_of_layers.append(lanes)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise SavedCacheError(f"{path} lacks a part that this cache needs ({error!r}); save it again") from error
+    for layer, lanes in zip(cache.layers, lanes_of_layers, strict=True):
+        layer.adopt(lanes)
+    extra: dict[str, Any] = about["extra"]
+    return extra
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a saved cache, after checking that nothing is missing or changed."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SavedCacheError(f"{path} cannot be read as a saved cache: {error}; is it truncated?") from error
+    if metadata.get("format") != FORMAT:
+        raise SavedCacheError(
+            f"{path} is no saved cache of this version: format {metadata.get('format')!r}, expected {FORMAT!r}"
+        )
+    if _checksum(tensors, metadata.get("about", "")) != metadata.get("sha256"):
+        raise SavedCacheError(f"{path} was changed after it was saved (its checksum differs); save it again")
+    about: dict[str, Any] = json.loads(metadata["about"])
+    return tensors, about
+
+
+def _descriptions(cache: "TieredCache") -> list[dict[str, Any]]:
+    """What must agree between the cache that was saved and the one that loads, for each layer."""
+    said = []
+    for policy, geometry, rotary in zip(cache.policies, cache.geometries, cache.rotaries, strict=True):
+        shape = [geometry.kv_heads, geometry.query_heads, geometry.head_dim, geometry.value_dim, list(geometry.grid)]
+        turn = None
+        if rotary is not None and policy.realigner.rotates:
+            frequencies = torch.cat([f.double().cpu() for f in rotary.frequencies]).numpy().tobytes()
+            turn = [rotary.layout, rotary.scaling, hashlib.sha256(frequencies).hexdigest()]
+        said.append({"policy": describe(policy), "shape": shape, "dtype": str(geometry.dtype), "rotary": turn})
+    return said
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
+    total = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        part = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}{tuple(part.shape)}{part.dtype}".encode())
+        total.update(part.view(torch.uint8).numpy().tobytes() if part.numel() else b"")
+    return total.hexdigest()

@@ -1,0 +1,181 @@
+"""What happens to a layer's memory as a whole: roll back, select rows, fork, and what is saved of it."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kvtiers.archive import Growing
+from kvtiers.blocks import Selection
+from kvtiers.errors import CropError, SavedCacheError
+from kvtiers.store import LayerStore, MidTokens
+
+_NUMBERS = (
+    "seen",
+    "settled",
+    "aged_to",
+    "dropped",
+    "tail",
+    "mid_tokens",
+    "sink_slot",
+    "sink_shift",
+    "recent_shift",
+    "stale",
+    "pending",
+    "selected_at",
+)
+_BUFFERS = ("keys", "raw", "values")
+_MID = ("offsets", "starts", "placed", "owner")
+
+
+def crop_reason(store: LayerStore, steps: int) -> str | None:
+    """Why `store` cannot be rolled back to `steps` steps exactly, or none if it can."""
+    if not 0 <= steps <= store.seen:
+        return f"it holds {store.seen} steps"
+    if steps == store.seen or steps == 0:
+        return None
+    first = store.aged_to if not store.policy.in_place else 0
+    if steps < store.settled and store.timeline.recent_start(steps) < first and store.aged_to > store.timeline.sink:
+        return f"blocks before step {store.aged_to} have left recent since then"
+    if store.policy.compressor.prepares:
+        return f"{type(store.policy.compressor).__name__} has already looked at the later queries"
+    renewed = store.archived and store.policy.retriever.needs_query and store.selected_at > steps
+    if renewed and store.policy.refresh_steps > 1:
+        return f"the selection was renewed at step {store.selected_at}, by queries that would be gone"
+    return None
+
+
+def crop(store: LayerStore, steps: int) -> None:
+    """Roll `store` back to its first `steps` steps, exactly, or raise `CropError` and change nothing."""
+    reason = crop_reason(store, steps)
+    if reason is not None:
+        raise CropError(
+            f"layer {store.layer} cannot be rolled back to {steps} steps: {reason}; "
+            "fork() the cache before steps that may have to be undone"
+        )
+    if steps == 0:
+        store.clear()
+        return
+    removed = store.seen - steps
+    if removed and store.policy.in_place:
+        first = max(store.timeline.recent_start(steps), store.timeline.sink)
+        back = (store.aged_to - first) * store.geometry.tokens_per_step
+        store.mid_tokens, store.aged_to = max(0, store.mid_tokens - back), min(first, store.aged_to)
+    store.tail -= removed * store.geometry.tokens_per_step
+    store.seen = steps
+    store.settled = min(store.settled, steps)
+    store.pending = max(store.pending, store.policy.refresh_steps) if removed else store.pending
+    store._live = None
+
+
+def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
+    """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""
+    for name in _BUFFERS:
+        buffer: Tensor | None = getattr(store, name)
+        if buffer is not None:
+            setattr(store, name, buffer.index_select(0, rows.to(buffer.device)))
+    for shelf in store.shelves.values():
+        shelf.take(rows)
+    store.digests.take(rows)
+    if isinstance(store.state, Tensor):
+        store.state = store.state.index_select(0, rows.to(store.state.device))
+    if store.selection is not None:
+        at = rows.to(store.selection.chosen.device)
+        store.selection = attrs.evolve(
+            store.selection,
+            chosen=store.selection.chosen.index_select(0, at),
+            fringe=store.selection.fringe.index_select(0, at),
+        )
+    if store.mid is not None:
+        parts = {name: getattr(store.mid, name) for name in _MID}
+        wide = {n: p.index_select(0, rows.to(p.device)) for n, p in parts.items() if p is not None and _per_row(n, p)}
+        store.mid = attrs.evolve(store.mid, **wide)
+    store._live = None
+    store.geometry = attrs.evolve(store.geometry, batch=rows.numel())
+
+
+def fork(store: LayerStore) -> LayerStore:
+    """An independent copy that continues exactly from here."""
+    other = copy.copy(store)
+    for name in _BUFFERS:
+        buffer: Tensor | None = getattr(store, name)
+        setattr(other, name, None if buffer is None else buffer.clone())
+    other.shelves = {form: shelf.fork() for form, shelf in store.shelves.items()}
+    other.digests, other.starts = store.digests.fork(), store.starts.fork()
+    other.state = store.state.clone() if isinstance(store.state, Tensor) else copy.deepcopy(store.state)
+    other._live = None
+    return other
+
+
+def _per_row(name: str, part: Tensor) -> bool:
+    """Whether the first axis of a part of `MidTokens` counts rows."""
+    return part.shape[0] > 1 and part.dim() == (4 if name == "offsets" else 3)
+
+
+def dump(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that `restore` needs: named tensors, and numbers that JSON can hold."""
+    if store.state is not None and not isinstance(store.state, Tensor):
+        raise SavedCacheError(
+            f"the state of {type(store.policy.compressor).__name__} is a {type(store.state).__name__}; "
+            "only tensors can be saved, so return a tensor (or none) from age() and prepare()"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in _BUFFERS:
+        buffer: Tensor | None = getattr(store, name)
+        if buffer is not None:
+            kept = torch.zeros_like(buffer)
+            for start, stop in ((store.sink_slot, store.sink_slot + store.sink_tokens), (_first(store), store.tail)):
+                kept[:, :, start:stop] = buffer[:, :, start:stop]
+            tensors[name] = kept
+    for name, part in (("digests", store.digests), ("starts", store.starts)):
+        if part.data is not None:
+            tensors[name] = part.data.contiguous()
+    if store.state is not None:
+        tensors["state"] = store.state
+    if store.selection is not None:
+        tensors["chosen"], tensors["fringe"] = store.selection.chosen, store.selection.fringe
+    if store.mid is not None:
+        parts = {f"mid.{name}": getattr(store.mid, name) for name in _MID}
+        tensors |= {name: part.contiguous().clone() for name, part in parts.items() if part is not None}
+    shelves = {}
+    for form, shelf in store.shelves.items():
+        shelves[form] = {"count": shelf.count, "span": shelf.span}
+        tensors |= {f"{form}.{name}": part.contiguous() for name, part in shelf.tensors().items()}
+    numbers: dict[str, Any] = {name: getattr(store, name) for name in _NUMBERS}
+    return tensors, numbers | {"shelves": shelves, "batch": store.geometry.batch}
+
+
+def _first(store: LayerStore) -> int:
+    return store.head - (0 if store.stale else store.mid_tokens)
+
+
+def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Fill the empty `store` with what `dump` gave."""
+    for name in _NUMBERS:
+        setattr(store, name, numbers[name])
+    for name in _BUFFERS:
+        setattr(store, name, tensors.get(name))
+    for name, axis in (("digests", 2), ("starts", 0)):
+        part = Growing(axis)
+        if name in tensors:
+            part.append(tensors[name])
+        setattr(store, name, part)
+    store.state = tensors.get("state")
+    if "chosen" in tensors:
+        store.selection = Selection(chosen=tensors["chosen"], fringe=tensors["fringe"])
+    if "mid.starts" in tensors:
+        store.mid = MidTokens(
+            offsets=tensors["mid.offsets"],
+            starts=tensors["mid.starts"],
+            placed=tensors["mid.placed"],
+            owner=tensors.get("mid.owner"),
+        )
+    for form, about in numbers["shelves"].items():
+        shelf = store.policy.archive.open()
+        held = {name.removeprefix(f"{form}."): t for name, t in tensors.items() if name.startswith(f"{form}.")}
+        shelf.restore(held, count=about["count"], span=about["span"])
+        store.shelves[form] = shelf

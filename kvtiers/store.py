@@ -1,0 +1,595 @@
+"""One layer's history for rows that advance together: a context buffer written in place, and an archive.
+
+The buffer is laid out `sink | mid | recent | current`. Recent tokens stay where they were written and slide right as
+blocks leave; the sink and what is attended of the archive are written right before them, so that attention reads one
+slice and history is never concatenated. Rows with other padding have a store of their own (see `kvtiers.cache`):
+extents are then equal within a store, a context needs no validity mask, and a padded row is the same row alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvtiers import events
+from kvtiers.archive import Growing, Shelf
+from kvtiers.blocks import Blocks, Context, Form, Selection, run_of
+from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError
+from kvtiers.geometry import Geometry
+from kvtiers.policy import Placement, Policy, Source, choose
+from kvtiers.rotary import Rotary
+
+Observe = Callable[[events.Event], None]
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class MidTokens:
+    """Where the mid tokens of a context come from and lie.
+
+    offsets: [batch | 1, kv_heads | 1, tokens, axes] from the start of each token's block; starts, placed: the blocks'
+    original and placed first steps, in order; owner: the block (its rank) of each token, or none for runs of equal size.
+    """
+
+    offsets: Tensor
+    starts: Tensor
+    placed: Tensor
+    owner: Tensor | None
+
+    def at(self, starts: Tensor) -> Tensor:
+        """Positions of the tokens when the blocks begin at `starts`."""
+        if self.owner is None:
+            per_token = starts.repeat_interleave(self.offsets.shape[-2] // starts.shape[-1], dim=-1)
+        else:
+            per_token = starts.expand(*self.owner.shape[:2], -1).gather(-1, self.owner)
+        lead = torch.broadcast_shapes(per_token.shape[:-1], self.offsets.shape[:-2])
+        positions = self.offsets.double().expand(*lead, *self.offsets.shape[-2:]).clone()
+        positions[..., 0] += per_token
+        return positions
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class _Recalled:
+    """Recalled blocks as consecutive tokens, in order of origin; spans in steps, and their sum."""
+
+    keys: Tensor
+    values: Tensor
+    where: MidTokens
+    spans: Tensor
+    total: int
+
+
+class LayerStore:
+    """The tiers of one layer. `append`, `select` and `context` are the three verbs."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        geometry: Geometry,
+        *,
+        layer: int = 0,
+        rotary: Rotary | None = None,
+        observe: Observe | None = None,
+        check: bool = False,
+    ) -> None:
+        if policy.realigner.rotates and rotary is None:
+            raise RotaryError(
+                f"realigner {type(policy.realigner).__name__} rotates keys to their placed positions, but layer {layer} "
+                "has no rotary embedding; use realigner='gaps'"
+            )
+        policy.check_budget(geometry)
+        self.policy, self.geometry, self.layer = policy, geometry, layer
+        self.rotary, self.observe, self.check = rotary, observe, check
+        self.timeline = policy.timeline
+        self.rotates = policy.realigner.rotates
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.seen = 0
+        """Steps appended."""
+        self.settled = 0
+        """Steps that are history; the rest are current."""
+        self.aged_to = self.timeline.sink
+        """The step up to which blocks have left recent."""
+        self.dropped = 0
+        """Steps that a policy dropped."""
+        self.keys: Tensor | None = None
+        self.raw: Tensor | None = None
+        self.values: Tensor | None = None
+        self.tail = 0
+        self.mid_tokens = 0
+        self.sink_slot = 0
+        self.sink_shift = self.recent_shift = 0
+        self.shelves: dict[Form, Shelf] = {}
+        self.digests, self.starts = Growing(2), Growing(0)
+        self.state: Any = None
+        self.selection: Selection | None = None
+        self.mid: MidTokens | None = None
+        self.stale = False
+        self.pending = 0
+        self.selected_at = 0
+        self._live: tuple[Tensor, Tensor] | None = None
+
+    # ------------------------------------------------------------------ where things are
+
+    @property
+    def archived(self) -> int:
+        """How many blocks the archive holds."""
+        return next((shelf.count for shelf in self.shelves.values()), 0)
+
+    @property
+    def sink_tokens(self) -> int:
+        return min(self.timeline.sink, self.seen) * self.geometry.tokens_per_step
+
+    @property
+    def head(self) -> int:
+        """The slot of the first recent token."""
+        return self.tail - max(0, self.seen - self.aged_to) * self.geometry.tokens_per_step
+
+    @property
+    def begin(self) -> int:
+        """The slot at which the context starts."""
+        return self.head - self.mid_tokens - self.sink_tokens
+
+    @property
+    def current(self) -> int:
+        """How many current tokens there are."""
+        return (self.seen - self.settled) * self.geometry.tokens_per_step
+
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Placed keys, keys as stored (the same tensor unless a realigner rotates), values."""
+        if self.keys is None or self.values is None:
+            raise SelectionError(f"layer {self.layer} holds nothing yet; append keys and values first")
+        return self.keys, self.raw if self.raw is not None else self.keys, self.values
+
+    def _all_buffers(self) -> list[Tensor]:
+        return [buffer for buffer in (self.keys, self.raw, self.values) if buffer is not None]
+
+    def _turn(self, keys: Tensor, first: float) -> Tensor:
+        """Rotate consecutive tokens to the positions from step `first`."""
+        if self.rotary is None:
+            raise RotaryError(f"layer {self.layer} has no rotary embedding")
+        steps = keys.shape[-2] // self.geometry.tokens_per_step
+        return self.rotary.apply(keys, self.rotary.run(first, steps, self.geometry.grid, keys.device))
+
+    # ------------------------------------------------------------------ append
+
+    def append(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """Make what was current history, age the blocks that left recent, and take these tokens as the current ones.
+
+        keys: rotated by the model under `gaps`, unrotated otherwise. An error leaves the store as it was.
+        """
+        self._admit(keys, values)
+        self.settle()
+        tokens = keys.shape[2]
+        self._reserve(tokens, keys, values)
+        placed, raw, stored = self._buffers()
+        here = slice(self.tail, self.tail + tokens)
+        plain = keys.detach()
+        if self.rotates:
+            raw[:, :, here] = plain
+            plain = self._turn(plain, self.seen + self.recent_shift)
+        placed[:, :, here] = plain
+        stored[:, :, here] = values.detach()
+        live = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        self._live = (keys, values) if live else None
+        steps = tokens // self.geometry.tokens_per_step
+        if self.seen == 0:
+            self.sink_slot = self.tail
+        self.seen += steps
+        self.tail += tokens
+        self.pending = self.pending + 1 if steps == 1 else self.policy.refresh_steps
+        if self.observe is not None:
+            self.observe(events.Committed(layer=self.layer, steps=steps, tokens=tokens))
+        if self.stale and not self.policy.retriever.needs_query:
+            self._renew(None)
+
+    def _admit(self, keys: Tensor, values: Tensor) -> None:
+        geometry = self.geometry
+        want = (geometry.batch, geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype)
+        got = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        if got != want or values.dtype != keys.dtype or values.shape[:3] != keys.shape[:3]:
+            raise GeometryError(
+                f"layer {self.layer} holds (rows, kv_heads, head_dim, value_dim, dtype) = {want}, got keys "
+                f"{tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype}; "
+                "use one cache per model and batch, or reset() it"
+            )
+        if keys.shape[2] == 0 or keys.shape[2] % geometry.tokens_per_step:
+            raise GeometryError(
+                f"layer {self.layer} takes whole steps of {geometry.tokens_per_step} tokens, got {keys.shape[2]} tokens"
+            )
+        limit = self.policy.chunk_size
+        if limit is not None and keys.shape[2] > max(limit, geometry.steps_per_commit) * geometry.tokens_per_step:
+            raise GeometryError(
+                f"layer {self.layer} takes at most chunk_size = {limit} steps at once, got {keys.shape[2]} tokens; "
+                "cut the forward on multiples of chunk_size, as Layer.turns does"
+            )
+        if values.device != keys.device or (self.keys is not None and self.keys.device != keys.device):
+            held = "nothing yet" if self.keys is None else str(self.keys.device)
+            raise GeometryError(
+                f"layer {self.layer} holds tensors on {held}, got keys on {keys.device} and values on "
+                f"{values.device}; keep a layer on one device"
+            )
+        if self.check and not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
+            raise NotFiniteError(
+                f"layer {self.layer} was given keys or values with NaN or infinity at steps "
+                f"{self.seen} to {self.seen + keys.shape[2] // geometry.tokens_per_step}; nothing was stored"
+            )
+
+    def settle(self) -> None:
+        """Make current tokens history and age the blocks that thereby leave recent. An error changes nothing."""
+        if self.settled == self.seen:
+            return
+        now = self.timeline.recent_start(self.seen)
+        if now > self.aged_to:
+            self._age(now)
+        self.settled = self.seen
+        self._live = None
+
+    def _age(self, now: int) -> None:
+        """Move the blocks up to step `now` out of recent."""
+        before, tokens = self.aged_to, (now - self.aged_to) * self.geometry.tokens_per_step
+        if self.policy.in_place:
+            self.mid_tokens += tokens
+            self.aged_to = now
+            return
+        if not self.policy.compressor.drops:
+            self._archive(self.head, tokens, (now - before) // self.policy.block_size, before)
+        else:
+            self.dropped += now - before
+        self.aged_to, self.mid_tokens, self.stale = now, 0, True
+        if self.policy.compressor.drops:
+            self._assemble(None)
+
+    def _archive(self, slot: int, tokens: int, count: int, first: int) -> None:
+        """Write the `count` blocks whose tokens begin at `slot` to the archive. Changes nothing if that is refused."""
+        _, raw, stored = self._buffers()
+        span, where = self.policy.block_size, slice(slot, slot + tokens)
+        positions = self.geometry.positions(first, first + count * span, raw.device)
+        blocks = run_of(
+            raw[:, :, where], stored[:, :, where], count=count, positions=positions, first=first, span=span
+        )
+        kept, state = self._forms(blocks)
+        if not kept:
+            self.state, self.dropped = state, self.dropped + count * span
+            return
+        digest = None
+        if self.policy.retriever.needs_digests:
+            turned = self._turn(raw[:, :, where], first) if self.rotates else raw[:, :, where]
+            digest = self.policy.retriever.digest(blocks, turned.unflatten(2, (count, -1)))
+        self._shelve(kept)
+        if digest is not None:
+            self.digests.append(digest)
+        self.starts.append(blocks.starts)
+        self.state = state
+
+    def _forms(self, blocks: Blocks) -> tuple[dict[Form, Blocks], Any]:
+        """The forms in which the policy wants `blocks` archived, none if the compressor drops them."""
+        wanted: set[Form] = {self.policy.recall} | ({"compressed"} if self.policy.fringe else set())
+        kept: dict[Form, Blocks] = {"full": blocks} if "full" in wanted else {}
+        if "compressed" not in wanted:
+            return kept, self.state
+        if self.policy.compressor.keeps:
+            return kept | {"compressed": blocks}, self.state
+        compressed, state = self.policy.compressor.age(blocks, self.state)
+        if compressed is None:
+            return {}, state
+        if self.observe is not None:
+            before, after = (b.count * b.tokens for b in (blocks, compressed))
+            event = events.Compressed(
+                layer=self.layer, blocks=blocks.count, tokens_before=before, tokens_after=after
+            )
+            self.observe(event)
+        return kept | {"compressed": compressed}, state
+
+    def _shelve(self, kept: dict[Form, Blocks]) -> None:
+        """Write every form to its shelf, or none."""
+        shelves = {form: self.shelves.get(form) or self.policy.archive.open() for form in kept}
+        done: list[Form] = []
+        try:
+            for form, blocks in kept.items():
+                shelves[form].admit(blocks)
+                shelves[form].write(blocks)
+                done.append(form)
+        except BaseException:
+            for form in done:
+                shelves[form].drop_last(kept[form].count)
+            raise
+        self.shelves.update(shelves)
+        if self.observe is not None:
+            for blocks in kept.values():
+                size = blocks.keys.nbytes + blocks.values.nbytes
+                place = self.policy.archive.place
+                self.observe(events.Archived(layer=self.layer, blocks=blocks.count, place=place, bytes=size))
+
+    # ------------------------------------------------------------------ select
+
+    def select(self, query: Float[Tensor, "batch query_heads tokens head_dim"] | None = None) -> None:
+        """Choose which archived blocks are attended, if the policy's refresh says that it is time.
+
+        query: the current tokens' queries, rotated by the model under `gaps`, unrotated otherwise. May look at digests,
+        and recall blocks from host or disk.
+        """
+        compressor = self.policy.compressor
+        due = self.stale or (
+            self.archived > 0
+            and self.policy.retriever.needs_query
+            and self.pending >= self.policy.refresh_steps
+        )
+        if not due and not compressor.prepares:
+            return
+        if query is not None:
+            query = query.detach()
+            if self.rotates:
+                query = self._turn(query, self.seen - query.shape[2] // self.geometry.tokens_per_step)
+            if compressor.prepares:
+                _, raw, stored = self._buffers()
+                now = slice(self.tail - query.shape[2], self.tail)
+                source = Source(queries=query, keys=raw[:, :, now], values=stored[:, :, now])
+                self.state = compressor.prepare(source, self.state)
+        if due:
+            self._renew(query)
+
+    def _renew(self, query: Tensor | None) -> None:
+        retriever, archived = self.policy.retriever, self.archived
+        if query is None and retriever.needs_query and archived:
+            raise SelectionError(
+                f"{type(retriever).__name__} chooses by the query, but layer {self.layer} was given none; "
+                "pass the current tokens' queries to select()"
+            )
+        count = retriever.count(self.policy.top_k, archived)
+        more = min(self.policy.fringe, archived - count) if count else 0
+        if count:
+            scores = retriever.score(query, self.digests.data, archived)
+            ranked = choose(scores.expand(self.geometry.batch, self.geometry.kv_heads, archived), count + more)
+            best, next_best = ranked[..., :count].sort(-1).values, ranked[..., count:].sort(-1).values
+            self._assemble(Selection(chosen=best, fringe=next_best))
+        else:
+            self._assemble(None)
+        self.pending, self.selected_at = 0, self.seen
+        if self.observe is not None:
+            self.observe(events.Selected(layer=self.layer, chosen=count + more, archived=archived))
+
+    def _assemble(self, selection: Selection | None) -> None:
+        """Write the sink and the selected blocks right before recent, and place everything."""
+        mid = None if selection is None else self._recall(selection)
+        tokens = 0 if mid is None else mid.keys.shape[2]
+        self._make_room(self.sink_tokens + tokens)
+        self.mid_tokens = tokens
+        self._move_sink(self.begin)
+        placed, raw, stored = self._buffers()
+        nothing = torch.zeros(0, dtype=torch.long, device=placed.device)
+        placement = self.policy.realigner.place(
+            sink=min(self.timeline.sink, self.seen),
+            starts=nothing if mid is None else mid.where.starts,
+            spans=nothing if mid is None else mid.spans,
+            total=0 if mid is None else mid.total,
+            recent=self.aged_to,
+        )
+        self.mid = None
+        if mid is not None:
+            self.mid = attrs.evolve(mid.where, placed=placement.mid_starts)
+            where = slice(self.head - tokens, self.head)
+            turned = mid.keys
+            if self.rotates and self.rotary is not None:
+                turned = self.rotary.rotate(mid.keys, self.mid.at(placement.mid_starts))
+                raw[:, :, where] = mid.keys
+            placed[:, :, where] = turned
+            stored[:, :, where] = mid.values
+        self._shift(placement)
+        self.selection, self.stale = selection, False
+
+    def _recall(self, selection: Selection) -> _Recalled:
+        """Fetch the selected blocks from their shelves, in order of origin."""
+        parts = [(self.policy.recall, selection.chosen)]
+        if selection.fringe.shape[-1]:
+            parts.append(("compressed", selection.fringe))
+        keys, values, offsets, spans, tokens = [], [], [], [], []
+        for form, index in parts:
+            shelf = self.shelves[form]
+            k, v, o = shelf.read(index)
+            keys.append(k.flatten(2, 3))
+            values.append(v.flatten(2, 3))
+            offsets.append(o.expand(*o.shape[:2], index.shape[-1], -1, -1).flatten(2, 3))
+            spans += [shelf.span] * index.shape[-1]
+            tokens += [shelf.tokens] * index.shape[-1]
+            if self.observe is not None:
+                event = events.Recalled(
+                    layer=self.layer,
+                    blocks=index.numel(),
+                    bytes=k.nbytes + v.nbytes,
+                    place=self.policy.archive.place,
+                )
+                self.observe(event)
+        device = selection.chosen.device
+        span = torch.tensor(spans, device=device)
+        table = self.starts.data
+        if table is None:
+            raise SelectionError(f"layer {self.layer} has no archived blocks to select")
+        if len(parts) == 1:
+            starts = table[selection.chosen]
+            where = MidTokens(offsets=offsets[0], starts=starts, placed=starts, owner=None)
+            return _Recalled(keys=keys[0], values=values[0], where=where, spans=span, total=sum(spans))
+        index = torch.cat([selection.chosen, selection.fringe], -1)
+        order = index.argsort(dim=-1, stable=True)
+        rank = order.argsort(dim=-1, stable=True)
+        owner = rank.repeat_interleave(torch.tensor(tokens, device=device), dim=-1)
+        at = owner.argsort(dim=-1, stable=True)
+        joined = torch.cat([o.expand(*index.shape[:2], -1, -1) for o in offsets], 2)
+        starts = table[index.gather(-1, order)]
+        return _Recalled(
+            keys=_along_tokens(torch.cat(keys, 2), at),
+            values=_along_tokens(torch.cat(values, 2), at),
+            where=MidTokens(
+                offsets=_along_tokens(joined, at), starts=starts, placed=starts, owner=owner.gather(-1, at)
+            ),
+            spans=span[order],
+            total=sum(spans),
+        )
+
+    def blocks_of(self, shelf: Shelf, index: Tensor, first: int) -> Blocks:
+        """An archived block, fetched; `index` [batch, kv_heads, 1] names it, `first` is its first step."""
+        keys, values, offsets = shelf.read(index)
+        starts = torch.tensor([first], device=keys.device)
+        return Blocks(keys=keys, values=values, offsets=offsets, starts=starts, span=shelf.span)
+
+    def _shift(self, placement: Placement) -> None:
+        """Rotate sink and recent (with current) anew, from their unrotated keys, where their place has changed."""
+        if self.rotates:
+            placed, raw, _ = self._buffers()
+            if placement.sink_shift != self.sink_shift and self.sink_tokens:
+                where = slice(self.begin, self.begin + self.sink_tokens)
+                placed[:, :, where] = self._turn(raw[:, :, where], placement.sink_shift)
+            if placement.recent_shift != self.recent_shift and self.tail > self.head:
+                where = slice(self.head, self.tail)
+                placed[:, :, where] = self._turn(raw[:, :, where], self.aged_to + placement.recent_shift)
+        self.sink_shift, self.recent_shift = placement.sink_shift, placement.recent_shift
+
+    # ------------------------------------------------------------------ context
+
+    def context(self) -> Context:
+        """What attention sees now. Pure: the same tensors until the next append or select; nothing is fetched."""
+        if self.stale:
+            raise SelectionError(
+                f"layer {self.layer} archived blocks since its last selection; call select(query) before context()"
+            )
+        placed, _, stored = self._buffers()
+        where = slice(self.begin, self.tail)
+        keys, values = placed[:, :, where], stored[:, :, where]
+        current = self.current
+        if self._live is not None:
+            live_keys, live_values = self._live
+            if self.rotates:
+                live_keys = self._turn(live_keys, self.settled + self.recent_shift)
+            keys = torch.cat([keys[:, :, :-current], live_keys], 2)
+            values = torch.cat([values[:, :, :-current], live_values], 2)
+        mask = self._mask(current, keys.shape[2])
+        plain = self.geometry.causal and current > 1 and mask is None
+        return Context(
+            keys=keys, values=values, current=current, mask=mask, causal=plain, banded=mask is not None and self._bands(), locate=self._locate
+        )
+
+    def place_query(
+        self, query: Float[Tensor, "batch query_heads tokens head_dim"]
+    ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
+        """Rotate the current tokens' queries to where their keys are placed (nothing to do under `gaps`)."""
+        return self._turn(query, self.settled + self.recent_shift) if self.rotates else query
+
+    def _bands(self) -> bool:
+        """Whether the policy drops blocks while the current tokens pass."""
+        return self.policy.compressor.drops and self.timeline.recent_start(self.seen - 1) > self.aged_to
+
+    def _mask(self, current: int, tokens: int) -> Tensor | None:
+        """What each current token may see: its past, less what its policy has dropped by then."""
+        if not self.geometry.causal or current <= 1:
+            return None
+        device = self._buffers()[0].device
+        if not self._bands():
+            return None if tokens == current else torch.ones(current, tokens, dtype=torch.bool, device=device).tril(
+                tokens - current
+            )
+        now = torch.arange(self.settled, self.seen, device=device)[:, None]
+        sink, recent, block = self.timeline.sink, self.timeline.recent or 0, self.timeline.block_size
+        anchors = torch.arange(min(sink, self.seen), device=device)
+        step = torch.cat([anchors, torch.arange(self.aged_to, self.seen, device=device)])
+        oldest = sink + (now - recent - sink).clamp(min=0) // block * block
+        return (step <= now) & ((step < sink) | (step >= oldest))
+
+    def _locate(self) -> tuple[Tensor, Tensor]:
+        """Original and placed positions of the tokens of the context."""
+        device = self._buffers()[0].device
+        sink = self.geometry.positions(0, min(self.timeline.sink, self.seen), device)
+        recent = self.geometry.positions(self.aged_to, max(self.seen, self.aged_to), device)
+        if self.policy.in_place:
+            recent = self.geometry.positions(min(self.timeline.sink, self.seen), self.seen, device)
+        shift = torch.zeros(self.geometry.positions(0, 1).shape[-1], dtype=sink.dtype, device=device)
+        shift[0] = 1
+        parts = [(sink, sink + shift * self.sink_shift), (recent, recent + shift * self.recent_shift)]
+        if self.mid is not None:
+            parts.insert(1, (self.mid.at(self.mid.starts), self.mid.at(self.mid.placed)))
+        both = []
+        for which in (0, 1):
+            wide = [part[which].to(sink.dtype) for part in parts]
+            lead = torch.broadcast_shapes(*(p.shape[:-2] for p in wide), (1, 1))
+            both.append(torch.cat([p.expand(*lead, *p.shape[-2:]) for p in wide], -2))
+        return both[0], both[1]
+
+    def census(self) -> dict[str, int]:
+        """How many steps are in each tier, and how many were dropped. They add up to `seen`."""
+        sink = min(self.timeline.sink, self.settled)
+        aged = max(0, self.aged_to - self.timeline.sink)
+        return {
+            "sink": sink,
+            "mid": aged - self.dropped,
+            "recent": max(0, self.settled - max(self.aged_to, sink)),
+            "current": self.seen - self.settled,
+            "dropped": self.dropped,
+        }
+
+    # ------------------------------------------------------------------ buffer slots
+
+    def _reserved(self) -> int:
+        """Slots before recent: what sink and mid may come to need, or need now if there is no limit."""
+        bound = self.policy.mid_bound(self.geometry)
+        if bound is None or self.policy.in_place:
+            return self.sink_tokens + self.mid_tokens
+        return self.timeline.sink * self.geometry.tokens_per_step + bound
+
+    def _reserve(self, tokens: int, keys: Tensor, values: Tensor) -> None:
+        """Make sure that `tokens` more slots follow the tail."""
+        if self.keys is None:
+            slots = self.policy.slots(self.geometry)
+            bound = self.policy.mid_bound(self.geometry) or 0
+            room = bound + tokens if slots is None else slots
+            self.keys = keys.new_empty(*keys.shape[:2], room, keys.shape[3])
+            self.raw = torch.empty_like(self.keys) if self.rotates else None
+            self.values = values.new_empty(*values.shape[:2], room, values.shape[3])
+            self.tail = bound
+        elif self.tail + tokens > self.keys.shape[2]:
+            self._relocate(self._reserved(), tokens)
+
+    def _make_room(self, before: int) -> None:
+        """Make sure that `before` slots precede recent."""
+        if self.head < before:
+            self._relocate(max(before, self._reserved()), 0)
+
+    def _relocate(self, head: int, extra: int) -> None:
+        """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
+        size, old_head = self.tail - self.head, self.head
+        needed = head + size + extra
+        sink, mid = self.sink_tokens, 0 if self.stale else self.mid_tokens
+        for name in ("keys", "raw", "values"):
+            buffer: Tensor | None = getattr(self, name)
+            if buffer is None:
+                continue
+            anchors = buffer[:, :, self.sink_slot : self.sink_slot + sink]
+            rest = buffer[:, :, old_head - mid : self.tail]
+            if needed > buffer.shape[2]:
+                room = max(needed, 2 * buffer.shape[2]) if self.policy.slots(self.geometry) is None else needed
+                target = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
+            else:
+                anchors, rest, target = anchors.clone(), rest.clone(), buffer
+            target[:, :, head - mid : head + size] = rest
+            target[:, :, head - mid - sink : head - mid] = anchors
+            setattr(self, name, target)
+        self.tail = head + size
+        self.sink_slot = head - mid - sink
+
+    def _move_sink(self, slot: int) -> None:
+        if slot != self.sink_slot and self.sink_tokens:
+            for buffer in self._all_buffers():
+                moved = buffer[:, :, self.sink_slot : self.sink_slot + self.sink_tokens].clone()
+                buffer[:, :, slot : slot + self.sink_tokens] = moved
+        self.sink_slot = slot
+
+
+def _along_tokens(x: Float[Tensor, "batch kv_heads tokens width"], at: Int[Tensor, "batch kv_heads tokens"]) -> Tensor:
+    """Reorder tokens, for every row and head on its own."""
+    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))

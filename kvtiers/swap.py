@@ -1,0 +1,77 @@
+"""Changing the policy of a filled cache: what may change, and what must then be made anew."""
+
+import attrs
+import torch
+
+from kvtiers.archive import Growing
+from kvtiers.errors import SwapError
+from kvtiers.policy import Policy
+from kvtiers.store import LayerStore
+
+_FREE = frozenset({"retriever", "top_k", "refresh", "chunk_size", "budget", "realigner", "fringe"})
+
+
+def check(store: LayerStore, policy: Policy) -> None:
+    """Raise `SwapError` if `store`, as filled, cannot go on under `policy`."""
+    policy.check_budget(store.geometry)
+    if store.seen == 0:
+        return
+    old = store.policy
+    names = [field.name for field in attrs.fields(Policy)]
+    fixed = [name for name in names if name not in _FREE and getattr(old, name) != getattr(policy, name)]
+    if fixed:
+        raise SwapError(
+            f"layer {store.layer} is filled, so {', '.join(fixed)} cannot change any more; "
+            f"these can: {', '.join(sorted(_FREE))}. Otherwise start a new cache"
+        )
+    if old.realigner.rotates != policy.realigner.rotates:
+        raise SwapError(
+            f"layer {store.layer} stores keys {'un' if old.realigner.rotates else ''}rotated for "
+            f"{type(old.realigner).__name__}, and {type(policy.realigner).__name__} needs the other; start a new cache"
+        )
+    if old.in_place != policy.in_place and store.aged_to > store.timeline.sink:
+        raise SwapError(
+            f"layer {store.layer} keeps its history {'in place' if old.in_place else 'in the archive'}, and this "
+            "change would move it; start a new cache"
+        )
+    if store.archived and policy.retriever != old.retriever and policy.retriever.needs_digests:
+        if "full" not in store.shelves and not old.compressor.keeps:
+            raise SwapError(
+                f"layer {store.layer} no longer has the full keys that {type(policy.retriever).__name__} digests; "
+                "use recall='full' from the start, or start a new cache"
+            )
+    if store.archived and policy.fringe and "compressed" not in store.shelves:
+        raise SwapError(
+            f"layer {store.layer} archived no compressed form for fringe={policy.fringe}; "
+            "set fringe from the start, or start a new cache"
+        )
+
+
+def apply(store: LayerStore, policy: Policy) -> None:
+    """Go on under `policy`; the next append or select makes a new selection."""
+    anew = store.archived > 0 and policy.retriever != store.policy.retriever and policy.retriever.needs_digests
+    store.policy, store.timeline = policy, policy.timeline
+    if anew:
+        _digest_again(store)
+    store.pending = policy.refresh_steps
+    if store.archived:
+        store.stale = True
+        if not policy.retriever.needs_query:
+            store._renew(None)
+
+
+def _digest_again(store: LayerStore) -> None:
+    """Digest every archived block for the new retriever."""
+    shelf = store.shelves.get("full") or store.shelves["compressed"]
+    store.digests = Growing(2)
+    shape = (store.geometry.batch, store.geometry.kv_heads)
+    starts = store.starts.data
+    for number in range(shelf.count):
+        device = store._buffers()[0].device
+        index = torch.full((*shape, 1), number, device=device, dtype=torch.long)
+        first = 0 if starts is None else int(starts[number])
+        blocks = store.blocks_of(shelf, index, first)
+        turned = blocks.keys
+        if store.rotates:
+            turned = store._turn(blocks.keys.flatten(2, 3), first).unflatten(2, (1, -1))
+        store.digests.append(store.policy.retriever.digest(blocks, turned))

@@ -1,0 +1,83 @@
+"""Retriever `affinity`: how much the queries like a block's summed keys (PackForcing, arXiv 2603.25730, section 3.3).
+
+The paper's score is linear in queries and keys, s_m = sum_i sum_j (1 / (B N)) sum_b sum_{h < N} Q[b,h,i] . K[m,b,h,j] /
+sqrt(d) with N half the heads, so one summed key per block, kept in float32, is an exact index. That is `heads="mean",
+normalise="none", rows="mean"` with one digest a block. Deviations, named: by default each row scores for itself. Text
+needs `heads="per-kv", normalise="softmax", digest_tokens=4` (measured: a linear score does not find a fact in prose).
+"""
+
+from typing import Literal
+
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Float
+from torch import Tensor
+
+from kvtiers.errors import SlotError
+from kvtiers.policy import Retriever
+from kvtiers_policies.digests import groups, query_groups, spread
+
+_OPTIONAL_COUNT = v.optional([v.instance_of(int), v.ge(1)])
+
+
+@attrs.frozen(kw_only=True)
+class Affinity(Retriever):
+    """Attend the blocks whose keys the queries match best.
+
+    heads: `mean` averages the first half of the query heads, and all KV heads attend the same blocks; `per-kv` lets
+        every KV head choose by the sum over its own query heads.
+    normalise: `none` sums q . k / sqrt(d) over a block's keys; `softmax` takes, for each query, the softmax over the
+        mean keys of all digests of all blocks, and sums a block's share.
+    digest_tokens: keys that one digest covers; none: the whole block.
+    rows: `each` row of a batch chooses for itself, or by the `mean` over the batch (the paper's).
+    queries: how many evenly spaced queries are looked at; none: all. A query of zeros (a pad) changes no ranking.
+    """
+
+    heads: Literal["mean", "per-kv"] = attrs.field(default="mean", validator=v.in_(("mean", "per-kv")))
+    normalise: Literal["none", "softmax"] = attrs.field(default="none", validator=v.in_(("none", "softmax")))
+    digest_tokens: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
+    rows: Literal["each", "mean"] = attrs.field(default="each", validator=v.in_(("each", "mean")))
+    queries: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
+
+    def digest(
+        self, blocks: object, keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
+    ) -> Float[Tensor, "batch kv_heads blocks digests head_dim"]:
+        """The float32 sum of each group's keys; their mean for `softmax`, where the last group may be smaller."""
+        softmax = self.normalise == "softmax"
+        parts = [g.mean(-2) if softmax else g.sum(-2) for g in groups(keys.float(), self.digest_tokens)]
+        return torch.stack(parts, dim=-2)
+
+    def digest_floats(self, tokens: int, head_dim: int) -> int:
+        return head_dim * -(-tokens // (self.digest_tokens or tokens))
+
+    def score(
+        self,
+        query: Float[Tensor, "batch query_heads queries head_dim"] | None,
+        digests: Float[Tensor, "batch kv_heads blocks digests head_dim"] | None,
+        archived: int,
+    ) -> Float[Tensor, "#batch #kv_heads archived"]:
+        if query is None or digests is None:
+            raise SlotError("retriever 'affinity' needs a query and digests")
+        if self.queries is not None and self.queries < query.shape[2]:
+            query = query[:, :, spread(self.queries, query.shape[2])]
+        per_head = self._per_head(query.float(), digests)
+        if self.heads == "mean":
+            half = max(1, query.shape[1] // 2)
+            scores = per_head.flatten(1, 2)[:, :half].mean(1, keepdim=True)
+        else:
+            scores = per_head.sum(2)
+        return scores.mean(0, keepdim=True) if self.rows == "mean" else scores
+
+    def _per_head(
+        self,
+        query: Float[Tensor, "batch query_heads queries head_dim"],
+        digests: Float[Tensor, "batch kv_heads blocks digests head_dim"],
+    ) -> Float[Tensor, "batch kv_heads group blocks"]:
+        """The score of every block for every query head, summed over queries."""
+        grouped = query_groups(query, digests.shape[1]) / query.shape[-1] ** 0.5
+        if self.normalise == "none":
+            return torch.einsum("bkhd,bknd->bkhn", grouped.sum(3), digests.sum(3))
+        logits = torch.einsum("bkhqd,bkmd->bkhqm", grouped, digests.flatten(2, 3))
+        shares: Tensor = logits.softmax(-1).sum(3).unflatten(-1, digests.shape[2:4])
+        return shares.sum(-1)

@@ -1,0 +1,25 @@
+"""Archive `device`: archived blocks stay on the accelerator, as in Quest (arXiv 2406.10774)."""
+
+from typing import ClassVar
+
+import attrs
+
+from kvtiers.archive import Archive, Shelf
+from kvtiers.blocks import Place
+from kvtiers_policies.ledger import Ledger, ledger, limit_bytes
+from kvtiers_policies.memory import MemoryShelf
+
+
+@attrs.frozen(kw_only=True)
+class DeviceArchive(Archive):
+    """Hold archived blocks where they were computed.
+
+    limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
+    """
+
+    place: ClassVar[Place] = "device"
+    limit_bytes: int | None = limit_bytes()
+    _ledger: Ledger = ledger()
+
+    def open(self) -> Shelf:
+        return MemoryShelf("device", ledger=self._ledger, limit_bytes=self.limit_bytes, device=None, pinned=False)

@@ -1,0 +1,27 @@
+"""What the retrievers that score by digests share: cutting a block's keys into groups, and queries into KV heads."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def groups(
+    keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"], size: int | None
+) -> Sequence[Float[Tensor, "batch kv_heads blocks group head_dim"]]:
+    """Runs of `size` consecutive tokens (none: all of them); the last may be shorter."""
+    runs: Sequence[Tensor] = keys.split(size or keys.shape[-2], dim=-2)
+    return runs
+
+
+def query_groups(
+    query: Float[Tensor, "batch query_heads queries head_dim"], kv_heads: int
+) -> Float[Tensor, "batch kv_heads group queries head_dim"]:
+    """Query heads by the KV head that serves them; consecutive query heads share one."""
+    grouped: Tensor = query.unflatten(1, (kv_heads, -1))
+    return grouped
+
+
+def spread(count: int, of: int) -> list[int]:
+    """`count` evenly spaced numbers below `of` (the middles of equal parts), or all of them if there are no more."""
+    return list(range(of)) if count >= of else [(2 * i + 1) * of // (2 * count) for i in range(count)]

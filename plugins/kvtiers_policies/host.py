@@ -1,0 +1,32 @@
+"""Archive `host`: archived blocks live in the host's memory and are recalled when chosen (InfLLM, arXiv 2402.04617)."""
+
+from typing import ClassVar
+
+import attrs
+import torch
+
+from kvtiers.archive import Archive, Shelf
+from kvtiers.blocks import Place
+from kvtiers_policies.ledger import Ledger, ledger, limit_bytes
+from kvtiers_policies.memory import MemoryShelf
+
+
+@attrs.frozen(kw_only=True)
+class HostArchive(Archive):
+    """Hold archived blocks in the host's memory, in pinned pages if there is a GPU to copy to.
+
+    limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
+    """
+
+    place: ClassVar[Place] = "host"
+    limit_bytes: int | None = limit_bytes()
+    _ledger: Ledger = ledger()
+
+    def open(self) -> Shelf:
+        return MemoryShelf(
+            "host",
+            ledger=self._ledger,
+            limit_bytes=self.limit_bytes,
+            device=torch.device("cpu"),
+            pinned=torch.cuda.is_available(),
+        )

@@ -1,0 +1,52 @@
+"""What the archives with a byte limit share: one ledger for all shelves that an archive has opened."""
+
+import weakref
+from typing import Protocol
+
+import attrs
+from attrs import validators as v
+
+from kvtiers.errors import ArchiveFullError
+
+
+class Holds(Protocol):
+    """Something that holds bytes while it lives."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Ledger:
+    """Counts the bytes of everything that is entered, for as long as it lives."""
+
+    def __init__(self) -> None:
+        self._held: weakref.WeakSet[Holds] = weakref.WeakSet()
+
+    def enter(self, holder: Holds) -> None:
+        """Count `holder` from now on."""
+        self._held.add(holder)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(holder.nbytes for holder in self._held)
+
+    def admit(self, more: int, limit: int | None, archive: str) -> None:
+        """Raise `ArchiveFullError` if `more` bytes would exceed `limit`."""
+        if limit is not None and (held := self.nbytes) + more > limit:
+            raise ArchiveFullError(
+                f"archive {archive!r} holds {held:,} bytes and needs {more:,} more than its limit allows "
+                f"(limit_bytes = {limit:,}); raise limit_bytes, use archive='disk', or a compressor that keeps less. "
+                "Nothing was lost: the blocks are still recent"
+            )
+
+
+def limit_bytes() -> int | None:
+    """The attrs field of an archive's byte limit."""
+    field: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
+    return field
+
+
+def ledger() -> Ledger:
+    """The attrs field of an archive's ledger: private, and no part of its value."""
+    field: Ledger = attrs.field(init=False, factory=Ledger, eq=False, repr=False)
+    return field

@@ -1,0 +1,49 @@
+"""Retriever `page-bounds`: an upper bound of a block's best logit (Quest, arXiv 2406.10774, section 3.2)."""
+
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Float
+from torch import Tensor
+
+from kvtiers.errors import SlotError
+from kvtiers.policy import Retriever
+from kvtiers_policies.digests import groups, query_groups
+
+
+@attrs.frozen(kw_only=True)
+class PageBounds(Retriever):
+    """Score a block by the highest possible q . k, from the least and greatest value of each key channel.
+
+    The score is sum over channels c of max(q_c min_c, q_c max_c), and of these the maximum over the block's digests,
+    over the queries, and over the query heads that share a KV head. A query of zeros (a pad) does not count.
+
+    digest_tokens: keys that one digest covers (none: the whole block). Quest's page is a block of 16 tokens.
+    """
+
+    digest_tokens: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
+
+    def digest(
+        self, blocks: object, keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
+    ) -> Float[Tensor, "batch kv_heads blocks digests width"]:
+        """Per digest, the least value of each channel, then the greatest, in float32."""
+        parts = [torch.cat([g.amin(-2), g.amax(-2)], dim=-1) for g in groups(keys.float(), self.digest_tokens)]
+        return torch.stack(parts, dim=-2)
+
+    def digest_floats(self, tokens: int, head_dim: int) -> int:
+        return 2 * head_dim * -(-tokens // (self.digest_tokens or tokens))
+
+    def score(
+        self,
+        query: Float[Tensor, "batch query_heads queries head_dim"] | None,
+        digests: Float[Tensor, "batch kv_heads blocks digests width"] | None,
+        archived: int,
+    ) -> Float[Tensor, "batch kv_heads archived"]:
+        if query is None or digests is None:
+            raise SlotError("retriever 'page-bounds' needs a query and digests")
+        least, greatest = digests.chunk(2, dim=-1)
+        grouped = query_groups(query.float(), digests.shape[1]).flatten(2, 3)
+        bounds = torch.einsum("bkqd,bkngd->bkqng", grouped.clamp(min=0), greatest)
+        bounds += torch.einsum("bkqd,bkngd->bkqng", grouped.clamp(max=0), least)
+        absent = (grouped == 0).all(-1)
+        return bounds.amax(-1).masked_fill(absent[..., None], -torch.inf).amax(2)

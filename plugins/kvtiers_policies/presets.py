@@ -1,0 +1,88 @@
+"""The presets that come with kvtiers, one function each."""
+
+from kvtiers.policy import Policy
+from kvtiers_policies.affinity import Affinity
+from kvtiers_policies.all_blocks import AllBlocks
+from kvtiers_policies.anchored import Anchored
+from kvtiers_policies.device import DeviceArchive
+from kvtiers_policies.drop import Drop
+from kvtiers_policies.first import FirstSteps
+from kvtiers_policies.gaps import Gaps
+from kvtiers_policies.host import HostArchive
+from kvtiers_policies.keep import Keep
+from kvtiers_policies.mean_pool import MeanPool
+from kvtiers_policies.no_blocks import NoBlocks
+from kvtiers_policies.no_sink import NoSink
+
+
+def full() -> Policy:
+    """Remember everything and attend to all of it: the reference."""
+    return Policy(
+        sinks=NoSink(),
+        compressor=Keep(),
+        retriever=AllBlocks(),
+        realigner=Gaps(),
+        archive=DeviceArchive(),
+        recent=None,
+        chunk_size=None,
+    )
+
+
+def sliding_window() -> Policy:
+    """Attend the newest 1,024 tokens, the current one included. Source: Longformer (arXiv 2004.05150) section 3.1."""
+    return Policy(
+        sinks=NoSink(),
+        compressor=Drop(),
+        retriever=NoBlocks(),
+        realigner=Gaps(),
+        archive=DeviceArchive(),
+        recent=1023,
+        block_size=1,
+    )
+
+
+def streaming() -> Policy:
+    """Four anchors and a window, closed up. Source: StreamingLLM (arXiv 2309.17453) section 3.2."""
+    return Policy(
+        sinks=FirstSteps(),
+        compressor=Drop(),
+        retriever=NoBlocks(),
+        realigner=Anchored(),
+        archive=DeviceArchive(),
+        sink=4,
+        recent=1020,
+        block_size=32,
+    )
+
+
+def archive() -> Policy:
+    """Four anchors, a window, and the archived blocks that each KV head's queries ask for, in full detail."""
+    return Policy(
+        sinks=FirstSteps(),
+        compressor=Keep(),
+        retriever=Affinity(heads="per-kv", normalise="softmax", digest_tokens=4),
+        realigner=Gaps(),
+        archive=DeviceArchive(),
+        sink=4,
+        recent=256,
+        top_k=16,
+        recall="full",
+        block_size=32,
+    )
+
+
+def packforcing_lm() -> Policy:
+    """PackForcing on text (arXiv 2603.25730): anchors, compressed history recalled by affinity, closed up, recent."""
+    return Policy(
+        sinks=FirstSteps(),
+        compressor=MeanPool(),
+        retriever=Affinity(heads="per-kv", normalise="softmax", digest_tokens=4),
+        realigner=Anchored(),
+        archive=HostArchive(),
+        sink=4,
+        recent=256,
+        top_k=16,
+        fringe=0,
+        recall="full",
+        block_size=32,
+    )
