@@ -1,5 +1,7 @@
 """kvtiers decides what an autoregressive transformer remembers: tiers of keys and values, and policies over them."""
 
+from importlib.metadata import version as _version
+
 from kvtiers.accounting import Held, bytes_in, held_by
 from kvtiers.archive import Archive, Shelf
 from kvtiers.blocks import Blocks, Context, Extent, Selection
@@ -44,7 +46,7 @@ from kvtiers.rotary import Rotary
 from kvtiers.store import LayerStore
 from kvtiers.timeline import Timeline
 
-__version__ = "0.1.0"
+__version__ = _version("kvtiers")
 
 __all__ = [
     "Archive",

@@ -8,7 +8,8 @@ import attrs
 from torch import Tensor
 
 from kvtiers.blocks import Place, Selection, Tier
-from kvtiers.store import LayerStore, MidTokens
+from kvtiers.recall import MidTokens
+from kvtiers.store import LayerStore
 
 Part = Tier | Literal["digests", "spare"]
 

@@ -155,7 +155,7 @@ class TensorShelf(Shelf):
         at = index.to(self.device) if self.device is not None else index
         offsets = self._constant if self._constant is not None else pick(self._offsets.data, at)
         parts = (pick(self._keys.data, at), pick(self._values.data, at), offsets)
-        return tuple(part.to(index.device, non_blocking=True) for part in parts)  # type: ignore[union-attr]
+        return tuple(part.to(index.device, non_blocking=True) for part in parts)
 
     def bytes_by_place(self) -> dict[Place, int]:
         constant = 0 if self._constant is None else self._constant.untyped_storage().nbytes()

@@ -30,7 +30,7 @@ class Blocks:
     """A run of blocks of equal size, of one layer.
 
     keys, values: [batch, kv_heads, blocks, tokens, head_dim].
-    offsets: where each token lies, counted from the start of its block, along (time, ...). Axes that agree are of size 1.
+    offsets: where each token lies, counted from the start of its block, along (time, ...); axes that agree are 1.
     starts: the first step of each block.
     span: how many steps a block occupies when a realigner places it.
     reduced: the reduced-resolution K/V that the model itself projected at commit, for a `SourceCompressor`.

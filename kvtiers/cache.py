@@ -74,6 +74,11 @@ class Layer:
         """Steps seen by the row that has seen most."""
         return max((lane.store.seen for lane in self.lanes), default=0)
 
+    def seen_by_row(self) -> list[int]:
+        """Steps seen by each row; empty before the first tokens."""
+        seen = {row: lane.store.seen for lane in self.lanes for row in _numbers(lane)}
+        return [seen[row] for row in sorted(seen)]
+
     @property
     def batch(self) -> int | None:
         """Rows, or none before the first tokens."""
@@ -85,8 +90,8 @@ class Layer:
             self.lanes = [Lane(None, self._make(batch))]
         if self.batch != batch:
             raise GeometryError(
-                f"layer {self.index} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by itself: "
-                "use batch_repeat_interleave or batch_select_indices first, or reset() it"
+                f"layer {self.index} holds {self.batch} rows, got {batch}; a filled cache cannot grow its "
+                "batch by itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
             )
         if ragged is None:
             return [(lane, None) for lane in self.lanes]
@@ -101,10 +106,9 @@ class Layer:
                 if len(groups) == 1:
                     lanes.append((lane, columns))
                     continue
-                at = torch.tensor(members, device=columns.device)
                 own = session.fork(lane.store) if lane.store.seen else self._make(len(members))
                 if lane.store.seen:
-                    session.take(own, at)
+                    session.take(own, torch.tensor(members, device=columns.device))
                 lanes.append((Lane(torch.tensor([rows[m] for m in members], device=columns.device), own), columns))
         self.lanes = [lane for lane, _ in lanes]
         return lanes
@@ -127,9 +131,7 @@ class Layer:
                 q, k, v = (_rows(x, lane.rows)[:, :, where] for x in (query, keys, values))
                 lane.store.append(k, v)
                 lane.store.select(q)
-                yield Turn(
-                    rows=lane.rows, columns=where, query=lane.store.place_query(q), context=lane.store.context()
-                )
+                yield Turn(rows=lane.rows, columns=where, query=lane.store.place_query(q), context=lane.store.context())
                 start = stop
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
@@ -156,6 +158,12 @@ class Layer:
     def adopt(self, lanes: Sequence[tuple[Int[Tensor, " rows"] | None, LayerStore]]) -> None:
         """Become `lanes`: the rows (none: all) and store of each."""
         self.lanes = [Lane(rows, store) for rows, store in lanes]
+
+
+def _numbers(lane: Lane) -> list[int]:
+    """The rows of a lane by number."""
+    numbers: list[int] = list(range(lane.store.geometry.batch)) if lane.rows is None else lane.rows.tolist()
+    return numbers
 
 
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:

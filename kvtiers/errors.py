@@ -26,7 +26,7 @@ class GeometryError(KVTiersError, ValueError):
 
 
 class RotaryError(KVTiersError, ValueError):
-    """When a realigner needs to rotate keys and the model's rotary embedding is absent, unknown or changes with length."""
+    """When a realigner must rotate keys and the model's rotary embedding is absent, unknown or changes with length."""
 
 
 class NotFiniteError(KVTiersError, ValueError):

@@ -30,7 +30,9 @@ def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any)
     else:
         unset = {name: value for name, value in own.items() if name not in known}
         start = policy(str(base), **same, **slots, **unset)
-    return [attrs.evolve(start, **{name: _of_layer(name, v, layer, start) for name, v in own.items()}) for layer in layers]
+    return [
+        attrs.evolve(start, **{name: _of_layer(name, v, layer, start) for name, v in own.items()}) for layer in layers
+    ]
 
 
 def _differs(value: object) -> bool:

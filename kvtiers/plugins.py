@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -138,7 +139,7 @@ class Registry:
         return self._find(kind, name).factories[kind][name]
 
     def register(self, plugin: object, name: str | None = None) -> Plugin:
-        """Add a module or object with hook implementations. Raises `PluginError` at once if anything is wrong with it."""
+        """Add a module or object with hook implementations. Raises `PluginError` at once if it is at fault."""
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
         if any(loaded.plugin.name == name for loaded in self._loaded):
             raise PluginError(f"a plugin named {name!r} is registered already; choose another name, or unregister it")
@@ -182,7 +183,7 @@ class Registry:
         for loaded in tuple(self._observers):
             try:
                 loaded.manager.hook.kvtiers_observe(event=event)
-            except Exception:
+            except Exception:  # noqa: BLE001 - an observer never breaks generation
                 self._observers = [other for other in self._observers if other is not loaded]
                 _log.warning("observer %s failed and is not called again", loaded.plugin.origin, exc_info=True)
 
@@ -240,7 +241,7 @@ def _load(entry: metadata.EntryPoint, record: Plugin, *, disabled: bool) -> _Loa
         return _Loaded(plugin=attrs.evolve(record, disabled=True), manager=empty, factories={})
     try:
         module = entry.load()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - recorded, and raised when it is asked for
         broken = attrs.evolve(record, errors=(error,), failed=frozenset(HOOKS))
         return _Loaded(plugin=broken, manager=empty, factories={})
     return _inspect(module, record)
@@ -255,7 +256,7 @@ def _inspect(plugin: object, record: Plugin) -> _Loaded:
     factories: dict[str, Mapping[str, Factory]] = {}
     try:
         manager.register(plugin, record.name)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - recorded, and raised when it is asked for
         broken = attrs.evolve(record, errors=(error,), failed=frozenset(HOOKS))
         return _Loaded(plugin=broken, manager=pluggy.PluginManager(hookspecs.PROJECT), factories={})
     errors += _misspelled(manager, plugin)
@@ -264,7 +265,7 @@ def _inspect(plugin: object, record: Plugin) -> _Loaded:
     for kind, hook in HOOKS.items():
         try:
             factories[kind] = _provided(hook, getattr(manager.hook, hook)())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - recorded, and raised when it is asked for
             errors.append(error)
             failed.add(kind)
     listed = attrs.evolve(
@@ -311,15 +312,10 @@ def _provided(hook: str, results: list[Any]) -> Mapping[str, Factory]:
     return given
 
 
-_registry: Registry | None = None
-
-
+@cache
 def registry() -> Registry:
     """The plugins installed in this process, loaded on the first call."""
-    global _registry
-    if _registry is None:
-        _registry = Registry.installed()
-    return _registry
+    return Registry.installed()
 
 
 def register(plugin: object, name: str | None = None) -> Plugin:

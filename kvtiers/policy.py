@@ -64,7 +64,7 @@ class Compressor(ABC):
     """True if `prepare` must be called with the queries of every forward."""
 
     def prepare(self, source: Source, state: Any) -> Any:
-        """Look at tokens as they are committed; returns the new state (a tensor, or none), which `age` will be given."""
+        """Look at tokens as they are committed; returns the new state (a tensor, or none), given to `age`."""
         return state
 
     @abstractmethod
@@ -222,8 +222,8 @@ class Policy:
     chunk_size: int | None = _count(128, 1, optional=True)
     """A forward over more steps is cut on multiples of this. None: a forward is one chunk."""
     refresh: int | Literal["block", "chunk"] = attrs.field(default="block")
-    """How often a selection is renewed while single steps are decoded: per block, per forward, or every n steps. A chunk
-    of several steps, and a block that was just archived, always renew it."""
+    """How often a selection is renewed while single steps are decoded: per block, per forward, or every n steps. It is
+    always renewed by a chunk of several steps, and when a block was just archived."""
     budget: int | None = _count(None, 1, optional=True)
     """The most tokens one attention call may see; checked against `bound`."""
 
@@ -323,8 +323,7 @@ class Policy:
         if self.archive.place == "device" and not self.compressor.drops:
             offsets = 4 * geometry.batch * geometry.kv_heads * (1 + len(geometry.grid))
             hot += sum(
-                archived_blocks * self.block_tokens(geometry, form) * (geometry.token_bytes + offsets)
-                for form in forms
+                archived_blocks * self.block_tokens(geometry, form) * (geometry.token_bytes + offsets) for form in forms
             )
         return held + 2 * hot
 
@@ -338,9 +337,7 @@ class Policy:
             )
 
 
-def choose(
-    scores: Float[Tensor, "batch kv_heads archived"], count: int
-) -> Int[Tensor, "batch kv_heads chosen"]:
+def choose(scores: Float[Tensor, "batch kv_heads archived"], count: int) -> Int[Tensor, "batch kv_heads chosen"]:
     """The indices of the `count` highest scores, best first; of equal scores the newer block wins."""
     newest_first = scores.flip(-1)
     order = torch.sort(newest_first, dim=-1, descending=True, stable=True).indices[..., :count]

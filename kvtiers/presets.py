@@ -116,10 +116,6 @@ def _refuse_unknown(settings: Mapping[str, Any], what: str) -> None:
 
 def _build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     """Call the factory of `name`; blame options on the user and everything else on the plugin."""
-    if not isinstance(name, str):
-        raise PolicyError(
-            f"a {kind} is asked for by name, got {name!r}; installed: {', '.join(registry().names(kind))}"
-        )
     factory = registry().factory(kind, name)
     allowed = _options(factory)
     for key in options:

@@ -65,7 +65,7 @@ class Rotary:
         return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
     def run(
-        self, start: float, steps: int, grid: tuple[int, ...], device: torch.device
+        self, start: int, steps: int, grid: tuple[int, ...], device: torch.device
     ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]]:
         """`table` of consecutive steps from `start`, remembered: all layers of a forward ask for the same few."""
         key = (start, steps, grid, device)

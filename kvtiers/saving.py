@@ -40,7 +40,7 @@ def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

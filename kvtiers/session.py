@@ -12,7 +12,8 @@ from torch import Tensor
 from kvtiers.archive import Growing
 from kvtiers.blocks import Selection
 from kvtiers.errors import CropError, SavedCacheError
-from kvtiers.store import LayerStore, MidTokens
+from kvtiers.recall import MidTokens
+from kvtiers.store import LayerStore
 
 _NUMBERS = (
     "seen",

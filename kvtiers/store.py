@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kvtiers import events
@@ -19,46 +19,12 @@ from kvtiers.archive import Growing, Shelf
 from kvtiers.blocks import Blocks, Context, Form, Selection, run_of
 from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError
 from kvtiers.geometry import Geometry
+from kvtiers.masks import causal, dropping
 from kvtiers.policy import Placement, Policy, Source, choose
+from kvtiers.recall import MidTokens, Recalled, recall
 from kvtiers.rotary import Rotary
 
 Observe = Callable[[events.Event], None]
-
-
-@attrs.frozen(eq=False, kw_only=True)
-class MidTokens:
-    """Where the mid tokens of a context come from and lie.
-
-    offsets: [batch | 1, kv_heads | 1, tokens, axes] from the start of each token's block; starts, placed: the blocks'
-    original and placed first steps, in order; owner: the block (its rank) of each token, or none for runs of equal size.
-    """
-
-    offsets: Tensor
-    starts: Tensor
-    placed: Tensor
-    owner: Tensor | None
-
-    def at(self, starts: Tensor) -> Tensor:
-        """Positions of the tokens when the blocks begin at `starts`."""
-        if self.owner is None:
-            per_token = starts.repeat_interleave(self.offsets.shape[-2] // starts.shape[-1], dim=-1)
-        else:
-            per_token = starts.expand(*self.owner.shape[:2], -1).gather(-1, self.owner)
-        lead = torch.broadcast_shapes(per_token.shape[:-1], self.offsets.shape[:-2])
-        positions = self.offsets.double().expand(*lead, *self.offsets.shape[-2:]).clone()
-        positions[..., 0] += per_token
-        return positions
-
-
-@attrs.frozen(eq=False, kw_only=True)
-class _Recalled:
-    """Recalled blocks as consecutive tokens, in order of origin; spans in steps, and their sum."""
-
-    keys: Tensor
-    values: Tensor
-    where: MidTokens
-    spans: Tensor
-    total: int
 
 
 class LayerStore:
@@ -76,8 +42,8 @@ class LayerStore:
     ) -> None:
         if policy.realigner.rotates and rotary is None:
             raise RotaryError(
-                f"realigner {type(policy.realigner).__name__} rotates keys to their placed positions, but layer {layer} "
-                "has no rotary embedding; use realigner='gaps'"
+                f"realigner {type(policy.realigner).__name__} rotates keys to their placed positions, but layer "
+                f"{layer} has no rotary embedding; use realigner='gaps'"
             )
         policy.check_budget(geometry)
         self.policy, self.geometry, self.layer = policy, geometry, layer
@@ -148,7 +114,7 @@ class LayerStore:
     def _all_buffers(self) -> list[Tensor]:
         return [buffer for buffer in (self.keys, self.raw, self.values) if buffer is not None]
 
-    def _turn(self, keys: Tensor, first: float) -> Tensor:
+    def _turn(self, keys: Tensor, first: int) -> Tensor:
         """Rotate consecutive tokens to the positions from step `first`."""
         if self.rotary is None:
             raise RotaryError(f"layer {self.layer} has no rotary embedding")
@@ -253,9 +219,7 @@ class LayerStore:
         _, raw, stored = self._buffers()
         span, where = self.policy.block_size, slice(slot, slot + tokens)
         positions = self.geometry.positions(first, first + count * span, raw.device)
-        blocks = run_of(
-            raw[:, :, where], stored[:, :, where], count=count, positions=positions, first=first, span=span
-        )
+        blocks = run_of(raw[:, :, where], stored[:, :, where], count=count, positions=positions, first=first, span=span)
         kept, state = self._forms(blocks)
         if not kept:
             self.state, self.dropped = state, self.dropped + count * span
@@ -283,9 +247,7 @@ class LayerStore:
             return {}, state
         if self.observe is not None:
             before, after = (b.count * b.tokens for b in (blocks, compressed))
-            event = events.Compressed(
-                layer=self.layer, blocks=blocks.count, tokens_before=before, tokens_after=after
-            )
+            event = events.Compressed(layer=self.layer, blocks=blocks.count, tokens_before=before, tokens_after=after)
             self.observe(event)
         return kept | {"compressed": compressed}, state
 
@@ -319,9 +281,7 @@ class LayerStore:
         """
         compressor = self.policy.compressor
         due = self.stale or (
-            self.archived > 0
-            and self.policy.retriever.needs_query
-            and self.pending >= self.policy.refresh_steps
+            self.archived > 0 and self.policy.retriever.needs_query and self.pending >= self.policy.refresh_steps
         )
         if not due and not compressor.prepares:
             return
@@ -346,16 +306,17 @@ class LayerStore:
             )
         count = retriever.count(self.policy.top_k, archived)
         more = min(self.policy.fringe, archived - count) if count else 0
+        selection = None
         if count:
             scores = retriever.score(query, self.digests.data, archived)
             ranked = choose(scores.expand(self.geometry.batch, self.geometry.kv_heads, archived), count + more)
             best, next_best = ranked[..., :count].sort(-1).values, ranked[..., count:].sort(-1).values
-            self._assemble(Selection(chosen=best, fringe=next_best))
-        else:
-            self._assemble(None)
+            selection = Selection(chosen=best, fringe=next_best)
+        self._assemble(selection)
         self.pending, self.selected_at = 0, self.seen
-        if self.observe is not None:
-            self.observe(events.Selected(layer=self.layer, chosen=count + more, archived=archived))
+        if self.observe is not None and selection is not None:
+            both = torch.cat([selection.chosen, selection.fringe], -1).sort(-1).values
+            self.observe(events.Selected(layer=self.layer, chosen=both, archived=archived))
 
     def _assemble(self, selection: Selection | None) -> None:
         """Write the sink and the selected blocks right before recent, and place everything."""
@@ -386,53 +347,17 @@ class LayerStore:
         self._shift(placement)
         self.selection, self.stale = selection, False
 
-    def _recall(self, selection: Selection) -> _Recalled:
-        """Fetch the selected blocks from their shelves, in order of origin."""
-        parts = [(self.policy.recall, selection.chosen)]
-        if selection.fringe.shape[-1]:
-            parts.append(("compressed", selection.fringe))
-        keys, values, offsets, spans, tokens = [], [], [], [], []
-        for form, index in parts:
-            shelf = self.shelves[form]
-            k, v, o = shelf.read(index)
-            keys.append(k.flatten(2, 3))
-            values.append(v.flatten(2, 3))
-            offsets.append(o.expand(*o.shape[:2], index.shape[-1], -1, -1).flatten(2, 3))
-            spans += [shelf.span] * index.shape[-1]
-            tokens += [shelf.tokens] * index.shape[-1]
-            if self.observe is not None:
-                event = events.Recalled(
-                    layer=self.layer,
-                    blocks=index.numel(),
-                    bytes=k.nbytes + v.nbytes,
-                    place=self.policy.archive.place,
-                )
-                self.observe(event)
-        device = selection.chosen.device
-        span = torch.tensor(spans, device=device)
-        table = self.starts.data
-        if table is None:
+    def _recall(self, selection: Selection) -> Recalled:
+        starts = self.starts.data
+        if starts is None:
             raise SelectionError(f"layer {self.layer} has no archived blocks to select")
-        if len(parts) == 1:
-            starts = table[selection.chosen]
-            where = MidTokens(offsets=offsets[0], starts=starts, placed=starts, owner=None)
-            return _Recalled(keys=keys[0], values=values[0], where=where, spans=span, total=sum(spans))
-        index = torch.cat([selection.chosen, selection.fringe], -1)
-        order = index.argsort(dim=-1, stable=True)
-        rank = order.argsort(dim=-1, stable=True)
-        owner = rank.repeat_interleave(torch.tensor(tokens, device=device), dim=-1)
-        at = owner.argsort(dim=-1, stable=True)
-        joined = torch.cat([o.expand(*index.shape[:2], -1, -1) for o in offsets], 2)
-        starts = table[index.gather(-1, order)]
-        return _Recalled(
-            keys=_along_tokens(torch.cat(keys, 2), at),
-            values=_along_tokens(torch.cat(values, 2), at),
-            where=MidTokens(
-                offsets=_along_tokens(joined, at), starts=starts, placed=starts, owner=owner.gather(-1, at)
-            ),
-            spans=span[order],
-            total=sum(spans),
-        )
+        found = recall(self.shelves, selection, self.policy.recall, starts)
+        if self.observe is not None:
+            size = found.keys.nbytes + found.values.nbytes
+            blocks = selection.chosen.numel() + selection.fringe.numel()
+            place = self.policy.archive.place
+            self.observe(events.Recalled(layer=self.layer, blocks=blocks, bytes=size, place=place))
+        return found
 
     def blocks_of(self, shelf: Shelf, index: Tensor, first: int) -> Blocks:
         """An archived block, fetched; `index` [batch, kv_heads, 1] names it, `first` is its first step."""
@@ -473,7 +398,13 @@ class LayerStore:
         mask = self._mask(current, keys.shape[2])
         plain = self.geometry.causal and current > 1 and mask is None
         return Context(
-            keys=keys, values=values, current=current, mask=mask, causal=plain, banded=mask is not None and self._bands(), locate=self._locate
+            keys=keys,
+            values=values,
+            current=current,
+            mask=mask,
+            causal=plain,
+            banded=mask is not None and self._bands(),
+            locate=self._locate,
         )
 
     def place_query(
@@ -487,20 +418,13 @@ class LayerStore:
         return self.policy.compressor.drops and self.timeline.recent_start(self.seen - 1) > self.aged_to
 
     def _mask(self, current: int, tokens: int) -> Tensor | None:
-        """What each current token may see: its past, less what its policy has dropped by then."""
+        """What each current token may see, or none if that goes without saying."""
         if not self.geometry.causal or current <= 1:
             return None
         device = self._buffers()[0].device
-        if not self._bands():
-            return None if tokens == current else torch.ones(current, tokens, dtype=torch.bool, device=device).tril(
-                tokens - current
-            )
-        now = torch.arange(self.settled, self.seen, device=device)[:, None]
-        sink, recent, block = self.timeline.sink, self.timeline.recent or 0, self.timeline.block_size
-        anchors = torch.arange(min(sink, self.seen), device=device)
-        step = torch.cat([anchors, torch.arange(self.aged_to, self.seen, device=device)])
-        oldest = sink + (now - recent - sink).clamp(min=0) // block * block
-        return (step <= now) & ((step < sink) | (step >= oldest))
+        if self._bands():
+            return dropping(self.timeline, self.aged_to, self.settled, self.seen, device)
+        return None if tokens == current else causal(current, tokens, device)
 
     def _locate(self) -> tuple[Tensor, Tensor]:
         """Original and placed positions of the tokens of the context."""
@@ -588,8 +512,3 @@ class LayerStore:
                 moved = buffer[:, :, self.sink_slot : self.sink_slot + self.sink_tokens].clone()
                 buffer[:, :, slot : slot + self.sink_tokens] = moved
         self.sink_slot = slot
-
-
-def _along_tokens(x: Float[Tensor, "batch kv_heads tokens width"], at: Int[Tensor, "batch kv_heads tokens"]) -> Tensor:
-    """Reorder tokens, for every row and head on its own."""
-    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))

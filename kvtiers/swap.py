@@ -34,12 +34,12 @@ def check(store: LayerStore, policy: Policy) -> None:
             f"layer {store.layer} keeps its history {'in place' if old.in_place else 'in the archive'}, and this "
             "change would move it; start a new cache"
         )
-    if store.archived and policy.retriever != old.retriever and policy.retriever.needs_digests:
-        if "full" not in store.shelves and not old.compressor.keeps:
-            raise SwapError(
-                f"layer {store.layer} no longer has the full keys that {type(policy.retriever).__name__} digests; "
-                "use recall='full' from the start, or start a new cache"
-            )
+    digests = store.archived and policy.retriever != old.retriever and policy.retriever.needs_digests
+    if digests and "full" not in store.shelves and not old.compressor.keeps:
+        raise SwapError(
+            f"layer {store.layer} no longer has the full keys that {type(policy.retriever).__name__} digests; "
+            "use recall='full' from the start, or start a new cache"
+        )
     if store.archived and policy.fringe and "compressed" not in store.shelves:
         raise SwapError(
             f"layer {store.layer} archived no compressed form for fringe={policy.fringe}; "

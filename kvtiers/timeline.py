@@ -15,8 +15,8 @@ class Timeline:
     """Blocks of `block_size` steps on an absolute grid that starts where the sink ends, so all are of one size.
 
     A block is `sink` if it lies before `sink` steps, `mid` once its end is at least `recent` steps in the past, and
-    `recent` until then; an unfinished block is recent. For video the grid is given: `cuts` are the ends of the committed
-    blocks, and `sink` is the end of the last block that is an anchor.
+    `recent` until then; an unfinished block is recent. For video the grid is given: `cuts` are the ends of the
+    committed blocks, and `sink` is the end of the last block that is an anchor.
     """
 
     sink: int = attrs.field(validator=_COUNT)

@@ -34,7 +34,7 @@ running: ContextVar[Forward | None] = ContextVar("kvtiers_forward", default=None
 
 def _own_attention(module: nn.Module, backend: str) -> Callable[..., Any]:
     """The attention function that the model would use by itself."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager)
     if function is None:
         raise UnsupportedModelError(

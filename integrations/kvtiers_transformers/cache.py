@@ -4,12 +4,35 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from kvtiers import CropError, Held, Layer, Policy, SavedCacheError, TieredCache, UnsupportedModelError
+from kvtiers import (
+    CropError,
+    Held,
+    InterruptedForwardError,
+    Layer,
+    Policy,
+    SavedCacheError,
+    TieredCache,
+    UnsupportedModelError,
+)
 from kvtiers_transformers.attention import running
+
+
+@attrs.frozen(kw_only=True)
+class Outline:
+    """What must agree between a model and a cache: layers, which are tiered, and (query_heads, kv_heads, head_dim)."""
+
+    layers: int
+    tiers: list[int]
+    shapes: list[tuple[int, int, int]]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(map(str, sorted(set(self.shapes))))
+        return f"{self.layers} layers, {len(self.tiers)} tiered, (query_heads, kv_heads, head_dim) = {shapes}"
 
 
 class TieredLayer(CacheLayerMixin):
@@ -68,7 +91,7 @@ class TieredLayer(CacheLayerMixin):
         self.layer.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.layer.take(indices)
+        self.layer.take(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.layer.batch
@@ -79,16 +102,50 @@ class TieredLayer(CacheLayerMixin):
 class TransformersCache(Cache):
     """The cache of one model under one policy per layer. `core` is the `kvtiers.TieredCache` behind it."""
 
-    def __init__(self, core: TieredCache, own: dict[int, CacheLayerMixin]) -> None:
+    def __init__(self, core: TieredCache, own: dict[int, Any]) -> None:
         """own: the layers that stay transformers' own, by layer number; the others are tiered, in order."""
         self.core = core
+        self._started: list[int] | None = None
         tiers = iter(core.layers)
         count = len(core.layers) + len(own)
         super().__init__(layers=[own[i] if i in own else TieredLayer(self, next(tiers)) for i in range(count)])
+        self.outline = Outline(
+            layers=count,
+            tiers=[i for i in range(count) if i not in own],
+            shapes=[(g.query_heads, g.kv_heads, g.head_dim) for g in core.geometries],
+        )
 
     @property
     def tiered_layers(self) -> list[TieredLayer]:
         return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+
+    def start(self) -> None:
+        """A forward begins. Raises `InterruptedForwardError` if an earlier one stopped after changing the cache."""
+        self._check_whole()
+        self._started = self._progress()
+
+    def finish(self) -> None:
+        """The forward that began has passed every layer."""
+        self._started = None
+
+    def _progress(self) -> list[int]:
+        """How far each layer, and each of its groups of rows, has come."""
+        columns = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        return columns + [store.seen for store in self.core.stores()]
+
+    def _check_whole(self) -> None:
+        columns = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
+        if len(columns) > 1 or (self._started is not None and self._started != self._progress()):
+            steps = {layer.layer.seen for layer in self.tiered_layers}
+            raise InterruptedForwardError(
+                f"an earlier forward failed midway and left the layers at {sorted(columns)} columns and "
+                f"{sorted(steps)} steps; go on from a fork() made before it, or reset() the cache"
+            )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._started = None
 
     @property
     def rotates(self) -> bool:
@@ -123,30 +180,23 @@ class TransformersCache(Cache):
                 f"crop() takes the number of tokens to remove as a negative number or 0, got {tokens_to_remove}"
             )
         columns = -tokens_to_remove
-        for layer in self.tiered_layers:
-            if columns and layer.columns - columns < layer.ragged_until:
-                raise CropError(
-                    f"cannot remove {columns} of {layer.columns} columns: some rows had padding there; "
-                    "fork() the cache before steps that may have to be undone"
-                )
-        for other in self.layers:
-            recording = isinstance(other, DynamicSlidingWindowLayer)
-            if columns and recording and other.get_seq_length() >= other.sliding_window and not other.record_past:
-                raise CropError(
-                    "the model's own sliding layers are past their window and cannot be rolled back; "
-                    "call cache.activate_past_recording() before steps that may have to be undone"
-                )
-        self.core.crop_by(columns)
         for layer in self.layers:
-            if isinstance(layer, TieredLayer):
-                layer.columns -= columns
+            reason = _crop_reason(layer, columns) if columns else None
+            if reason is not None:
+                raise CropError(f"cannot remove {columns} columns: {reason}")
+        self.core.crop_by(columns)
+        for cropped in self.layers:
+            own: Any = cropped
+            if isinstance(cropped, TieredLayer):
+                cropped.columns -= columns
             else:
-                layer.crop(tokens_to_remove)
+                own.crop(tokens_to_remove)
 
     def fork(self) -> "TransformersCache":
         """An independent copy that continues exactly from here; `copy.deepcopy` does the same."""
         own = {i: copy.deepcopy(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
         other = TransformersCache(self.core.fork(), own)
+        other._started = self._started
         for mine, theirs in zip(self.tiered_layers, other.tiered_layers, strict=True):
             theirs.columns, theirs.ragged_until = mine.columns, mine.ragged_until
             theirs.is_initialized = mine.is_initialized
@@ -158,6 +208,7 @@ class TransformersCache(Cache):
     def save(self, path: str | Path) -> None:
         """Write the cache to one safetensors file."""
         self._refuse_own_layers("saved")
+        self._check_whole()
         columns = [[layer.columns, layer.ragged_until] for layer in self.tiered_layers]
         self.core.save(path, extra={"columns": columns})
 
@@ -165,6 +216,7 @@ class TransformersCache(Cache):
         """Become what was saved from a cache of the same model and policy."""
         self._refuse_own_layers("loaded")
         extra = self.core.load(path)
+        self._started = None
         for layer, (columns, ragged_until) in zip(self.tiered_layers, extra["columns"], strict=True):
             layer.columns, layer.ragged_until, layer.is_initialized = columns, ragged_until, True
 
@@ -174,3 +226,23 @@ class TransformersCache(Cache):
                 f"{len(self.layers) - len(self.tiered_layers)} layers of this model keep transformers' own sliding "
                 f"cache, which cannot be {what}; fork() it instead"
             )
+
+
+def _crop_reason(layer: Any, columns: int) -> str | None:
+    """Why the newest `columns` columns of `layer` cannot be removed exactly, or none if it knows no reason."""
+    held = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else columns
+    if columns > held:
+        return f"the cache holds {held}"
+    if isinstance(layer, TieredLayer):
+        if held - columns < layer.ragged_until:
+            return "some rows had padding there; fork() the cache before steps that may have to be undone"
+    elif isinstance(layer, DynamicSlidingWindowLayer):
+        kept = 0 if layer.keys is None else layer.keys.shape[2]
+        if kept - columns < min(layer.sliding_window - 1, held - columns):
+            return (
+                "the model's own sliding layers are past their window; call cache.activate_past_recording() before "
+                "steps that may have to be undone"
+            )
+    elif not layer.is_croppable:
+        return f"the model's own {type(layer).__name__} cannot be rolled back"
+    return None

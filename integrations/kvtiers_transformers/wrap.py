@@ -14,19 +14,46 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
-from kvtiers import Geometry, InterruptedForwardError, Policy, Ragged, TieredCache, UnsupportedModelError
+from kvtiers import Geometry, GeometryError, Policy, Ragged, TieredCache, UnsupportedModelError
 from kvtiers_transformers.attention import NAME, Forward, running
-from kvtiers_transformers.cache import TieredLayer, TransformersCache
+from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
 from kvtiers_transformers.rope import rotary_of
+
+
+@attrs.define(eq=False)
+class _Switch:
+    """Turns the configurations of a model to kvtiers' attention for the length of one forward."""
+
+    configs: list[Any]
+    _before: tuple[list[str], Forward | None] | None = None
+
+    def on(self, ragged: Ragged | None, cache: TransformersCache) -> None:
+        """Attend through `cache` from here on."""
+        backends = [config._attn_implementation for config in self.configs]
+        self._before = (backends, running.get())
+        running.set(Forward(backend=backends[0], ragged=ragged, cache=cache))
+        for config in self.configs:
+            config._attn_implementation = NAME
+
+    def off(self) -> None:
+        """Put everything back. Harmless if it is, and needed before a forward if Ctrl-C cut the last one short."""
+        if self._before is not None:
+            backends, outer = self._before
+            for config, backend in zip(self.configs, backends, strict=True):
+                config._attn_implementation = backend
+            running.set(outer)
+            self._before = None
 
 
 @attrs.define(eq=False)
 class _Installed:
     handles: list[Any]
+    switch: _Switch
     count: int = 1
 
 
 _installed: "weakref.WeakKeyDictionary[nn.Module, _Installed]" = weakref.WeakKeyDictionary()
+"""By decoder, so that a model and the decoder inside it are one."""
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -56,101 +83,153 @@ def _cache_in(values: Any) -> TransformersCache | None:
     return next((value for value in values if isinstance(value, TransformersCache)), None)
 
 
-def _before_model(decoder: nn.Module, configs: list[Any]) -> Callable[..., None]:
+def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
     signature = inspect.signature(decoder.forward)
+    outline = _outline(decoder)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        switch.off()
         cache = _cache_in((*args, *kwargs.values()))
         if cache is None:
             return
         given = signature.bind_partial(*args, **kwargs).arguments
         given = given | given.get("kwargs", {})
-        inputs = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if inputs is None:
+            return  # the model has its own words for that
         mask = given.get("attention_mask")
-        _check_forward(cache, mask)
+        _check_model(outline, cache)
+        _check_mask(cache, mask, inputs.shape[1])
+        cache.start()
         ragged = None if mask is None else Ragged.of(mask[:, -inputs.shape[1] :].bool())
-        backend = configs[0]._attn_implementation
-        running.set(Forward(backend=backend, ragged=ragged, cache=cache))
-        for config in configs:
-            config._attn_implementation = NAME
+        if cache.rotates:
+            _check_positions(given.get("position_ids"), mask)
+        switch.on(ragged, cache)
 
     return hook
 
 
-def _check_forward(cache: TransformersCache, mask: Any) -> None:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+def _outline(decoder: nn.Module) -> Outline:
+    """What a cache must be made like to serve `decoder`."""
+    config: Any = decoder.config
+    attentions = _attentions(decoder)
+    tiers, own = _tiers(config)
+    shapes = [_shape(_geometry(config, attentions[i])) for i in tiers if i in attentions]
+    return Outline(layers=len(tiers) + len(own), tiers=tiers, shapes=shapes)
+
+
+def _check_model(wanted: Outline, cache: TransformersCache) -> None:
+    """Refuse a cache that was made for a model of another shape."""
+    if cache.outline != wanted:
+        raise GeometryError(
+            f"this cache was made for another model, with {cache.outline}; this one has {wanted}; "
+            "make a cache with new_cache(model, ...)"
+        )
+
+
+def _check_mask(cache: TransformersCache, mask: Any, columns: int) -> None:
+    """Refuse a mask that is not one of padding, or that hides what the cache already holds."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise UnsupportedModelError(
             f"a tiered cache takes a padding mask of shape [batch, tokens], got {type(mask).__name__} of shape "
             f"{tuple(getattr(mask, 'shape', ()))}; a custom 4D mask names slots that a tiered context does not have"
         )
-    columns = {layer.columns for layer in cache.tiered_layers}
-    steps = {layer.layer.seen for layer in cache.tiered_layers}
-    if len(columns) > 1 or len(steps) > 1:
-        raise InterruptedForwardError(
-            f"an earlier forward failed midway and left the layers at {sorted(columns)} columns and {sorted(steps)} "
-            "steps; go on from a fork() made before it, or reset() the cache"
+    past = mask.shape[1] - columns
+    if columns == 1 or past != cache.get_seq_length():
+        return
+    seen = mask[:, :past].bool().sum(1).tolist()
+    held = cache.core.layers[0].seen_by_row()
+    if held and seen != held:
+        raise UnsupportedModelError(
+            f"attention_mask says that the rows hold {seen} tokens of the past, but the cache holds {held}: padding is "
+            "told apart when it is seen, so give every forward the mask of its own tokens, and never hide them later"
         )
 
 
-def _after_model(configs: list[Any]) -> Callable[..., None]:
-    def hook(module: nn.Module, *_: Any) -> None:
-        forward = running.get()
-        if forward is not None:
-            for config in configs:
-                config._attn_implementation = forward.backend
-            running.set(None)
-
-    return hook
+def _check_positions(positions: Any, mask: Tensor | None) -> None:
+    """Refuse positions that a realigner would silently replace: those with jumps."""
+    if not isinstance(positions, Tensor) or positions.shape[-1] < 2:
+        return
+    jumps = positions.diff(dim=-1) != 1
+    if mask is not None:
+        valid = mask[:, -positions.shape[-1] :].bool()
+        jumps = jumps & valid[:, 1:] & valid[:, :-1]
+    if bool(jumps.any()):
+        raise UnsupportedModelError(
+            "position_ids jump within this forward, and a realigner gives tokens positions of its own; "
+            "use realigner='gaps', which keeps the model's"
+        )
 
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     forward = running.get()
-    cache = _cache_in((*args, *kwargs.values())) if forward is not None else None
-    if forward is None or cache is None:
+    if forward is None or not isinstance(forward.cache, TransformersCache):
         return None
-    layer = cache.layers[module.layer_idx]  # type: ignore[index]
+    cache = forward.cache
+    number: Any = module.layer_idx
+    layer = cache.layers[number]
     if not isinstance(layer, TieredLayer):
         return None
+    if _cache_in((*args, *kwargs.values())) is None:
+        raise UnsupportedModelError(
+            f"layer {number} was not given the cache that its model was given; gradient checkpointing does that while "
+            "training: call model.eval() or model.gradient_checkpointing_disable()"
+        )
     kwargs = {**kwargs, "kvtiers": layer.layer}
     turn = kwargs.get("position_embeddings")
     if turn is not None and cache.rotates:
         cos = turn[0]
-        if forward.identity is None or forward.identity[0].shape != cos.shape:
-            forward.identity = (torch.ones_like(cos), torch.zeros_like(cos))
-        kwargs["position_embeddings"] = forward.identity
+        still = forward.identity
+        if still is None or still[0].shape != cos.shape or still[0].device != cos.device:
+            still = forward.identity = (torch.ones_like(cos), torch.zeros_like(cos))
+        kwargs["position_embeddings"] = still
     return args, kwargs
+
+
+def _after_model(switch: _Switch) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward = running.get() if switch._before is not None else None
+        switch.off()
+        if forward is not None and output is not None and isinstance(forward.cache, TransformersCache):
+            forward.cache.finish()
+
+    return hook
 
 
 def enable(model: PreTrainedModel) -> None:
     """Install the hooks that let `model` use a tiered cache. Without one it behaves exactly as before."""
-    if model in _installed:
-        _installed[model].count += 1
-        return
     decoder = _decoder(model)
+    if decoder in _installed:
+        _installed[decoder].count += 1
+        return
     attentions = _attentions(decoder)
-    configs = list({id(m.config): m.config for m in (decoder, *attentions.values())}.values())
+    switch = _Switch(list({id(m.config): m.config for m in (decoder, *attentions.values())}.values()))
     handles: list[Any] = []
     try:
-        handles.append(decoder.register_forward_pre_hook(_before_model(decoder, configs), with_kwargs=True))
-        handles.append(decoder.register_forward_hook(_after_model(configs), always_call=True))
+        handles.append(decoder.register_forward_pre_hook(_before_model(decoder, switch), with_kwargs=True))
+        handles.append(decoder.register_forward_hook(_after_model(switch), always_call=True))
         handles += [m.register_forward_pre_hook(_before_attention, with_kwargs=True) for m in attentions.values()]
     except BaseException:
         for handle in handles:
             handle.remove()
         raise
-    _installed[model] = _Installed(handles)
+    _installed[decoder] = _Installed(handles, switch)
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undo one `enable`. Harmless on a model that is not enabled."""
-    state = _installed.get(model)
+    decoder = _decoder(model)
+    state = _installed.get(decoder)
     if state is None:
         return
     state.count -= 1
     if state.count == 0:
+        state.switch.off()
         for handle in state.handles:
             handle.remove()
-        del _installed[model]
+        del _installed[decoder]
 
 
 def new_cache(
@@ -170,20 +249,19 @@ def new_cache(
     """
     decoder = _decoder(model)
     attentions = _attentions(decoder)
-    config = decoder.config
+    config: Any = decoder.config
     kinds, _ = get_layer_types_and_kwargs(config)
-    theirs = DynamicCache(config=config).layers
-    own = {i: layer for i, layer in enumerate(theirs) if type(layer) is not DynamicLayer}
-    tiers = [i for i in range(len(theirs)) if i not in own]
+    tiers, own = _tiers(config)
     if not tiers:
         raise UnsupportedModelError(
-            f"every layer of {type(model).__name__} is a {', '.join(sorted(set(kinds)))} layer and keeps its own cache, "
-            "so there is nothing to tier; set config.sliding_window to None if the model allows it"
+            f"every layer of {type(model).__name__} is a {', '.join(sorted(set(kinds)))} layer and keeps its own "
+            "cache, so there is nothing to tier; set config.sliding_window to None if the model allows it"
         )
     missing = [i for i in tiers if i not in attentions]
-    if missing or getattr(config, "num_kv_shared_layers", 0):
+    if missing or bool(getattr(config, "num_kv_shared_layers", None)):
+        which = missing or "that share keys and values"
         raise UnsupportedModelError(
-            f"layers {missing or 'that share keys and values'} of {type(model).__name__} cannot be served from tiers "
+            f"layers {which} of {type(model).__name__} cannot be served from tiers "
             "of their own; kvtiers needs one self-attention with its own keys and values per layer"
         )
     policies = kvtiers.resolve(policy, layers=tiers, **changes)
@@ -192,7 +270,7 @@ def new_cache(
     observe = kvtiers.observer()
     core = TieredCache(
         policies,
-        [_geometry(config, attentions[i], model.dtype) for i in tiers],
+        [attrs.evolve(_geometry(config, attentions[i]), dtype=model.dtype) for i in tiers],
         rotaries=rotaries,
         observe=observe,
         check=check,
@@ -200,11 +278,22 @@ def new_cache(
     return TransformersCache(core, own)
 
 
-def _geometry(config: Any, attention: nn.Module, dtype: torch.dtype) -> Geometry:
+def _tiers(config: Any) -> tuple[list[int], dict[int, Any]]:
+    """The layers that are tiered, and those that stay transformers' own with an empty cache for each."""
+    layers = DynamicCache(config=config).layers
+    own = {i: layer for i, layer in enumerate(layers) if type(layer) is not DynamicLayer}
+    return [i for i in range(len(layers)) if i not in own], own
+
+
+def _geometry(config: Any, attention: nn.Module) -> Geometry:
     heads = config.num_attention_heads
-    width = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None) or config.hidden_size // heads
+    width: Any = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Geometry(kv_heads=kv_heads, query_heads=heads, head_dim=int(width), dtype=dtype)
+    return Geometry(kv_heads=kv_heads, query_heads=heads, head_dim=int(width or config.hidden_size // heads))
+
+
+def _shape(geometry: Geometry) -> tuple[int, int, int]:
+    return geometry.query_heads, geometry.kv_heads, geometry.head_dim
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class File:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Entry:
-    """The first `count` blocks of one file, as one shelf sees them: row `i` of the shelf is row `rows[i]` of the file."""
+    """The first `count` blocks of one file, as one shelf sees them: its row `i` is row `rows[i]` of the file."""
 
     file: File
     count: int

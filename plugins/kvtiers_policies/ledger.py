@@ -1,7 +1,7 @@
 """What the archives with a byte limit share: one ledger for all shelves that an archive has opened."""
 
 import weakref
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 from attrs import validators as v
@@ -9,6 +9,7 @@ from attrs import validators as v
 from kvtiers.errors import ArchiveFullError
 
 
+@runtime_checkable
 class Holds(Protocol):
     """Something that holds bytes while it lives."""
 
@@ -40,13 +41,11 @@ class Ledger:
             )
 
 
-def limit_bytes() -> int | None:
+def limit_bytes() -> Any:
     """The attrs field of an archive's byte limit."""
-    field: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
-    return field
+    return attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
 
 
-def ledger() -> Ledger:
+def ledger() -> Any:
     """The attrs field of an archive's ledger: private, and no part of its value."""
-    field: Ledger = attrs.field(init=False, factory=Ledger, eq=False, repr=False)
-    return field
+    return attrs.field(init=False, factory=Ledger, eq=False, repr=False)

@@ -1,0 +1,99 @@
+"""Fetching selected blocks from their shelves and laying their tokens out in order of origin."""
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvtiers.archive import Shelf
+from kvtiers.blocks import Form, Selection
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class MidTokens:
+    """Where the mid tokens of a context come from and lie.
+
+    offsets: [batch | 1, kv_heads | 1, tokens, axes] from the start of each token's block; starts, placed: the blocks'
+    original and placed first steps, in order; owner: each token's block (its rank), or none for runs of equal size.
+    """
+
+    offsets: Tensor
+    starts: Tensor
+    placed: Tensor
+    owner: Tensor | None
+
+    def at(self, starts: Tensor) -> Tensor:
+        """Positions of the tokens when the blocks begin at `starts`."""
+        if self.owner is None:
+            per_token = starts.repeat_interleave(self.offsets.shape[-2] // starts.shape[-1], dim=-1)
+        else:
+            per_token = starts.expand(*self.owner.shape[:2], -1).gather(-1, self.owner)
+        lead = torch.broadcast_shapes(per_token.shape[:-1], self.offsets.shape[:-2])
+        positions = self.offsets.double().expand(*lead, *self.offsets.shape[-2:]).clone()
+        positions[..., 0] += per_token
+        return positions
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Recalled:
+    """Recalled blocks as consecutive tokens, in order of origin; spans in steps, and their sum."""
+
+    keys: Tensor
+    values: Tensor
+    where: MidTokens
+    spans: Tensor
+    total: int
+
+
+def recall(
+    shelves: Mapping[Form, Shelf], selection: Selection, form: Form, starts: Int[Tensor, " archived"]
+) -> Recalled:
+    """Fetch the chosen blocks in `form`, and the fringe in compressed form; `starts` are all blocks' first steps."""
+    chosen = _fetch(shelves[form], selection.chosen, starts)
+    if not selection.fringe.shape[-1]:
+        return chosen
+    return _merge(chosen, _fetch(shelves["compressed"], selection.fringe, starts), selection)
+
+
+def _fetch(shelf: Shelf, index: Int[Tensor, "batch kv_heads chosen"], starts: Tensor) -> Recalled:
+    keys, values, offsets = shelf.read(index)
+    count = index.shape[-1]
+    first = starts[index]
+    wide = offsets.expand(*offsets.shape[:2], count, -1, -1).flatten(2, 3)
+    return Recalled(
+        keys=keys.flatten(2, 3),
+        values=values.flatten(2, 3),
+        where=MidTokens(offsets=wide, starts=first, placed=first, owner=None),
+        spans=torch.full((count,), shelf.span, device=index.device),
+        total=count * shelf.span,
+    )
+
+
+def _merge(chosen: Recalled, fringe: Recalled, selection: Selection) -> Recalled:
+    """Both runs of blocks as one, in order of origin, which differs by row and head."""
+    index = torch.cat([selection.chosen, selection.fringe], -1)
+    order = index.argsort(dim=-1, stable=True)
+    rank = order.argsort(dim=-1, stable=True)
+    sizes = [part.keys.shape[2] // part.spans.numel() for part in (chosen, fringe)]
+    each = torch.tensor(sizes, device=index.device).repeat_interleave(
+        torch.tensor([chosen.spans.numel(), fringe.spans.numel()], device=index.device)
+    )
+    owner = rank.repeat_interleave(each, dim=-1)
+    at = owner.argsort(dim=-1, stable=True)
+    lead = index.shape[:2]
+    offsets = torch.cat([part.where.offsets.expand(*lead, -1, -1) for part in (chosen, fringe)], 2)
+    starts = torch.cat([chosen.where.starts, fringe.where.starts], -1).gather(-1, order)
+    return Recalled(
+        keys=_along_tokens(torch.cat([chosen.keys, fringe.keys], 2), at),
+        values=_along_tokens(torch.cat([chosen.values, fringe.values], 2), at),
+        where=MidTokens(offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at)),
+        spans=torch.cat([chosen.spans, fringe.spans])[order],
+        total=chosen.total + fringe.total,
+    )
+
+
+def _along_tokens(x: Float[Tensor, "batch kv_heads tokens width"], at: Int[Tensor, "batch kv_heads tokens"]) -> Tensor:
+    """Reorder tokens, for every row and head on its own."""
+    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))

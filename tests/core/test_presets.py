@@ -1,0 +1,224 @@
+"""Policies by name, from TOML, and written down."""
+
+import json
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtiers.errors import BudgetError, PluginError, PolicyError, SlotError, UnknownPolicyError
+from kvtiers.hookspecs import hookimpl
+from kvtiers.plugins import registry
+from kvtiers.policy import SLOTS, Policy, Sink
+from kvtiers.presets import describe, from_description, load_policy, policy
+from kvtiers_policies.affinity import Affinity
+from kvtiers_policies.recency import Recency
+
+PRESETS = ("archive", "full", "packforcing-lm", "sliding-window", "streaming")
+
+
+@attrs.frozen(kw_only=True)
+class Every(Sink):
+    nth: int = 2
+
+    def is_anchor(self, block, sink):
+        return block.start % self.nth == 0
+
+
+class Odd:
+    """A plugin whose factories go wrong in every way."""
+
+    @hookimpl
+    def kvtiers_sinks(self):
+        return {"every": lambda nth=3: Every(nth=nth), "crashes": self.crash, "no-sink": dict}
+
+    @hookimpl
+    def kvtiers_policies(self):
+        return {"bad-preset": lambda: policy("full", recent=-1), "no-preset": dict}
+
+    def crash(self):
+        raise RuntimeError("GPU on fire")
+
+
+@pytest.fixture
+def odd():
+    with registry().registered(Odd(), "odd"):
+        yield
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_and_survives_being_written_as_json(name):
+    built = policy(name)
+    written = json.loads(json.dumps(describe(built)))
+    assert from_description(written) == built
+    assert written["sinks"]["name"] in registry().names("sinks")
+
+
+def test_the_sliding_window_equals_a_hugging_face_window_of_1024():
+    assert policy("sliding-window").recent == 1023
+    assert policy("sliding-window").sink_steps == 0
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"name": "affinity", "heads": "per-kv"},
+        ("affinity", {"heads": "per-kv"}),
+        Affinity(heads="per-kv"),
+    ],
+    ids=["mapping", "tuple", "instance"],
+)
+def test_a_slot_is_changed_by_mapping_tuple_or_instance(choice):
+    assert policy("full", retriever=choice).retriever == Affinity(heads="per-kv")
+
+
+def test_a_slot_is_changed_by_name_and_the_rest_stays():
+    changed = policy("packforcing-lm", retriever="recency", recent=99)
+    assert changed.retriever == Recency()
+    assert changed.recent == 99
+    assert attrs.evolve(changed, retriever=policy("packforcing-lm").retriever, recent=256) == policy("packforcing-lm")
+
+
+BAD = [
+    pytest.param("steaming", {}, UnknownPolicyError, "unknown policy 'steaming'.*streaming.*Did you mean", id="preset"),
+    pytest.param("full", {"retriever": "recensy"}, UnknownPolicyError, "Did you mean 'recency'", id="slot name"),
+    pytest.param(
+        "full", {"resent": 3}, PolicyError, "no setting 'resent'; settings: .*Did you mean 'recent'", id="field"
+    ),
+    pytest.param("full", {"sink": -1}, PolicyError, "sink must be a whole number of at least 0, got -1", id="negative"),
+    pytest.param("full", {"block_size": 0}, PolicyError, "block_size", id="zero block"),
+    pytest.param("full", {"top_k": 0}, PolicyError, "top_k", id="zero top_k"),
+    pytest.param("full", {"recent": 1.5}, PolicyError, "recent", id="fraction"),
+    pytest.param("full", {"recent": True}, PolicyError, "recent", id="true is no number"),
+    pytest.param("full", {"refresh": "often"}, PolicyError, "refresh", id="refresh"),
+    pytest.param("full", {"sink": 8, "recent": 8, "budget": 15}, BudgetError, "8 \\+ 8 = 16", id="budget"),
+    pytest.param(
+        "full", {"retriever": Every()}, SlotError, "'retriever' takes a Retriever, got Every", id="wrong kind"
+    ),
+    pytest.param("full", {"sinks": Every}, SlotError, "'sinks' takes a Sink, got", id="a class"),
+    pytest.param("full", {"archive": None}, SlotError, "'archive' takes a Archive, got None", id="none"),
+    pytest.param("full", {"archive": 7}, SlotError, "'archive' takes", id="a number"),
+    pytest.param("full", {"retriever": {"heads": "mean"}}, PolicyError, "names nothing.*recency", id="no name"),
+    pytest.param(
+        "full", {"retriever": ("affinity", {"head": "mean"})}, PolicyError, "Did you mean 'heads'", id="option"
+    ),
+    pytest.param(
+        "full",
+        {"retriever": {"name": "affinity", "heads": "half"}},
+        PolicyError,
+        "retriever 'affinity' with {'heads': 'half'}: .*heads.*must be in",
+        id="option value",
+    ),
+    pytest.param("full", {"retriever": {"name": "recency", "k": 1}}, PolicyError, "options: none", id="no options"),
+    pytest.param(
+        "full", {"compressor": ("mean-pool", {"ratio": "8"})}, PolicyError, "ratio.*options: ratio", id="type"
+    ),
+    pytest.param("full", {"compressor": ("mean-pool", {"ratio": 0})}, PolicyError, "'ratio' must be >= 1", id="ratio"),
+    pytest.param(
+        "full", {"compressor": ("top-tokens", {"by": "luck"})}, PolicyError, "'key-norm'.*got 'luck'", id="by"
+    ),
+    pytest.param("full", {"archive": ("host", {"limit_bytes": 0})}, PolicyError, "limit_bytes", id="limit"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "error", "message"), BAD)
+def test_a_wrong_name_setting_or_slot_is_refused_with_what_would_be_right(name, changes, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        policy(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("full", {"sinks": "crashes"}, "sinks 'crashes' of plugin 'odd' .*failed: RuntimeError: GPU on fire"),
+        ("full", {"sinks": "no-sink"}, "made a dict, which is no Sink"),
+        ("bad-preset", {}, "policy 'bad-preset' of plugin 'odd' .*failed: PolicyError: recent"),
+        ("no-preset", {}, "made a dict, which is no Policy"),
+    ],
+)
+def test_a_factory_at_fault_is_blamed_on_its_plugin(odd, name, changes, message):
+    with pytest.raises(PluginError, match=message):
+        policy(name, **changes)
+
+
+def test_a_factory_function_can_be_written_down_too(odd):
+    changed = policy("full", sinks={"name": "every", "nth": 5})
+    assert describe(changed)["sinks"] == {"name": "every", "nth": 5}
+    assert from_description(describe(changed)) == changed
+
+
+def test_what_no_plugin_provides_cannot_be_written_down():
+    with pytest.raises(PolicyError, match="sinks Every cannot be written down: no plugin provides it by name"):
+        describe(policy("full", sinks=Every()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("archive"), "must name every slot; missing: archive"),
+        (lambda d: d.update(extra=1), "no setting 'extra'"),
+        (lambda d: d.update(recent=-3), "recent must be"),
+        (lambda d: d["retriever"].update(name="gone"), "unknown retriever 'gone'"),
+    ],
+)
+def test_a_changed_description_is_refused(change, message):
+    description = describe(policy("archive"))
+    change(description)
+    with pytest.raises(PolicyError, match=message):
+        from_description(description)
+
+
+def test_a_toml_file_changes_a_preset(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'policy = "packforcing-lm"\nrecent = 512\nchunk_size = "none"\ncompressor = "keep"\n'
+        '[retriever]\nname = "affinity"\nheads = "mean"\nnormalise = "none"\n'
+    )
+    expected = policy(
+        "packforcing-lm", recent=512, chunk_size=None, compressor="keep", retriever=Affinity(heads="mean")
+    )
+    assert load_policy(path) == expected
+    assert load_policy(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("recent = 3", PolicyError, "must name the preset to start from"),
+        ("policy = 3", PolicyError, "must name the preset"),
+        ("policy = [", PolicyError, "is not valid TOML"),
+        ('policy = "full"\nresent = 3', PolicyError, "Did you mean 'recent'"),
+        ('policy = "ful"', UnknownPolicyError, "Did you mean 'full'"),
+        ('policy = "full"\nretriever = 3', SlotError, "takes a Retriever"),
+        ('policy = "full"\nsink = "none"', PolicyError, "sink must be"),
+        ('policy = "full"\n[retriever]\nname = "affinity"\nheds = "mean"', PolicyError, "Did you mean 'heads'"),
+    ],
+)
+def test_a_wrong_toml_file_is_refused_with_its_name(tmp_path, text, error, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(error, match=rf"(?s)mine\.toml.*{message}"):
+        load_policy(path)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "not text"])
+def test_a_file_that_cannot_be_read_is_refused_with_its_name(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PolicyError, match=r"mine\.toml' cannot be read"):
+        load_policy(path)
+
+
+@given(data=st.data())
+def test_any_mix_of_named_slots_survives_being_written_down(data):
+    slots = {slot: data.draw(st.sampled_from(registry().names(slot))) for slot in SLOTS}
+    sizes = data.draw(
+        st.fixed_dictionaries(
+            {"sink": st.integers(0, 99), "recent": st.none() | st.integers(0, 99), "block_size": st.integers(1, 64)}
+        )
+    )
+    built = policy("full", **slots, **sizes)
+    assert isinstance(built, Policy)
+    assert from_description(json.loads(json.dumps(describe(built)))) == built

@@ -1,0 +1,279 @@
+"""Hypothesis strategies and small oracles that tests share: random policies over everything that is installed, random
+streams of tokens, random ways to cut them, and attention in its plainest form.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvtiers.blocks import Context
+from kvtiers.cache import TieredCache
+from kvtiers.geometry import Geometry
+from kvtiers.plugins import registry
+from kvtiers.policy import Policy
+from kvtiers.presets import build
+from kvtiers.presets import policy as preset
+from kvtiers.rotary import Rotary
+from kvtiers.store import LayerStore
+
+STEPS = 48
+"""How long a stream is; long enough for blocks to age many times with the sizes drawn here."""
+
+_OPTIONS: Mapping[tuple[str, str], Mapping[str, st.SearchStrategy[Any]]] = {
+    ("compressor", "mean-pool"): {"ratio": st.integers(1, 5)},
+    ("compressor", "top-tokens"): {
+        "keep": st.integers(1, 3),
+        "by": st.sampled_from(["key-norm", "key-similarity", "attention"]),
+        "window": st.integers(1, 5),
+    },
+    ("retriever", "affinity"): {
+        "heads": st.sampled_from(["mean", "per-kv"]),
+        "normalise": st.sampled_from(["none", "softmax"]),
+        "digest_tokens": st.none() | st.integers(1, 5),
+        "queries": st.none() | st.integers(1, 3),
+    },
+    ("retriever", "page-bounds"): {"digest_tokens": st.none() | st.integers(1, 5)},
+}
+"""Options worth varying; what is not listed here is built with its defaults. `rows="mean"` mixes rows and is left out."""
+
+
+
+@contextmanager
+def no_random() -> Iterator[None]:
+    """Leave the random state alone: beartype draws which item of a list to look at, which Hypothesis forbids in a
+    strategy."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def names(slot: str) -> tuple[str, ...]:
+    """What is installed for `slot`."""
+    with no_random():
+        return registry().names(slot)
+
+
+@st.composite
+def choices(draw: st.DrawFn, slot: str, among: Sequence[str] | None = None) -> Any:
+    """A policy for `slot`, with options."""
+    name = draw(st.sampled_from(list(among or names(slot))), label=slot)
+    options = draw(st.fixed_dictionaries(dict(_OPTIONS.get((slot, name), {}))), label=name)
+    with no_random():
+        return build(slot, (name, options))
+
+
+@st.composite
+def policies(draw: st.DrawFn, **fixed: Any) -> Policy:
+    """Any combination of slots, in small sizes. A keyword fixes a field; for a slot it may be a name or several."""
+    made: dict[str, Any] = {}
+    for slot in ("sinks", "compressor", "retriever", "realigner", "archive"):
+        among = fixed.pop(slot, None)
+        made[slot] = draw(choices(slot, [among] if isinstance(among, str) else among))
+    sizes = {
+        "sink": st.integers(0, 4),
+        "recent": st.integers(0, 9) | st.none(),
+        "top_k": st.integers(1, 3),
+        "fringe": st.integers(0, 2),
+        "recall": st.sampled_from(["full", "compressed"]),
+        "block_size": st.integers(1, 4),
+        "chunk_size": st.integers(1, 9) | st.none(),
+        "refresh": st.sampled_from(["block", "chunk", 1, 2, 5]),
+    }
+    for name, strategy in sizes.items():
+        made[name] = fixed[name] if name in fixed else draw(strategy, label=name)
+    with no_random():
+        return Policy(**made)
+
+
+@st.composite
+def small_presets(draw: st.DrawFn) -> Policy:
+    """A registered preset, its sizes scaled down so that a short stream exercises it."""
+    name = draw(st.sampled_from(names("policy")), label="preset")
+    with no_random():
+        found = preset(name)
+    sizes = draw(policies(), label="sizes")
+    recent = None if found.recent is None else sizes.recent or 0
+    return attrs.evolve(
+        found,
+        sink=min(found.sink, sizes.sink),
+        recent=recent,
+        block_size=min(found.block_size, sizes.block_size),
+        top_k=sizes.top_k,
+        chunk_size=None if found.chunk_size is None else sizes.chunk_size or 4,
+    )
+
+
+@st.composite
+def geometries(draw: st.DrawFn, *, max_batch: int = 3, max_heads: int = 3) -> Geometry:
+    kv_heads = draw(st.integers(1, max_heads), label="kv_heads")
+    return Geometry(
+        kv_heads=kv_heads,
+        query_heads=kv_heads * draw(st.integers(1, 2), label="group"),
+        head_dim=draw(st.sampled_from([4, 8]), label="head_dim"),
+        value_dim=draw(st.sampled_from([4, 6]), label="value_dim"),
+        batch=draw(st.integers(1, max_batch), label="batch"),
+    )
+
+
+@attrs.frozen(eq=False)
+class Stream:
+    """What a model would feed one layer: [batch, heads, steps, width]."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def part(self, start: int, stop: int) -> "Stream":
+        return Stream(*(x[:, :, start:stop] for x in (self.query, self.keys, self.values)))
+
+    def take(self, rows: Tensor) -> "Stream":
+        return Stream(*(x[rows] for x in (self.query, self.keys, self.values)))
+
+
+def stream(geometry: Geometry, steps: int = STEPS, seed: int = 0) -> Stream:
+    """Random tokens for `geometry`, the same for the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    lead = (geometry.batch, geometry.kv_heads, steps * geometry.tokens_per_step)
+    query = (geometry.batch, geometry.query_heads, steps * geometry.tokens_per_step, geometry.head_dim)
+    return Stream(
+        torch.randn(*query, generator=g).to(geometry.dtype),
+        torch.randn(*lead, geometry.head_dim, generator=g).to(geometry.dtype),
+        torch.randn(*lead, geometry.value_dim, generator=g).to(geometry.dtype),
+    )
+
+
+def rotary(head_dim: int, *, layout: str = "half", partial: bool = False, angle: torch.dtype = torch.float64) -> Rotary:
+    """A rotary embedding of moderate frequencies, over all channels or all but two."""
+    pairs = max(1, head_dim // 2 - partial)
+    return Rotary([torch.linspace(1.0, 0.05, pairs)], layout=layout, angle_dtype=angle)  # type: ignore[arg-type]
+
+
+@st.composite
+def rotaries(draw: st.DrawFn, head_dim: int) -> Rotary:
+    layout, partial = draw(st.sampled_from(["half", "interleaved"])), draw(st.booleans())
+    with no_random():
+        return rotary(head_dim, layout=layout, partial=partial)
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Setting:
+    """A policy on a layer, and tokens for it."""
+
+    policy: Policy
+    geometry: Geometry
+    rotary: Rotary
+    seed: int
+    steps: int = STEPS
+
+    @property
+    def tokens(self) -> Stream:
+        return stream(self.geometry, self.steps, self.seed)
+
+    def store(self, **changes: Any) -> LayerStore:
+        return LayerStore(self.policy, self.geometry, rotary=self.rotary, **changes)
+
+    def cache(self, **changes: Any) -> TieredCache:
+        return TieredCache(self.policy, [self.geometry], rotaries=[self.rotary], **changes)
+
+
+@st.composite
+def settings_of(draw: st.DrawFn, chosen: st.SearchStrategy[Policy] | None = None, **shape: Any) -> Setting:
+    """A random policy (or one of `chosen`, or a preset) on a random layer."""
+    geometry = draw(geometries(**shape))
+    return Setting(
+        policy=draw(policies() | small_presets() if chosen is None else chosen, label="policy"),
+        geometry=geometry,
+        rotary=draw(rotaries(geometry.head_dim)),
+        seed=draw(st.integers(0, 999), label="seed"),
+    )
+
+
+@st.composite
+def cuts(draw: st.DrawFn, policy: Policy, *, most: int = 12, steps: int = STEPS) -> list[int]:
+    """Lengths of consecutive forwards, each at most a chunk, together at most `steps`."""
+    longest = min(policy.chunk_size or 9, steps)
+    lengths = st.integers(1, longest) | st.just(1) | st.just(longest)
+    drawn = draw(st.lists(lengths, min_size=1, max_size=most), label="forwards")
+    total, kept = 0, []
+    for length in drawn:
+        if total + length <= steps:
+            kept.append(length)
+            total += length
+    return kept
+
+
+def extents(lengths: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
+    for length in lengths:
+        yield start, start + length
+        start += length
+
+
+def feed(store: LayerStore, tokens: Stream, lengths: Sequence[int], start: int = 0) -> Iterator[tuple[int, Context]]:
+    """Append and select forward by forward; yields the first current step and the context of each."""
+    for a, b in extents(lengths, start):
+        now = tokens.part(a, b)
+        store.append(now.keys, now.values)
+        store.select(now.query)
+        yield a, store.context()
+
+
+def feed_all(store: LayerStore, tokens: Stream, lengths: Sequence[int], start: int = 0) -> list[Context]:
+    """`feed`, every context copied so that later writes do not change it."""
+    return [copied(context) for _, context in feed(store, tokens, lengths, start)]
+
+
+def copied(context: Context) -> Context:
+    where = context.locate()
+    return attrs.evolve(context, keys=context.keys.clone(), values=context.values.clone(), locate=lambda: where)
+
+
+def same(a: Context, b: Context) -> bool:
+    """Whether two contexts are equal, bitwise."""
+    masks = (a.mask is None) == (b.mask is None) and (a.mask is None or b.mask is None or torch.equal(a.mask, b.mask))
+    located = all(
+        torch.equal(x.expand(torch.broadcast_shapes(x.shape, y.shape)), y.expand(torch.broadcast_shapes(x.shape, y.shape)))
+        for x, y in ((a.origins, b.origins), (a.placed, b.placed))
+    )
+    return (
+        torch.equal(a.keys, b.keys)
+        and torch.equal(a.values, b.values)
+        and (a.current, a.causal, a.banded) == (b.current, b.causal, b.banded)
+        and masks
+        and located
+    )
+
+
+def allowed(context: Context) -> Tensor:
+    """[current, tokens]: what each current token may see, said in full."""
+    current, tokens = context.current, context.keys.shape[2]
+    if context.mask is not None:
+        return context.mask
+    everything = torch.ones(current, tokens, dtype=torch.bool)
+    return everything.tril(tokens - current) if context.causal else everything
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Plain attention in float64. query: [batch, query_heads, queries, head_dim]; `seen` broadcasts to
+    [batch, query_heads, queries, tokens]."""
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
+    logits = query.double() @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+    result: Tensor = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    return result
+
+
+def attend_context(query: Tensor, context: Context) -> Tensor:
+    return attend(query, context.keys, context.values, allowed(context))
+
+
+def per_head(positions: Tensor, context: Context) -> Tensor:
+    """`origins` or `placed` of a context, time only, [batch, kv_heads, tokens]."""
+    return positions[..., 0].expand(*context.keys.shape[:3])
