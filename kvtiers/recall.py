@@ -66,7 +66,7 @@ def _fetch(shelf: Shelf, index: Int[Tensor, "batch kv_heads chosen"], starts: Te
         keys=keys.flatten(2, 3),
         values=values.flatten(2, 3),
         where=MidTokens(offsets=wide, starts=first, placed=first, owner=None),
-        spans=torch.full((count,), shelf.span, device=index.device),
+        spans=torch.full_like(first, shelf.span),
         total=count * shelf.span,
     )
 
@@ -76,10 +76,9 @@ def _merge(chosen: Recalled, fringe: Recalled, selection: Selection) -> Recalled
     index = torch.cat([selection.chosen, selection.fringe], -1)
     order = index.argsort(dim=-1, stable=True)
     rank = order.argsort(dim=-1, stable=True)
-    sizes = [part.keys.shape[2] // part.spans.numel() for part in (chosen, fringe)]
-    each = torch.tensor(sizes, device=index.device).repeat_interleave(
-        torch.tensor([chosen.spans.numel(), fringe.spans.numel()], device=index.device)
-    )
+    counts = [part.spans.shape[-1] for part in (chosen, fringe)]
+    sizes = [part.keys.shape[2] // count for part, count in zip((chosen, fringe), counts, strict=True)]
+    each = torch.tensor(sizes, device=index.device).repeat_interleave(torch.tensor(counts, device=index.device))
     owner = rank.repeat_interleave(each, dim=-1)
     at = owner.argsort(dim=-1, stable=True)
     lead = index.shape[:2]
@@ -89,7 +88,7 @@ def _merge(chosen: Recalled, fringe: Recalled, selection: Selection) -> Recalled
         keys=_along_tokens(torch.cat([chosen.keys, fringe.keys], 2), at),
         values=_along_tokens(torch.cat([chosen.values, fringe.values], 2), at),
         where=MidTokens(offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at)),
-        spans=torch.cat([chosen.spans, fringe.spans])[order],
+        spans=torch.cat([chosen.spans, fringe.spans], -1).gather(-1, order),
         total=chosen.total + fringe.total,
     )
 

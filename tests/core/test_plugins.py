@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 
 import pytest
 
@@ -209,6 +210,13 @@ def test_two_plugins_with_one_name_clash_only_over_that_name(install):
     assert found.factory("sinks", "first")
     clashing = [plugin.distribution for plugin in found.plugins if plugin.error]
     assert clashing == ["kvtt-one", "kvtt-two"]
+
+
+def test_a_distribution_that_is_on_the_path_twice_does_not_clash_with_itself(install, monkeypatch):
+    install("kvtt-one", "one", SINK.replace("NAME", "'mine'"))
+    real = metadata.entry_points
+    monkeypatch.setattr(metadata, "entry_points", lambda **query: [*real(**query), *real(**query)])
+    assert Registry.installed().provider("sinks", "mine").distribution == "kvtt-one"
 
 
 @pytest.mark.parametrize("disabled", ["one", "kvtt-one", " kvtt-one , other"])

@@ -76,7 +76,7 @@ def test_a_window_with_gaps_is_full_attention_that_is_masked(family: str) -> Non
         assert len(cache.tiered_layers) == len(tiers)
     assert distance(ours, masked(model, ids, masks)) < 1e-5
     wrong = {i: drop_mask(40, sink=3, recent=9, block=4)[None, None] if i in tiers else m for i, m in masks.items()}
-    assert distance(ours, masked(model, ids, wrong)) > 0.05
+    assert distance(ours, masked(model, ids, wrong)) > 0.02
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -159,7 +159,7 @@ def test_fixed_frequencies_can_be_realigned(name: str, realigner: str) -> None:
         for rotary in cache.core.rotaries:
             assert rotary is not None
             rotary.frequencies = tuple(f * 1.05 for f in rotary.frequencies)
-        assert distance(feed(model, ids, cache, (10, 23, 40)), plain(model, ids)) > 0.05
+        assert distance(feed(model, ids, cache, (10, 23, 40)), plain(model, ids)) > 0.02
 
 
 @pytest.mark.parametrize("name", _CHANGING)

@@ -138,6 +138,18 @@ def test_the_newest_blocks_are_forgotten_and_written_again(archive):
 
 
 @archives
+def test_what_is_left_of_a_later_write_is_still_read_right(archive):
+    shelf = archive().open()
+    first, second, third = blocks(1, own=True), blocks(3, own=True, first=5), blocks(2, own=True, first=9)
+    shelf.write(first)
+    shelf.write(second)
+    shelf.drop_last(1)
+    shelf.write(third)
+    expected = torch.cat([first.keys, second.keys[:, :, :2], third.keys], dim=2)
+    assert torch.equal(shelf.read(torch.arange(5).expand(2, 3, 5))[0], expected)
+
+
+@archives
 def test_blocks_of_another_size_are_refused(archive):
     shelf = archive().open()
     shelf.write(blocks(1))

@@ -177,6 +177,15 @@ def test_a_pad_query_of_zeros_changes_no_ranking(retriever):
     assert torch.equal(choose(with_pads, 4), choose(without, 4))
 
 
+def test_a_pad_does_not_hide_bounds_below_zero():
+    blocks, keys, query = make(seed=4)
+    keys, query = keys.abs(), -query.abs()
+    padded = torch.cat([torch.zeros_like(query[:, :, :2]), query], dim=2)
+    bounds = score(PageBounds(), blocks, keys, query)
+    assert (bounds < 0).all()
+    assert torch.equal(score(PageBounds(), blocks, keys, padded), bounds)
+
+
 @pytest.mark.parametrize("retriever", ALL, ids=str)
 def test_a_low_precision_query_is_scored_in_float32(retriever):
     blocks, keys, query = make(seed=5)

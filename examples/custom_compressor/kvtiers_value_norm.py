@@ -1,0 +1,51 @@
+"""Compressor `value-norm`: a block keeps the tokens with the largest values, each KV head its own.
+
+A small value adds little to what attention returns, however much it is attended; VATP (arXiv 2406.12335, section 3)
+weighs attention by the L1 norm of the values. Deviation: here the norm decides alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from attrs import validators as v
+
+import kvtiers
+
+
+@attrs.frozen(kw_only=True)
+class ValueNorm(kvtiers.Compressor):
+    """Keep `keep` tokens of every block, in order of origin."""
+
+    keep: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])
+
+    def age(self, blocks: kvtiers.Blocks, state: Any) -> tuple[kvtiers.Blocks, Any]:
+        """`blocks` with `keep` tokens each. Every field that speaks of tokens is thinned out alike."""
+        if self.keep >= blocks.tokens:
+            return blocks, state
+        norms = blocks.values.float().norm(p=1, dim=-1)  # [batch, kv_heads, blocks, tokens]
+        kept = norms.topk(self.keep, dim=-1).indices.sort(dim=-1).values[..., None]
+        offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1)  # heads keep different tokens: no longer shared
+        thinned = {"keys": blocks.keys, "values": blocks.values, "offsets": offsets}
+        return attrs.evolve(blocks, **{name: x.take_along_dim(kept, dim=3) for name, x in thinned.items()}), state
+
+    def compressed_tokens(self, tokens: int) -> int:
+        """How many tokens of a block are left."""
+        return min(self.keep, tokens)
+
+
+def value_norm_archive() -> kvtiers.Policy:
+    """The preset `archive`, attending twice as many blocks, of which only the largest values are left."""
+    return kvtiers.policy("archive", compressor="value-norm", recall="compressed", top_k=32)
+
+
+@kvtiers.hookimpl
+def kvtiers_compressors() -> Mapping[str, Callable[..., kvtiers.Compressor]]:
+    """What this package adds to the slot `compressor`."""
+    return {"value-norm": ValueNorm}
+
+
+@kvtiers.hookimpl
+def kvtiers_policies() -> Mapping[str, Callable[[], kvtiers.Policy]]:
+    """The preset that uses it."""
+    return {"value-norm-archive": value_norm_archive}
