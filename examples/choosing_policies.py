@@ -28,13 +28,13 @@ QUESTION = "\n\nQuestion: What was the number of Catherine's room at the inn?\nA
 
 
 def choices() -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """What to call it, the policy, and what to change in it: everything that `tiered(model, policy, **changes)` takes."""
+    """A label, a policy, and what to change in it: all that `tiered(model, policy, **changes)` takes."""
     for name in ("full", "sliding-window", "streaming", "archive", "packforcing-lm"):
         yield name, name, {"recent": 256}  # one word decides
-    yield "archive, retriever recency", "archive", {"recent": 256, "retriever": "recency"}  # a slot, by name
+    yield "archive, recency", "archive", {"recent": 256, "retriever": "recency"}  # a slot, by name
     yield "streaming, per layer", "streaming", {"recent": {0: 768, "*": 256}}  # a setting, by layer
     built = kvtiers.policy("archive", recent=128, retriever={"name": "page-bounds", "digest_tokens": 4})
-    yield "archive, built in Python", built, {}
+    yield "archive, page-bounds", built, {}
     yield "my_policy.toml", HERE / "my_policy.toml", {}
 
 
@@ -56,7 +56,7 @@ def main(model: Any, tokenizer: Any, *, characters: int = 4000, new_tokens: int 
     """Ask for the fact under every choice and print the table."""
     console = Console()
     console.print(installed())
-    text = FACT + "\n\n" + read_document()[:characters].rsplit("\n", 1)[0] + QUESTION
+    text = FACT + "\n\n" + read_document()[:characters].rpartition(". ")[0] + "." + QUESTION
     prompt = tokenizer(text, return_tensors="pt").to(model.device)
     length = prompt["input_ids"].shape[1]
     table = Table(

@@ -1,8 +1,8 @@
 """A chat that runs past its budget: the system prompt as anchors, what was said as history, the newest as working set.
 
 All turns share one cache, so a turn feeds only its own tokens. The first turn states a fact, the turns after it push it
-out of the working set, the last turn asks for it: `packforcing-lm` recalls it from the archive, `streaming`, which
-attends as many tokens, has dropped it.
+out of the working set, and the last turn asks for it. `packforcing-lm` recalls it from its history; `streaming`, which
+may attend as many tokens, has dropped it by then.
 
     python examples/long_chat.py [--model a/hub-id-or-folder]
 
@@ -10,6 +10,7 @@ Needs kvtiers[transformers,cli]. About a minute with SmolLM2 on 2 cores.
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from rich.table import Table
 
 import kvtiers
 from kvtiers_transformers import TransformersCache, load_model, tiered
-from kvtiers_transformers.document import read_document
 
-SYSTEM = "You are a careful assistant. You answer in one short sentence, and you remember what the user tells you."
-FACT = "My name is Ada and my locker code is 48213. Please remember it."
-QUESTION = "What is my locker code?"
+SYSTEM = "You are a helpful assistant. You remember what the user tells you."
+TURNS = (
+    "Remember this: the code of my locker is 48213.",
+    *(f"Tell me about {city}." for city in ("Paris", "Rome", "Tokyo", "Cairo", "Lima")),
+    "What is the code of my locker?",
+)
+console = Console(highlight=False)
 
 
 class Chat:
@@ -46,8 +50,8 @@ class Chat:
             max_new_tokens=new_tokens,
             do_sample=False,
         )
-        if self.ids[0, -1] == self.tokenizer.eos_token_id:  # the last token is not in the cache yet, so it can go;
-            self.ids = self.ids[:, :-1]  # the template closes the turn, as it does for an answer that was cut short
+        if self.ids[0, -1] == self.tokenizer.eos_token_id:
+            self.ids = self.ids[:, :-1]  # the model has not been fed it yet, and the template writes it anyhow
         answer: str = self.tokenizer.decode(self.ids[0, length:], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": answer})
         return answer
@@ -58,7 +62,9 @@ class Chat:
         if len(self.messages) == 1:
             return render(self.tokenizer, [*self.messages, user])
         before = render(self.tokenizer, self.messages[:-1])
-        return render(self.tokenizer, [*self.messages[:-1], {"role": "assistant", "content": "x"}, user])[len(before) + 1 :]
+        return render(self.tokenizer, [*self.messages[:-1], {"role": "assistant", "content": "x"}, user])[
+            len(before) + 1 :
+        ]
 
     def _append(self, text: str) -> None:
         new = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -71,42 +77,35 @@ def render(tokenizer: Any, messages: list[dict[str, str]], *, answer_next: bool 
     return text
 
 
-def turns(count: int, characters: int) -> list[str]:
-    """The fact, passages of a novel to talk about, and the question."""
-    story = read_document()
-    passages = [story[i * characters : (i + 1) * characters] for i in range(count)]
-    return [FACT, *(f"Here is a part of a novel:\n\n{p}\n\nWho is it about?" for p in passages), QUESTION]
-
-
-def main(model: Any, tokenizer: Any, *, passages: int = 4, characters: int = 1500, new_tokens: int = 24) -> None:
+def main(model: Any, tokenizer: Any, *, turns: Sequence[str] = TURNS, recent: int = 128, new_tokens: int = 56) -> None:
     """Hold the same conversation under both policies."""
-    console = Console()
     system = render(tokenizer, [{"role": "system", "content": SYSTEM}], answer_next=False)
     sink = len(tokenizer(system, add_special_tokens=False)["input_ids"])
-    tiers = kvtiers.policy("packforcing-lm", sink=sink, recent=256, top_k=8)
-    window = kvtiers.policy("streaming", sink=sink, recent=256 + 8 * tiers.block_size)  # attends as many tokens
+    tiers = kvtiers.policy("packforcing-lm", sink=sink, recent=recent, top_k=4)
+    window = kvtiers.policy("streaming", sink=sink, recent=recent + tiers.top_k * tiers.block_size)
     for name, policy in (("packforcing-lm", tiers), ("streaming", window)):
-        console.rule(f"[bold]{name}[/bold]: {sink} tokens of system prompt as anchors, {policy.recent} recent")
-        table = Table("turn", "fed", "anchors", "history", "recent", "forgotten", "attended", title="tokens after each turn")
+        console.print()
+        console.rule(f"[bold]{name}[/bold]")
+        table = Table(
+            "turn", "fed", "anchors", "history", "working set", "dropped", "attended", title="Tokens after each turn"
+        )
         with tiered(model, policy) as cache:
             chat = Chat(model, tokenizer, cache, SYSTEM)
-            for number, text in enumerate(turns(passages, characters), 1):
+            for number, text in enumerate(turns, 1):
                 before = cache.get_seq_length()
+                console.print(f"[bold]{escape(text)}[/bold]")
                 with console.status("thinking"):
                     answer = chat.say(text, new_tokens)
-                first = text if len(text) < 80 else text[:30].replace("\n", " ") + " ... " + text.splitlines()[-1]
-                console.print(f"[bold]user[/bold]       {escape(first)}")
-                console.print(f"[bold]assistant[/bold]  [green]{escape(' '.join(answer.split()))}[/green]")
-                tokens = cache.core.census()
-                table.add_row(
-                    str(number),
-                    str(cache.get_seq_length() - before),
-                    *(str(tokens[tier]) for tier in ("sink", "mid")),
-                    str(tokens["recent"] + tokens["current"]),
-                    str(tokens["dropped"]),
-                    str(cache.core.context(0).keys.shape[2]),
-                )
+                console.print(f"  [green]{escape(' '.join(answer.split()))}[/green]")
+                table.add_row(str(number), str(cache.get_seq_length() - before), *map(str, tokens_in(cache)))
         console.print(table)
+
+
+def tokens_in(cache: TransformersCache) -> tuple[int, int, int, int, int]:
+    """Anchors, history, working set, dropped, and what the last step attended. Every layer is alike here."""
+    tiers = cache.core.census()
+    attended = cache.core.context(0).keys.shape[2]
+    return tiers["sink"], tiers["mid"], tiers["recent"] + tiers["current"], tiers["dropped"], attended
 
 
 if __name__ == "__main__":

@@ -78,10 +78,14 @@ class Archive(ABC):
 
 
 class Growing:
-    """A tensor that grows along one axis by doubling, so that appending is cheap and nothing is concatenated."""
+    """A tensor that grows along one axis by doubling, so that appending is cheap and nothing is concatenated.
 
-    def __init__(self, axis: int) -> None:
+    pinned: in page-locked host memory, from which a GPU copies without waiting.
+    """
+
+    def __init__(self, axis: int, *, pinned: bool = False) -> None:
         self.axis = axis
+        self.pinned = pinned
         self.length = 0
         self.buffer: Tensor | None = None
 
@@ -94,41 +98,52 @@ class Growing:
         """What has been appended so far (a view)."""
         return None if self.buffer is None else self.buffer.narrow(self.axis, 0, self.length)
 
+    def nbytes_after(self, rows: Tensor) -> int:
+        """Bytes that will be held once `rows` are appended."""
+        return rows.element_size() * (rows.numel() // rows.shape[self.axis]) * self._slots_after(rows)
+
     def append(self, rows: Tensor) -> None:
         """Append `rows` along the axis."""
-        count = rows.shape[self.axis]
-        needed = self.length + count
-        if self.buffer is None or self.buffer.shape[self.axis] < needed:
-            have = 0 if self.buffer is None else self.buffer.shape[self.axis]
+        slots = self._slots_after(rows)
+        if self.buffer is None or slots > self.buffer.shape[self.axis]:
             shape = list(rows.shape)
-            shape[self.axis] = needed if have == 0 else max(needed, min(2 * have, 2 * needed))
-            grown = rows.new_empty(shape)
-            if self.buffer is not None:
-                grown.narrow(self.axis, 0, self.length).copy_(self.buffer.narrow(self.axis, 0, self.length))
+            shape[self.axis] = slots
+            grown = torch.empty(shape, dtype=rows.dtype, device=rows.device, pin_memory=self.pinned)
+            if self.data is not None:
+                grown.narrow(self.axis, 0, self.length).copy_(self.data)
             self.buffer = grown
-        self.buffer.narrow(self.axis, self.length, count).copy_(rows)
-        self.length = needed
+        self.buffer.narrow(self.axis, self.length, rows.shape[self.axis]).copy_(rows)
+        self.length += rows.shape[self.axis]
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         """Select along the first axis."""
         if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
+            self._hold(self.buffer.index_select(0, rows.to(self.buffer.device)))
 
     def fork(self) -> "Growing":
-        other = Growing(self.axis)
+        other = Growing(self.axis, pinned=self.pinned)
         other.length = self.length
-        other.buffer = None if self.buffer is None else self.buffer.clone()
+        if self.buffer is not None:
+            other._hold(self.buffer.clone())
         return other
+
+    def _slots_after(self, rows: Tensor) -> int:
+        needed = self.length + rows.shape[self.axis]
+        have = 0 if self.buffer is None else self.buffer.shape[self.axis]
+        return have if needed <= have else max(needed, 2 * have)
+
+    def _hold(self, buffer: Tensor) -> None:
+        self.buffer = buffer.pin_memory() if self.pinned else buffer
 
 
 class TensorShelf(Shelf):
     """A shelf in memory, on the device the blocks come from or on the one that is named."""
 
-    def __init__(self, place: Place, device: torch.device | None = None) -> None:
+    def __init__(self, place: Place, device: torch.device | None = None, *, pinned: bool = False) -> None:
         super().__init__()
         self.place: Place = place
         self.device = device
-        self._keys, self._values, self._offsets = Growing(2), Growing(2), Growing(2)
+        self._keys, self._values, self._offsets = (Growing(2, pinned=pinned) for _ in range(3))
         self._constant: Tensor | None = None
 
     def write(self, blocks: Blocks) -> None:
@@ -153,8 +168,8 @@ class TensorShelf(Shelf):
 
     def read(self, index: Int[Tensor, "batch kv_heads chosen"]) -> Any:
         at = index.to(self.device) if self.device is not None else index
-        offsets = self._constant if self._constant is not None else pick(self._offsets.data, at)
-        parts = (pick(self._keys.data, at), pick(self._values.data, at), offsets)
+        offsets = self._constant.clone() if self._constant is not None else pick(self._offsets, at)
+        parts = (pick(self._keys, at), pick(self._values, at), offsets)
         return tuple(part.to(index.device, non_blocking=True) for part in parts)
 
     def bytes_by_place(self) -> dict[Place, int]:
@@ -188,12 +203,12 @@ class TensorShelf(Shelf):
 
 
 def pick(
-    data: Float[Tensor, "batch kv_heads blocks tokens width"] | None, index: Int[Tensor, "batch kv_heads chosen"]
+    part: Growing, index: Int[Tensor, "batch kv_heads chosen"]
 ) -> Float[Tensor, "batch kv_heads chosen tokens width"]:
-    """The chosen blocks of every row and head, in one indexed copy."""
-    if data is None:
+    """The chosen blocks of every row and head, in one copy of whole blocks."""
+    if part.buffer is None:
         raise GeometryError("an empty shelf was read")
-    batch, heads = data.shape[:2]
-    row = torch.arange(batch, device=data.device)[:, None, None]
-    head = torch.arange(heads, device=data.device)[None, :, None]
-    return data[row, head, index]
+    batch, heads, slots, tokens, width = part.buffer.shape
+    lane = torch.arange(batch * heads, device=part.buffer.device).view(batch, heads, 1) * slots
+    whole = part.buffer.view(batch * heads * slots, tokens * width)
+    return whole.index_select(0, (lane + index).flatten()).view(batch, heads, index.shape[-1], tokens, width)

@@ -33,6 +33,7 @@ class Blocks:
     offsets: where each token lies, counted from the start of its block, along (time, ...); axes that agree are 1.
     starts: the first step of each block.
     span: how many steps a block occupies when a realigner places it.
+    rotated: the keys as attention sees them at their original positions (`keys` themselves under `gaps`), if known.
     reduced: the reduced-resolution K/V that the model itself projected at commit, for a `SourceCompressor`.
     """
 
@@ -41,6 +42,7 @@ class Blocks:
     offsets: Float[Tensor, "#batch #kv_heads #blocks tokens axes"]
     starts: Int[Tensor, "*selection blocks"]
     span: int
+    rotated: Float[Tensor, "batch kv_heads blocks tokens head_dim"] | None = None
     reduced: "Blocks | None" = None
 
     @property
@@ -99,6 +101,7 @@ def run_of(
     positions: Float[Tensor, "tokens axes"],
     first: int,
     span: int,
+    rotated: Float[Tensor, "batch kv_heads tokens head_dim"] | None = None,
 ) -> Blocks:
     """Cut a run of `count` equal blocks out of consecutive tokens whose first step is `first`, without copying."""
     tokens = keys.shape[2] // count
@@ -110,4 +113,5 @@ def run_of(
         offsets=offsets[None, None, None],
         starts=first + span * torch.arange(count, device=keys.device),
         span=span,
+        rotated=None if rotated is None else rotated.unflatten(2, (count, tokens)),
     )

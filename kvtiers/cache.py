@@ -128,7 +128,7 @@ class Layer:
             while start < length:
                 stop = length if size is None else min(length, start + size - lane.store.seen % size)
                 where = slice(start, stop) if columns is None else columns[start:stop]
-                q, k, v = (_rows(x, lane.rows)[:, :, where] for x in (query, keys, values))
+                q, k, v = (_part(x, lane.rows, where, stop - start) for x in (query, keys, values))
                 lane.store.append(k, v)
                 lane.store.select(q)
                 yield Turn(rows=lane.rows, columns=where, query=lane.store.place_query(q), context=lane.store.context())
@@ -164,6 +164,12 @@ def _numbers(lane: Lane) -> list[int]:
     """The rows of a lane by number."""
     numbers: list[int] = list(range(lane.store.geometry.batch)) if lane.rows is None else lane.rows.tolist()
     return numbers
+
+
+def _part(x: Tensor, rows: Tensor | None, where: slice | Tensor, length: int) -> Tensor:
+    """Some rows and columns of a forward; the tensor itself where that is all of them."""
+    x = _rows(x, rows)
+    return x if isinstance(where, slice) and length == x.shape[2] else x[:, :, where]
 
 
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -242,8 +248,8 @@ class TieredCache:
         return lanes[0].store.context()
 
     def contexts(self, layer: int) -> list[tuple[Int[Tensor, " rows"] | None, Context]]:
-        """The context of each group of rows (none: all rows)."""
-        return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes]
+        """The context of each group of rows (none: all rows) that has seen a token."""
+        return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes if lane.store.seen]
 
     # ------------------------------------------------------------------ as a whole
 

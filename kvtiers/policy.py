@@ -60,8 +60,11 @@ class Compressor(ABC):
     """True if nothing of a block remains; then `age` is not called."""
     keeps: ClassVar[bool] = False
     """True if a block stays as it is; then `age` is not called."""
-    prepares: ClassVar[bool] = False
-    """True if `prepare` must be called with the queries of every forward."""
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` must be called with the queries of every forward."""
+        return False
 
     def prepare(self, source: Source, state: Any) -> Any:
         """Look at tokens as they are committed; returns the new state (a tensor, or none), given to `age`."""
@@ -74,6 +77,10 @@ class Compressor(ABC):
     @abstractmethod
     def compressed_tokens(self, tokens: int) -> int:
         """How many tokens a block of `tokens` tokens becomes."""
+
+    def state_bytes(self, geometry: Geometry) -> int:
+        """The most bytes that the state of one layer holds, for `Policy.bound_bytes`."""
+        return 0
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -121,10 +128,8 @@ class Retriever(ABC):
         """How many of `archived` blocks are attended."""
         return min(top_k, archived)
 
-    def digest(
-        self, blocks: Blocks, keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
-    ) -> Float[Tensor, "batch kv_heads blocks digests width"]:
-        """The small tensors that are kept hot for `blocks`; `keys` are their full-form keys rotated at their origin."""
+    def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests width"]:
+        """The small tensors that are kept hot for `blocks` (full form), made of `blocks.rotated`."""
         raise SlotError(f"{type(self).__name__} needs digests but defines no digest()")
 
     def digest_floats(self, tokens: int, head_dim: int) -> int:
@@ -148,6 +153,8 @@ class Placement:
     sink_shift: int
     mid_starts: Float[Tensor, "*selection chosen"]
     recent_shift: int
+    mid_from: int | None = None
+    """Where mid begins, if its blocks follow one another without gap: then nothing else need be looked at."""
 
 
 class Realigner(ABC):
@@ -304,13 +311,15 @@ class Policy:
     def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0) -> int | None:
         """The most bytes one layer holds on the device, everything counted; none if there is no limit.
 
-        Counted: the context buffer with current slots and slack, the unrotated copies of its keys, digests, and (for an
-        archive on the device) `archived_blocks` blocks. Growing tensors hold at most twice what they need.
+        Counted: the context buffer with current slots and slack, the unrotated copies of its keys, digests, a
+        compressor's state, and (for an archive on the device) `archived_blocks` blocks. Growing tensors hold at most
+        twice what they need.
         """
         slots = self.slots(geometry)
         if slots is None:
             return None
         held = slots * (geometry.token_bytes + (geometry.key_bytes if self.realigner.rotates else 0))
+        held += self.compressor.state_bytes(geometry)
         full = self.block_tokens(geometry, "full")
         digest = self.retriever.digest_floats(full, geometry.head_dim) * 4 * geometry.batch * geometry.kv_heads
         hot = archived_blocks * (digest + 8)

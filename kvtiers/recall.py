@@ -45,19 +45,23 @@ class Recalled:
     where: MidTokens
     spans: Tensor
     total: int
+    whole: bool = False
+    """Whether the tokens are every step of their blocks, in order."""
 
 
 def recall(
     shelves: Mapping[Form, Shelf], selection: Selection, form: Form, starts: Int[Tensor, " archived"]
 ) -> Recalled:
     """Fetch the chosen blocks in `form`, and the fringe in compressed form; `starts` are all blocks' first steps."""
-    chosen = _fetch(shelves[form], selection.chosen, starts)
+    chosen = _fetch(shelves[form], selection.chosen, starts, whole=form == "full")
     if not selection.fringe.shape[-1]:
         return chosen
     return _merge(chosen, _fetch(shelves["compressed"], selection.fringe, starts), selection)
 
 
-def _fetch(shelf: Shelf, index: Int[Tensor, "batch kv_heads chosen"], starts: Tensor) -> Recalled:
+def _fetch(
+    shelf: Shelf, index: Int[Tensor, "batch kv_heads chosen"], starts: Tensor, *, whole: bool = False
+) -> Recalled:
     keys, values, offsets = shelf.read(index)
     count = index.shape[-1]
     first = starts[index]
@@ -68,6 +72,7 @@ def _fetch(shelf: Shelf, index: Int[Tensor, "batch kv_heads chosen"], starts: Te
         where=MidTokens(offsets=wide, starts=first, placed=first, owner=None),
         spans=torch.full_like(first, shelf.span),
         total=count * shelf.span,
+        whole=whole,
     )
 
 

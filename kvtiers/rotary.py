@@ -27,7 +27,7 @@ class Rotary:
 
     def __init__(
         self,
-        frequencies: Sequence[Float[Tensor, " pairs"]],
+        frequencies: Sequence[Float[Tensor, " _"]],
         *,
         layout: Layout = "half",
         scaling: float = 1.0,
@@ -104,12 +104,3 @@ class Rotary:
     ) -> Float[Tensor, "*batch tokens head_dim"]:
         """Rotate `x` from position 0 to `positions` (in steps and grid cells, fractions allowed)."""
         return self.apply(x, self.table(positions))
-
-    def same_as(self, other: "Rotary") -> bool:
-        """Whether both rotate alike."""
-        return (
-            self.layout == other.layout
-            and self.scaling == other.scaling
-            and self.axes == other.axes
-            and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self.frequencies, other.frequencies, strict=True))
-        )

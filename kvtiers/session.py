@@ -69,7 +69,7 @@ def crop(store: LayerStore, steps: int) -> None:
     store.tail -= removed * store.geometry.tokens_per_step
     store.seen = steps
     store.settled = min(store.settled, steps)
-    store.pending = max(store.pending, store.policy.refresh_steps) if removed else store.pending
+    store.pending = max(0, store.pending - removed)
     store._live = None
 
 

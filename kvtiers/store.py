@@ -218,16 +218,21 @@ class LayerStore:
         """Write the `count` blocks whose tokens begin at `slot` to the archive. Changes nothing if that is refused."""
         _, raw, stored = self._buffers()
         span, where = self.policy.block_size, slice(slot, slot + tokens)
-        positions = self.geometry.positions(first, first + count * span, raw.device)
-        blocks = run_of(raw[:, :, where], stored[:, :, where], count=count, positions=positions, first=first, span=span)
+        keys = raw[:, :, where]
+        blocks = run_of(
+            keys,
+            stored[:, :, where],
+            count=count,
+            positions=self.geometry.positions(first, first + count * span, raw.device),
+            first=first,
+            span=span,
+            rotated=self._turn(keys, first) if self.rotates else keys,
+        )
         kept, state = self._forms(blocks)
         if not kept:
             self.state, self.dropped = state, self.dropped + count * span
             return
-        digest = None
-        if self.policy.retriever.needs_digests:
-            turned = self._turn(raw[:, :, where], first) if self.rotates else raw[:, :, where]
-            digest = self.policy.retriever.digest(blocks, turned.unflatten(2, (count, -1)))
+        digest = self.policy.retriever.digest(blocks) if self.policy.retriever.needs_digests else None
         self._shelve(kept)
         if digest is not None:
             self.digests.append(digest)
@@ -340,7 +345,10 @@ class LayerStore:
             where = slice(self.head - tokens, self.head)
             turned = mid.keys
             if self.rotates and self.rotary is not None:
-                turned = self.rotary.rotate(mid.keys, self.mid.at(placement.mid_starts))
+                if mid.whole and placement.mid_from is not None:
+                    turned = self._turn(mid.keys, placement.mid_from)
+                else:
+                    turned = self.rotary.rotate(mid.keys, self.mid.at(placement.mid_starts))
                 raw[:, :, where] = mid.keys
             placed[:, :, where] = turned
             stored[:, :, where] = mid.values
@@ -363,7 +371,8 @@ class LayerStore:
         """An archived block, fetched; `index` [batch, kv_heads, 1] names it, `first` is its first step."""
         keys, values, offsets = shelf.read(index)
         starts = torch.tensor([first], device=keys.device)
-        return Blocks(keys=keys, values=values, offsets=offsets, starts=starts, span=shelf.span)
+        rotated = self._turn(keys.flatten(2, 3), first).unflatten(2, (1, -1)) if self.rotates else keys
+        return Blocks(keys=keys, values=values, offsets=offsets, starts=starts, span=shelf.span, rotated=rotated)
 
     def _shift(self, placement: Placement) -> None:
         """Rotate sink and recent (with current) anew, from their unrotated keys, where their place has changed."""
@@ -395,6 +404,8 @@ class LayerStore:
                 live_keys = self._turn(live_keys, self.settled + self.recent_shift)
             keys = torch.cat([keys[:, :, :-current], live_keys], 2)
             values = torch.cat([values[:, :, :-current], live_values], 2)
+        elif torch.is_grad_enabled():  # the query may need them in backward, when they have been written over
+            keys, values = keys.clone(), values.clone()
         mask = self._mask(current, keys.shape[2])
         plain = self.geometry.causal and current > 1 and mask is None
         return Context(

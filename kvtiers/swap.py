@@ -70,8 +70,4 @@ def _digest_again(store: LayerStore) -> None:
         device = store._buffers()[0].device
         index = torch.full((*shape, 1), number, device=device, dtype=torch.long)
         first = 0 if starts is None else int(starts[number])
-        blocks = store.blocks_of(shelf, index, first)
-        turned = blocks.keys
-        if store.rotates:
-            turned = store._turn(blocks.keys.flatten(2, 3), first).unflatten(2, (1, -1))
-        store.digests.append(store.policy.retriever.digest(blocks, turned))
+        store.digests.append(store.policy.retriever.digest(store.blocks_of(shelf, index, first)))

@@ -305,7 +305,7 @@ def contents(trial: Trial, context: Context) -> None:
     require(close, 4, "keys are not their stored keys rotated once to their placed positions")
 
 
-def order(trial: Trial, context: Context) -> None:
+def tiling(trial: Trial, context: Context) -> None:
     """Invariant 5, for a realigner whose blocks tile: the spans of sink, mid, recent and current touch and do not overlap."""
     spans = _spans(trial, context)
     for before, after in zip(spans, spans[1:], strict=False):

@@ -55,8 +55,7 @@ class Timeline:
             ends = [*([first] if first else []), *range(first + self.block_size, seen + 1, self.block_size)]
             if seen and (not ends or ends[-1] < seen):
                 ends.append(seen)
-        starts = [0, *ends[:-1]]
-        return [(Extent(a, b), self.tier(a, seen)) for a, b in zip(starts, ends, strict=True)]
+        return [(Extent(a, b), self.tier(a, seen)) for a, b in zip([0, *ends], ends, strict=False)]
 
     def aged(self, before: int, now: int) -> list[Extent]:
         """The blocks that leave recent when history grows from `before` to `now` steps."""

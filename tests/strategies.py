@@ -173,6 +173,10 @@ class Setting:
     seed: int
     steps: int = STEPS
 
+    @staticmethod
+    def plain_rotary(head_dim: int) -> Rotary:
+        return rotary(head_dim)
+
     @property
     def tokens(self) -> Stream:
         return stream(self.geometry, self.steps, self.seed)

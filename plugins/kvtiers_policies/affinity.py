@@ -14,6 +14,7 @@ from attrs import validators as v
 from jaxtyping import Float
 from torch import Tensor
 
+from kvtiers.blocks import Blocks
 from kvtiers.errors import SlotError
 from kvtiers.policy import Retriever
 from kvtiers_policies.digests import groups, query_groups, spread
@@ -40,12 +41,10 @@ class Affinity(Retriever):
     rows: Literal["each", "mean"] = attrs.field(default="each", validator=v.in_(("each", "mean")))
     queries: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
 
-    def digest(
-        self, blocks: object, keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
-    ) -> Float[Tensor, "batch kv_heads blocks digests head_dim"]:
+    def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests head_dim"]:
         """The float32 sum of each group's keys; their mean for `softmax`, where the last group may be smaller."""
         softmax = self.normalise == "softmax"
-        parts = [g.mean(-2) if softmax else g.sum(-2) for g in groups(keys.float(), self.digest_tokens)]
+        parts = [g.mean(-2) if softmax else g.sum(-2) for g in groups(blocks, self.digest_tokens)]
         return torch.stack(parts, dim=-2)
 
     def digest_floats(self, tokens: int, head_dim: int) -> int:

@@ -27,4 +27,4 @@ class Anchored(Realigner):
         total: int,
     ) -> Placement:
         before = (spans.cumsum(-1) - spans).double()
-        return Placement(sink_shift=0, mid_starts=before + sink, recent_shift=sink + total - recent)
+        return Placement(sink_shift=0, mid_starts=before + sink, mid_from=sink, recent_shift=sink + total - recent)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from kvtiers.blocks import Blocks
 
-def groups(
-    keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"], size: int | None
-) -> Sequence[Float[Tensor, "batch kv_heads blocks group head_dim"]]:
-    """Runs of `size` consecutive tokens (none: all of them); the last may be shorter."""
+
+def groups(blocks: Blocks, size: int | None) -> Sequence[Float[Tensor, "batch kv_heads blocks group head_dim"]]:
+    """The blocks' rotated keys in float32, in runs of `size` tokens (none: all); the last may be shorter."""
+    keys = (blocks.keys if blocks.rotated is None else blocks.rotated).float()
     runs: Sequence[Tensor] = keys.split(size or keys.shape[-2], dim=-2)
     return runs
 

@@ -27,4 +27,4 @@ class Incremental(Realigner):
     ) -> Placement:
         before = (spans.cumsum(-1) - spans).double()
         first = recent - total
-        return Placement(sink_shift=first - sink, mid_starts=before + first, recent_shift=0)
+        return Placement(sink_shift=first - sink, mid_starts=before + first, mid_from=first, recent_shift=0)

@@ -6,6 +6,7 @@ from attrs import validators as v
 from jaxtyping import Float
 from torch import Tensor
 
+from kvtiers.blocks import Blocks
 from kvtiers.errors import SlotError
 from kvtiers.policy import Retriever
 from kvtiers_policies.digests import groups, query_groups
@@ -23,11 +24,9 @@ class PageBounds(Retriever):
 
     digest_tokens: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
 
-    def digest(
-        self, blocks: object, keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
-    ) -> Float[Tensor, "batch kv_heads blocks digests width"]:
+    def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests width"]:
         """Per digest, the least value of each channel, then the greatest, in float32."""
-        parts = [torch.cat([g.amin(-2), g.amax(-2)], dim=-1) for g in groups(keys.float(), self.digest_tokens)]
+        parts = [torch.cat([g.amin(-2), g.amax(-2)], dim=-1) for g in groups(blocks, self.digest_tokens)]
         return torch.stack(parts, dim=-2)
 
     def digest_floats(self, tokens: int, head_dim: int) -> int:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from kvtiers.blocks import Blocks
 from kvtiers.errors import PolicyError
+from kvtiers.geometry import Geometry
 from kvtiers.policy import Compressor, Source
 
 _ScoredKeys = Float[Tensor, "batch kv_heads blocks tokens head_dim"]
@@ -29,8 +30,7 @@ class TopTokens(Compressor):
     """Keep `keep` tokens of every block and KV head, in order of origin; of equal scores the newer token stays.
 
     `window` is how many of the latest queries `attention` looks at; the state is these queries, [batch, query_heads,
-    <= window, head_dim]. `attention` needs keys and queries rotated alike: blocks whose keys are stored unrotated
-    (every realigner but `gaps`) are scored by content alone, against queries that are rotated.
+    <= window, head_dim], rotated at their original positions like the keys they are held against.
     """
 
     keep: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])
@@ -43,7 +43,7 @@ class TopTokens(Compressor):
             raise PolicyError(f"by must be one of {', '.join(map(repr, _SCORES))}, got {value!r}")
 
     @property
-    def prepares(self) -> bool:  # type: ignore[override]
+    def prepares(self) -> bool:
         return self.by == "attention"
 
     def prepare(self, source: Source, state: Tensor | None) -> Tensor | None:
@@ -58,7 +58,7 @@ class TopTokens(Compressor):
     def age(self, blocks: Blocks, state: Tensor | None) -> tuple[Blocks | None, Any]:
         if self.keep >= blocks.tokens:
             return blocks, state
-        scores = _SCORES[self.by](blocks.keys, state)
+        scores = _SCORES[self.by](blocks.keys if blocks.rotated is None else blocks.rotated, state)
         newest_first = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : self.keep]
         kept = (blocks.tokens - 1 - newest_first).sort(dim=-1).values
         offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1)
@@ -67,11 +67,16 @@ class TopTokens(Compressor):
             keys=blocks.keys.take_along_dim(kept[..., None], dim=3),
             values=blocks.values.take_along_dim(kept[..., None], dim=3),
             offsets=offsets.take_along_dim(kept[..., None], dim=3),
+            rotated=None,
         )
         return compressed, state
 
     def compressed_tokens(self, tokens: int) -> int:
         return min(self.keep, tokens)
+
+    def state_bytes(self, geometry: Geometry) -> int:
+        query_bytes = geometry.batch * geometry.query_heads * geometry.head_dim * geometry.dtype.itemsize
+        return self.window * query_bytes if self.prepares else 0
 
 
 def _low_norm(keys: _ScoredKeys, _queries: Tensor | None) -> _Scores:

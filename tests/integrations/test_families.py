@@ -44,15 +44,17 @@ def test_full_realigned_is_the_models_own_cache_but_for_rounding(family: str, re
             assert distance(feed(model, ids, cache, splits), plain(model, ids, splits)) < 1e-5
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored", "incremental"])
-@pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
+@pytest.mark.parametrize(
+    ("family", "attention", "realigner"),
+    [pytest.param(*case.values, "gaps", id=f"{case.id}-gaps") for case in ATTENTIONS]
+    + [pytest.param(family, "eager", "anchored", id=f"{family}-eager-anchored") for family in ROTARY],
+)
 def test_greedy_generation_under_full_gives_the_same_tokens(family: str, attention: str, realigner: str) -> None:
-    if family == "gpt2" and realigner != "gaps":
-        pytest.skip("GPT-2 has no rotary embedding; the error has a test of its own")
     model, prompt = build(family, attention=attention), tokens(11)
-    own = model.generate(prompt, max_new_tokens=64, do_sample=False, past_key_values=DynamicCache(config=model.config))
+    options: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False}
+    own = model.generate(prompt, past_key_values=DynamicCache(config=model.config), **options)
     with tiered(model, "full", realigner=realigner) as cache:
-        ours = model.generate(prompt, max_new_tokens=64, do_sample=False, past_key_values=cache)
+        ours = model.generate(prompt, past_key_values=cache, **options)
     assert ours.shape[1] == 75
     assert torch.equal(ours, own)
     assert len(set(own[0].tolist())) > 5  # the model does not just repeat itself
@@ -220,9 +222,9 @@ def test_a_layer_that_its_model_does_not_rotate_is_not_rotated() -> None:
     with tiered(model, "full", realigner="anchored") as cache:
         assert [rotary.width for rotary in cache.core.rotaries if rotary is not None] == [0, 0]
         assert distance(feed(model, ids, cache, (10, 11)), plain(model, ids)) < 1e-5
-    with tiered(model, "streaming", sink=2, recent=8, block_size=2) as cache:  # without positions, closing up is nothing
+    with tiered(
+        model, "streaming", sink=2, recent=8, block_size=2
+    ) as cache:  # without positions, closing up is nothing
         ours = feed(model, ids, cache, (5, 30))
     with tiered(model, "streaming", realigner="gaps", sink=2, recent=8, block_size=2) as cache:
         assert distance(ours, feed(model, ids, cache, (5, 30))) < 1e-5
-
-

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -47,7 +48,7 @@ def make(*, seed, batch=2, kv_heads=2, group=2, count=4, tokens=6, queries=3, wi
 
 
 def score(retriever, blocks, keys, query):
-    digests = retriever.digest(blocks, keys)
+    digests = retriever.digest(attrs.evolve(blocks, rotated=keys))
     assert digests.dtype == torch.float32
     assert digests.shape[3] * digests.shape[4] == retriever.digest_floats(keys.shape[3], keys.shape[4])
     return retriever.score(query, digests, keys.shape[2])
@@ -125,7 +126,7 @@ def test_affinity_softmax_is_the_attention_share_of_each_block(shape, size, head
 def test_affinity_digests_are_summed_in_float32():
     blocks, keys, _ = make(seed=1, tokens=512)
     low = keys.to(torch.bfloat16)
-    assert torch.allclose(Affinity().digest(blocks, low)[..., 0, :].double(), low.double().sum(-2), atol=1e-3)
+    assert torch.allclose(Affinity().digest(attrs.evolve(blocks, rotated=low))[..., 0, :].double(), low.double().sum(-2), atol=1e-3)
 
 
 @given(shape=shapes, size=digest_tokens)

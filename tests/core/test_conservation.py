@@ -1,0 +1,220 @@
+"""Invariants 1, 5 and 7: every step is somewhere, in order, and reading changes nothing. Over all installed policies."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import STEPS, Setting, cuts, feed, policies, settings_of, stream
+
+from kvtiers import testing
+from kvtiers.blocks import Extent
+from kvtiers.events import Archived, Committed, Compressed, Recalled, Selected
+from kvtiers.geometry import Geometry
+from kvtiers.policy import Policy
+from kvtiers.presets import policy
+
+
+def trial_of(setting: Setting) -> testing.Trial:
+    return testing.Trial.start(
+        setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps
+    )
+
+
+@given(data=st.data())
+def test_every_step_is_in_exactly_one_tier_and_the_archive_holds_what_left_recent(data):
+    trial = trial_of(data.draw(settings_of()))
+    for steps in data.draw(cuts(trial.policy)):
+        trial.feed(steps)
+        testing.conservation(trial)
+
+
+@given(data=st.data())
+def test_a_context_holds_the_tokens_that_the_policy_names_each_turned_to_its_place(data):
+    trial = trial_of(data.draw(settings_of()))
+    for steps in data.draw(cuts(trial.policy)):
+        testing.contents(trial, trial.feed(steps))
+
+
+@given(data=st.data())
+def test_placed_blocks_touch_and_do_not_overlap(data):
+    trial = trial_of(data.draw(settings_of(policies(realigner=("anchored", "incremental")))))
+    for steps in data.draw(cuts(trial.policy)):
+        testing.tiling(trial, trial.feed(steps))
+
+
+@given(data=st.data())
+def test_anchored_positions_begin_at_zero_and_incremental_ones_end_at_now(data):
+    trial = trial_of(data.draw(settings_of(policies(realigner=("anchored", "incremental")))))
+    for steps in data.draw(cuts(trial.policy)):
+        placed = trial.feed(steps).placed
+        if type(trial.policy.realigner).__name__ == "Anchored":
+            first = trial.store.mid.placed if trial.store.mid is not None and not trial.store.sink_tokens else placed
+            assert float(first.flatten()[0]) == 0
+        else:
+            assert float(placed[0, 0, -1, 0]) == trial.seen - 1
+
+
+@given(data=st.data())
+def test_reading_any_number_of_times_changes_nothing(data):
+    trial = trial_of(data.draw(settings_of()))
+    for steps in data.draw(cuts(trial.policy)):
+        testing.reading(trial, trial.feed(steps))
+
+
+@given(data=st.data())
+def test_a_run_with_readings_equals_one_without(data):
+    setting = data.draw(settings_of())
+    lengths = data.draw(cuts(setting.policy))
+    read, unread = setting.store(), setting.store()
+    for _ in feed(read, setting.tokens, lengths):
+        read.context()
+        read.context().origins.add_(100)
+        read.census()
+    start = 0
+    for length in lengths:
+        now = setting.tokens.part(start, start + length)
+        unread.append(now.keys, now.values)
+        unread.select(now.query)
+        start += length
+    assert testing.difference(read.context(), unread.context()) is None
+
+
+@given(data=st.data())
+def test_selecting_again_without_new_tokens_changes_nothing(data):
+    setting = data.draw(settings_of(policies(refresh="block")))
+    store = setting.store()
+    lengths = data.draw(cuts(setting.policy))
+    for start, context in feed(store, setting.tokens, lengths):
+        before = testing.copied(context)
+        store.select(setting.tokens.part(start, store.seen).query)
+        assert testing.difference(before, store.context()) is None
+
+
+def test_the_kit_notices_a_step_that_went_missing():
+    trial = testing.Trial.start(
+        policy("archive", recent=3, block_size=2, sink=1, top_k=1),
+        Geometry(kv_heads=2, head_dim=4),
+        Setting.plain_rotary(4),
+        seed=0,
+        steps=STEPS,
+    )
+    for _ in range(6):
+        trial.feed(2)
+    testing.conservation(trial)
+    trial.store.dropped += 1
+    with pytest.raises(AssertionError, match=r"invariant 1 \(conservation\)"):
+        testing.conservation(trial)
+    trial.store.dropped -= 1
+    trial.store.shelves["full"]._keys.buffer[0, 0, 1, 0, 0] += 1
+    with pytest.raises(AssertionError, match="the full block of step 3 has other keys"):
+        testing.conservation(trial)
+
+
+@pytest.mark.parametrize("off", ["origin", "value", "place", "order"])
+def test_the_kit_notices_one_token_that_is_off(off):
+    trial = testing.Trial.start(
+        policy("streaming", recent=3, block_size=2, sink=2),
+        Geometry(kv_heads=2, head_dim=4),
+        Setting.plain_rotary(4),
+        seed=0,
+        steps=STEPS,
+    )
+    for _ in range(6):
+        context = trial.feed(2)
+    testing.contents(trial, context)
+    store = trial.store
+    if off == "value":
+        store.values[0, 1, store.head] += 1e-3
+    elif off == "place":
+        at = slice(store.head, store.head + 1)
+        store.keys[:, :, at] = store._turn(store.raw[:, :, at], store.aged_to + store.recent_shift + 1)
+    elif off == "origin":
+        store.aged_to += 1
+    else:
+        store.keys[0, 0, [store.head, store.head + 1]] = store.keys[0, 0, [store.head + 1, store.head]]
+    with pytest.raises(AssertionError, match="invariant"):
+        testing.contents(trial, store.context())
+    assert trial.seen == 12
+
+
+def test_observers_are_told_what_happened_to_every_step():
+    told = []
+    setting = Setting(
+        policy=policy("packforcing-lm", sink=2, recent=4, block_size=3, top_k=1, fringe=1, archive="device"),
+        geometry=Geometry(kv_heads=2, head_dim=4, query_heads=4),
+        rotary=Setting.plain_rotary(4),
+        seed=1,
+    )
+    store = setting.store(observe=told.append)
+    list(feed(store, setting.tokens, [5, 5, 5, 1, 1, 1]))
+    assert sum(event.steps for event in told if isinstance(event, Committed)) == 18
+    full, compressed = store.shelves["full"], store.shelves["compressed"]
+    assert sum(event.blocks for event in told if isinstance(event, Archived)) == full.count + compressed.count
+    assert sum(event.blocks for event in told if isinstance(event, Compressed)) == full.count == store.archived == 3
+    selections = [event for event in told if isinstance(event, Selected)]
+    assert all(event.chosen.shape[-1] <= 2 for event in selections)
+    assert sum(isinstance(event, Recalled) for event in told) == len(selections)
+
+
+def test_layout_says_which_blocks_exist_from_the_first_step_on():
+    found = policy("archive", sink=2, recent=3, block_size=2, top_k=1)
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=Setting.plain_rotary(4), seed=0)
+    cache, tokens = setting.cache(), setting.tokens
+    assert cache.layout() == []
+    for start in range(0, 9):
+        now = tokens.part(start, start + 1)
+        cache.append(0, now.keys, now.values)
+        cache.select(0, now.query)
+        assert sum(extent.steps for extent, _ in cache.layout()) == start
+    assert cache.layout() == [
+        (Extent(0, 2), "sink"),
+        (Extent(2, 4), "mid"),
+        (Extent(4, 6), "recent"),
+        (Extent(6, 8), "recent"),
+    ]
+
+
+@given(
+    geometry=st.builds(
+        Geometry,
+        kv_heads=st.integers(1, 2),
+        head_dim=st.just(8),
+        grid=st.sampled_from([(2,), (2, 3)]),
+        steps_per_commit=st.integers(1, 2),
+        causal=st.just(False),
+    ),
+    commits=st.integers(1, 8),
+    base=policies(recent=4),
+)
+def test_a_video_layer_holds_every_token_of_every_step(geometry, commits, base):
+    """Steps of several tokens; what a commit brings is a block, and tiers end where blocks end."""
+    commit = geometry.steps_per_commit
+    found = Policy(
+        sinks=base.sinks,
+        compressor=base.compressor,
+        retriever=base.retriever,
+        realigner=policy("archive").realigner,
+        archive=base.archive,
+        sink=commit,
+        recent=2 * commit,
+        top_k=base.top_k,
+        fringe=base.fringe,
+        recall=base.recall,
+        block_size=commit,
+        refresh=base.refresh,
+    )
+    store = Setting(policy=found, geometry=geometry, rotary=Setting.plain_rotary(8), seed=0).store()
+    tokens, per = stream(geometry), geometry.tokens_per_step * commit
+    for number in range(commits):
+        now = tokens.part(number * per, (number + 1) * per)
+        store.append(now.keys, now.values)
+        store.select(now.query)
+        context = store.context()
+        assert sum(store.census().values()) == (number + 1) * commit
+        assert context.mask is None
+        assert not context.causal
+        assert context.current == per
+        assert torch.equal(context.keys[:, :, -per:], now.keys)
+        assert context.origins.shape[-1] == 1 + len(geometry.grid)
+        bound = found.bound(geometry)
+        assert bound is None or context.keys.shape[2] <= bound

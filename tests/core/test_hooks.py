@@ -1,0 +1,133 @@
+"""Each hook on its own: what a plugin returns from it is what a user gets. test_hooks_documented.py counts them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+import kvtiers
+from kvtiers.archive import TensorShelf
+from kvtiers.events import Committed, Event
+from kvtiers.plugins import Registry, registry
+
+GEOMETRY = kvtiers.Geometry(kv_heads=2, head_dim=4)
+
+
+@attrs.frozen(kw_only=True)
+class UpTo(kvtiers.Sink):
+    upto: int = 3
+
+    def is_anchor(self, block: kvtiers.Extent, sink: int) -> bool:
+        return block.start < min(self.upto, sink)
+
+
+class Same(kvtiers.Compressor):
+    keeps = True
+
+    def age(self, blocks: kvtiers.Blocks, state: Any) -> tuple[kvtiers.Blocks, Any]:
+        return blocks, state
+
+    def compressed_tokens(self, tokens: int) -> int:
+        return tokens
+
+
+class Oldest(kvtiers.Retriever):
+    needs_query = False
+    needs_digests = False
+
+    def score(self, query: object, digests: object, archived: int) -> torch.Tensor:
+        return -torch.arange(archived, dtype=torch.float32)[None, None]
+
+
+class Still(kvtiers.Realigner):
+    rotates = False
+
+    def place(self, *, sink: int, starts: torch.Tensor, spans: object, total: int, recent: int) -> kvtiers.Placement:
+        return kvtiers.Placement(sink_shift=0, mid_starts=starts.double(), recent_shift=0)
+
+
+class Here(kvtiers.Archive):
+    place = "device"
+
+    def open(self) -> TensorShelf:
+        return TensorShelf("device")
+
+
+@pytest.fixture
+def plugged() -> Iterator[Any]:
+    """Register an object with one hook for the length of a test."""
+    names = []
+
+    def plug(hook: str, answer: Any) -> None:
+        plugin = type(f"With_{hook}", (), {hook: kvtiers.hookimpl(answer)})()
+        names.append(registry().register(plugin).name)
+
+    yield plug
+    for name in names:
+        registry().unregister(name)
+
+
+def fed(policy: kvtiers.Policy, *, steps: int = 20, **options: Any) -> kvtiers.LayerStore:
+    store = kvtiers.LayerStore(policy, GEOMETRY, **options)
+    for step in range(steps):
+        x = torch.full((1, 2, 1, 4), float(step))
+        store.append(x, x)
+        store.select(x)
+    return store
+
+
+def test_kvtiers_policies_adds_a_preset(plugged: Any) -> None:
+    plugged("kvtiers_policies", lambda self: {"mine": lambda: kvtiers.policy("streaming", sink=7)})
+    assert kvtiers.policy("mine", recent=9) == kvtiers.policy("streaming", sink=7, recent=9)
+
+
+def test_kvtiers_sinks_adds_a_choice_of_anchors(plugged: Any) -> None:
+    plugged("kvtiers_sinks", lambda self: {"mine": UpTo})
+    made = kvtiers.policy(
+        "streaming", sinks={"name": "mine", "upto": 2}, sink=8, recent=4, block_size=2, realigner="gaps"
+    )
+    assert made.sink_steps == 2
+    assert fed(made).census()["sink"] == 2
+
+
+def test_kvtiers_compressors_adds_a_form_for_blocks(plugged: Any) -> None:
+    plugged("kvtiers_compressors", lambda self: {"mine": Same})
+    made = kvtiers.policy("archive", compressor="mine", recent=4, block_size=2)
+    assert isinstance(made.compressor, Same)
+    assert fed(made).census()["dropped"] == 0
+
+
+def test_kvtiers_retrievers_adds_a_way_to_choose_blocks(plugged: Any) -> None:
+    plugged("kvtiers_retrievers", lambda self: {"mine": Oldest})
+    made = kvtiers.policy("archive", retriever="mine", sink=0, recent=4, block_size=2, top_k=2)
+    context = fed(made).context()
+    assert context.values[0, 0, :4, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_kvtiers_realigners_adds_a_placement(plugged: Any) -> None:
+    plugged("kvtiers_realigners", lambda self: {"mine": Still})
+    made = kvtiers.policy("streaming", realigner="mine", sink=2, recent=4, block_size=2)
+    context = fed(made).context()
+    assert context.placed.flatten().tolist() == context.origins.flatten().tolist()
+
+
+def test_kvtiers_archives_adds_a_place(plugged: Any) -> None:
+    plugged("kvtiers_archives", lambda self: {"mine": Here})
+    made = kvtiers.policy("archive", archive="mine", recent=4, block_size=2)
+    assert fed(made).archived > 0
+    assert type(made.archive) is Here
+
+
+def test_kvtiers_observe_is_told_of_every_commit(plugged: Any) -> None:
+    told: list[Event] = []
+    plugged("kvtiers_observe", lambda self, event: told.append(event))
+    fed(kvtiers.policy("archive", recent=4, block_size=2), steps=5, layer=3, observe=kvtiers.observer())
+    commits = [event for event in told if isinstance(event, Committed)]
+    assert sum(event.tokens for event in commits) >= 4
+    assert {event.layer for event in told} == {3}
+
+
+def test_without_an_observer_nothing_is_told() -> None:
+    assert not Registry([("quiet", type("Quiet", (), {})())]).observers_active()
