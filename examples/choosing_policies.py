@@ -48,7 +48,7 @@ def installed() -> Table:
 
 def attended(cache: TransformersCache) -> tuple[int, int]:
     """The fewest and the most tokens that a layer attended in the last step."""
-    counts = [c.keys.shape[2] for i in range(len(cache.policies)) for _, c in cache.core.contexts(i)]
+    counts = cache.attended()
     return min(counts), max(counts)
 
 

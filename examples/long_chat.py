@@ -103,9 +103,8 @@ def main(model: Any, tokenizer: Any, *, turns: Sequence[str] = TURNS, recent: in
 
 def tokens_in(cache: TransformersCache) -> tuple[int, int, int, int, int]:
     """Anchors, history, working set, dropped, and what the last step attended. Every layer is alike here."""
-    tiers = cache.core.census()
-    attended = cache.core.context(0).keys.shape[2]
-    return tiers["sink"], tiers["mid"], tiers["recent"] + tiers["current"], tiers["dropped"], attended
+    tiers = cache.census()
+    return tiers["sink"], tiers["mid"], tiers["recent"] + tiers["current"], tiers["dropped"], max(cache.attended())
 
 
 if __name__ == "__main__":

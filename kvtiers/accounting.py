@@ -26,15 +26,17 @@ class Held:
 def held_by(stores: Iterable[LayerStore]) -> list[Held]:
     """What `stores` hold together, one entry per tier and place, largest first."""
     total: Counter[tuple[Part, Place]] = Counter()
+    small: dict[int, int] = {}
     for store in stores:
         for buffer in store._all_buffers():
             _split(store, buffer, total)
-        small = [store.digests.buffer, store.starts.buffer, store.state, *_parts(store.mid), *_parts(store.selection)]
-        storages = {t.untyped_storage().data_ptr(): t for t in small if isinstance(t, Tensor)}
-        total["digests", "device"] += sum(t.untyped_storage().nbytes() for t in storages.values())
+        parts = [store.digests.buffer, store.starts.buffer, store.state, *_parts(store.mid), *_parts(store.selection)]
+        storages = [part.untyped_storage() for part in parts if isinstance(part, Tensor)]
+        small |= {storage.data_ptr(): storage.nbytes() for storage in storages}  # rows that part ways share some
         for shelf in store.shelves.values():
             for place, size in shelf.bytes_by_place().items():
                 total["mid", place] += size
+    total["digests", "device"] = sum(small.values())
     return [Held(tier=tier, place=place, bytes=n) for (tier, place), n in total.most_common() if n]
 
 

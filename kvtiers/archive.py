@@ -149,13 +149,12 @@ class TensorShelf(Shelf):
     def write(self, blocks: Blocks) -> None:
         self.admit(blocks)
         device = self.device or blocks.keys.device
-        per_block = max(blocks.offsets.shape[:3]) > 1
-        if self.count and per_block == (self._constant is not None):
+        if self.count and blocks.alike == (self._constant is None):
             raise GeometryError("blocks with offsets of their own cannot follow blocks that share them")
-        if per_block:
-            self._offsets.append(blocks.offsets.expand(*blocks.keys.shape[:4], -1).to(device, torch.float32))
-        else:
+        if blocks.alike:
             self._constant = blocks.offsets.to(device, torch.float32)
+        else:
+            self._offsets.append(blocks.offsets.expand(*blocks.keys.shape[:4], -1).to(device, torch.float32))
         self._keys.append(blocks.keys.to(device))
         self._values.append(blocks.values.to(device))
         self.count += blocks.count

@@ -35,6 +35,8 @@ class Blocks:
     span: how many steps a block occupies when a realigner places it.
     rotated: the keys as attention sees them at their original positions (`keys` themselves under `gaps`), if known.
     reduced: the reduced-resolution K/V that the model itself projected at commit, for a `SourceCompressor`.
+    own_offsets: a compressor sets it if it leaves other offsets in other blocks, which the shape of a single block of a
+        single row and head cannot show.
     """
 
     keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
@@ -44,6 +46,12 @@ class Blocks:
     span: int
     rotated: Float[Tensor, "batch kv_heads blocks tokens head_dim"] | None = None
     reduced: "Blocks | None" = None
+    own_offsets: bool = False
+
+    @property
+    def alike(self) -> bool:
+        """Whether tokens lie alike in every block, so that the offsets of one stand for all."""
+        return not self.own_offsets and max(self.offsets.shape[:3]) == 1
 
     @property
     def count(self) -> int:

@@ -84,6 +84,14 @@ class Layer:
         """Rows, or none before the first tokens."""
         return sum(lane.store.geometry.batch for lane in self.lanes) or None
 
+    def check_batch(self, batch: int) -> None:
+        """Raise `GeometryError` unless a forward of `batch` rows can go on from here."""
+        if self.batch not in (None, batch):
+            raise GeometryError(
+                f"layer {self.index} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by "
+                "itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
+            )
+
     def _split(self, batch: int, ragged: Ragged | None) -> list[tuple[Lane, Tensor | None]]:
         """The lanes of this forward with their valid columns (none: all), split where rows part ways."""
         if not self.lanes:
@@ -155,7 +163,7 @@ class Layer:
     def stores(self) -> list[LayerStore]:
         return [lane.store for lane in self.lanes]
 
-    def adopt(self, lanes: Sequence[tuple[Int[Tensor, " rows"] | None, LayerStore]]) -> None:
+    def adopt(self, lanes: Sequence[tuple[Tensor | None, LayerStore]]) -> None:
         """Become `lanes`: the rows (none: all) and store of each."""
         self.lanes = [Lane(rows, store) for rows, store in lanes]
 
@@ -247,7 +255,7 @@ class TieredCache:
             )
         return lanes[0].store.context()
 
-    def contexts(self, layer: int) -> list[tuple[Int[Tensor, " rows"] | None, Context]]:
+    def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
         """The context of each group of rows (none: all rows) that has seen a token."""
         return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes if lane.store.seen]
 
@@ -320,6 +328,10 @@ class TieredCache:
     def held(self) -> list[accounting.Held]:
         """Bytes held per tier and place."""
         return accounting.held_by(self.stores())
+
+    def attended(self) -> list[int]:
+        """Tokens that the last step of each layer attended, per row and KV head (of its longest row)."""
+        return [max((store.tail - store.begin for store in layer.stores()), default=0) for layer in self.layers]
 
     def census(self, layer: int = 0, row: int = 0) -> dict[str, int]:
         """How many steps of a row are in each tier, and how many a policy dropped."""

@@ -25,8 +25,8 @@ KINDS: Mapping[str, type] = {
 _FIELDS = tuple(field.name for field in attrs.fields(Policy))
 
 
-def policy(name: str, **changes: Any) -> Policy:
-    """The preset `name`, with some settings or slots changed.
+def policy(name: str | Policy, **changes: Any) -> Policy:
+    """The preset `name` (or a policy at hand), with some settings or slots changed.
 
     A slot is changed by name (`retriever="recency"`), by name with options (`retriever={"name": "affinity", "heads":
     "mean"}` or `("affinity", {"heads": "mean"})`), or by an instance. Other keywords are fields of `Policy`.
@@ -34,9 +34,9 @@ def policy(name: str, **changes: Any) -> Policy:
     Raises `UnknownPolicyError` for a name that is not installed, `PolicyError` for an unknown keyword or a value out of
     range, `SlotError` for an instance of the wrong kind, `PluginError` if the plugin that provides a name is at fault.
     """
-    _refuse_unknown(changes, f"policy {name!r}")
-    preset: Policy = _build("policy", name, {})
-    return attrs.evolve(preset, **{key: _resolve(key, value) for key, value in changes.items()})
+    _refuse_unknown(changes, "a policy" if isinstance(name, Policy) else f"policy {name!r}")
+    start: Policy = name if isinstance(name, Policy) else _build("policy", name, {})
+    return attrs.evolve(start, **{key: _resolve(key, value) for key, value in changes.items()})
 
 
 def load_policy(path: str | PathLike[str]) -> Policy:

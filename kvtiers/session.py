@@ -28,6 +28,7 @@ _NUMBERS = (
     "stale",
     "pending",
     "selected_at",
+    "together_at",
 )
 _BUFFERS = ("keys", "raw", "values")
 _MID = ("offsets", "starts", "placed", "owner")
@@ -47,6 +48,10 @@ def crop_reason(store: LayerStore, steps: int) -> str | None:
     renewed = store.archived and store.policy.retriever.needs_query and store.selected_at > steps
     if renewed and store.policy.refresh_steps > 1:
         return f"the selection was renewed at step {store.selected_at}, by queries that would be gone"
+    if steps < store.together_at:
+        return (
+            f"the tokens up to step {store.together_at} chose together what they attend, those that would go included"
+        )
     return None
 
 
@@ -63,9 +68,9 @@ def crop(store: LayerStore, steps: int) -> None:
         return
     removed = store.seen - steps
     if removed and store.policy.in_place:
-        first = max(store.timeline.recent_start(steps), store.timeline.sink)
-        back = (store.aged_to - first) * store.geometry.tokens_per_step
-        store.mid_tokens, store.aged_to = max(0, store.mid_tokens - back), min(first, store.aged_to)
+        first = min(max(store.timeline.recent_start(steps), store.timeline.sink), store.aged_to)
+        store.mid_tokens -= (store.aged_to - first) * store.geometry.tokens_per_step
+        store.aged_to = first
     store.tail -= removed * store.geometry.tokens_per_step
     store.seen = steps
     store.settled = min(store.settled, steps)

@@ -77,6 +77,8 @@ class LayerStore:
         self.stale = False
         self.pending = 0
         self.selected_at = 0
+        self.together_at = 0
+        """The step up to which several current tokens last chose blocks with one query."""
         self._live: tuple[Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ where things are
@@ -319,6 +321,8 @@ class LayerStore:
             selection = Selection(chosen=best, fringe=next_best)
         self._assemble(selection)
         self.pending, self.selected_at = 0, self.seen
+        if count and retriever.needs_query and self.current > self.geometry.tokens_per_step:
+            self.together_at = self.seen
         if self.observe is not None and selection is not None:
             both = torch.cat([selection.chosen, selection.fringe], -1).sort(-1).values
             self.observe(events.Selected(layer=self.layer, chosen=both, archived=archived))

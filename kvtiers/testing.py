@@ -13,7 +13,7 @@ ways to cut them are drawn by Hypothesis, so a failure comes with the smallest e
 Needs Hypothesis; nothing else of kvtiers imports this module.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -350,17 +350,18 @@ def bounded(trial: Trial, context: Context) -> None:
 
 def storages(store: LayerStore) -> dict[str, int]:
     """Bytes of the storages that can be reached from `store`, by place, without asking its accounting."""
+    return storages_of([store])
+
+
+def storages_of(stores: Iterable[LayerStore]) -> dict[str, int]:
+    """`storages` of several stores together; what they share is counted once."""
     found: dict[str, dict[int, int]] = {"device": {}, "host": {}, "disk": {}}
-    shelves = {id(shelf) for shelf in store.shelves.values()}
-    for place, tensor in _tensors(store, "device", shelves, store.policy.archive.place, set()):
-        storage = tensor.untyped_storage()
-        found[place].setdefault(storage.data_ptr(), storage.nbytes())
-    shared = found["device"].keys() & found["host"].keys()
-    return {
-        "device": sum(found["device"].values()),
-        "host": sum(n for at, n in found["host"].items() if at not in shared),
-        "disk": 0,
-    }
+    for store in stores:
+        shelves = {id(shelf) for shelf in store.shelves.values()}
+        for place, tensor in _tensors(store, "device", shelves, store.policy.archive.place, set()):
+            storage = tensor.untyped_storage()
+            found[place].setdefault(storage.data_ptr(), storage.nbytes())
+    return {place: sum(sizes.values()) for place, sizes in found.items()}
 
 
 def _tensors(

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from kvtiers.store import LayerStore
 
 STEPS = 48
 """How long a stream is; long enough for blocks to age many times with the sizes drawn here."""
+
+fewer = settings(max_examples=settings().max_examples // 4)
+"""For a property whose examples are long: a quarter of the profile's."""
 
 _OPTIONS: Mapping[tuple[str, str], Mapping[str, st.SearchStrategy[Any]]] = {
     ("compressor", "mean-pool"): {"ratio": st.integers(1, 5)},

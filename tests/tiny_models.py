@@ -15,7 +15,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
@@ -26,9 +26,8 @@ _COMMON: dict[str, Any] = {
 _GROUPED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "head_dim": 12}
 _MIXED: dict[str, Any] = {
     **_GROUPED,
-    "num_hidden_layers": 4,
     "sliding_window": 9,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "layer_types": ["sliding_attention", "full_attention"],
     "query_pre_attn_scalar": 12,
 }
 

@@ -83,10 +83,10 @@ def main(model: Any, tokenizer: Any, *, tokens: int = 1024, layers: int = 6) -> 
         block = 0 if policy.compressor.drops else policy.block_size
         kept = block if policy.compressor.keeps or not block else policy.compressor.compressed_tokens(block)
         found[name] = (sum(errors) / len(errors), kept, max(attended))
-    table = Table("compressor", "from", "tokens per block of 32", "attended", "output error", title=f"{tokens} tokens")
+    table = Table("compressor", "from", "kept of a block", "attended", "error", title=f"{tokens} tokens")
     for name, (mean, kept, attended_tokens) in sorted(found.items(), key=lambda item: item[1]):
         origin = registry().provider("compressor", name).distribution
-        table.add_row(name, origin, str(kept), str(attended_tokens), f"{mean:.3f}")
+        table.add_row(name, origin, f"{kept} of 32", str(attended_tokens), f"{mean:.3f}")
     console.print(table)
     return {name: mean for name, (mean, _, _) in found.items()}
 

@@ -25,9 +25,9 @@ class ValueNorm(kvtiers.Compressor):
             return blocks, state
         norms = blocks.values.float().norm(p=1, dim=-1)  # [batch, kv_heads, blocks, tokens]
         kept = norms.topk(self.keep, dim=-1).indices.sort(dim=-1).values[..., None]
-        offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1)  # heads keep different tokens: no longer shared
-        thinned = {"keys": blocks.keys, "values": blocks.values, "offsets": offsets}
-        return attrs.evolve(blocks, **{name: x.take_along_dim(kept, dim=3) for name, x in thinned.items()}), state
+        offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1)  # heads and blocks keep different tokens
+        keys, values, offsets = (x.take_along_dim(kept, dim=3) for x in (blocks.keys, blocks.values, offsets))
+        return attrs.evolve(blocks, keys=keys, values=values, offsets=offsets, own_offsets=True), state
 
     def compressed_tokens(self, tokens: int) -> int:
         """How many tokens of a block are left."""

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from kvtiers import Policy, PolicyError, bytes_in, resolve
 from kvtiers_transformers.document import read_document
-from kvtiers_transformers.reading import answer, attended, encoder, needle, read
+from kvtiers_transformers.reading import answer, encoder, needle, read
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import disable, enable, new_cache, tiered
 
@@ -115,7 +115,7 @@ def remember(
                 model(torch.tensor([task.document]), past_key_values=cache, logits_to_keep=1)
                 said, _ = answer(model, tokenizer, task.question, cache)
                 found[depth] += task.found_in(said)
-                most = max(most, attended(cache))
+                most = max(most, *cache.attended())
             done()
     with tiered(model, policy) as cache:
         reading = read(model, prose[:tokens], cache)
@@ -208,7 +208,8 @@ def speed(
         for length in lengths:
             document = torch.tensor([prose[:length]])
             caches: dict[str, Cache] = {"DynamicCache": DynamicCache(config=model.config)}
-            caches |= {spec: new_cache(model, parse(spec)) for spec in specs}
+            tiers = {spec: new_cache(model, parse(spec)) for spec in specs}
+            caches |= tiers
             enable(model)
             try:
                 with torch.inference_mode():
@@ -218,8 +219,8 @@ def speed(
                     times = _take_turns(model, caches, prose[length : length + tokens], lambda: progress.advance(bar))
             finally:
                 disable(model)
-            for label, cache in caches.items():
-                seen = attended(cache) if label in specs else length + tokens  # type: ignore[arg-type]
+            for label in caches:
+                seen = max(tiers[label].attended()) if label in tiers else length + tokens
                 results[label].append((sorted(times[label])[tokens // 2] * 1e3, seen))
     return results
 

@@ -161,6 +161,14 @@ class TransformersCache(Cache):
         """Go on under another policy (see `kvtiers.TieredCache.swap`)."""
         self.core.swap(policies)
 
+    def attended(self) -> list[int]:
+        """Tokens that the last step of each tiered layer attended, per row and KV head."""
+        return self.core.attended()
+
+    def census(self, row: int = 0) -> dict[str, int]:
+        """How many tokens of a row are in each tier of the first tiered layer, and how many a policy dropped."""
+        return self.core.census(0, row)
+
     def held(self) -> list[Held]:
         """Bytes held per tier and place, the model's own sliding layers counted as recent."""
         sliding = sum(

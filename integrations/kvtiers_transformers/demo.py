@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvtiers_transformers.document import read_document
-from kvtiers_transformers.reading import Reading, answer, attended, encoder, needle, read
+from kvtiers_transformers.reading import Reading, answer, encoder, needle, read
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import tiered
 
@@ -83,7 +83,7 @@ def compare(
                     reading=reading,
                     said=said,
                     recalled=task.found_in(said),
-                    attended=attended(cache),
+                    attended=max(cache.attended()),
                     decode_seconds=seconds,
                 )
             rows.append(row)

@@ -91,11 +91,6 @@ def answer(
     return str(tokenizer.decode(said)), (time.perf_counter() - began) / tokens
 
 
-def attended(cache: TransformersCache) -> int:
-    """Tokens that the last forward attended, in the layer that attended most (per row and KV head)."""
-    return max(store.context().keys.shape[2] for store in cache.core.stores())
-
-
 @attrs.frozen(kw_only=True)
 class Needle:
     """A document with a five-digit key in it, and the question for it, as token ids."""

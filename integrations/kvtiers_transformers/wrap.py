@@ -100,6 +100,7 @@ def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
         mask = given.get("attention_mask")
         _check_model(outline, cache)
         _check_mask(cache, mask, inputs.shape[1])
+        cache.core.layers[0].check_batch(inputs.shape[0])
         cache.start()
         ragged = None if mask is None else Ragged.of(mask[:, -inputs.shape[1] :].bool())
         if cache.rotates:

@@ -106,7 +106,7 @@ class DiskShelf(Shelf):
 
     def write(self, blocks: Blocks) -> None:
         self.admit(blocks)
-        own = max(blocks.offsets.shape[:3]) > 1
+        own = not blocks.alike
         if self._widths is not None and own != self._widths.own_offsets:
             raise GeometryError("blocks with offsets of their own cannot follow blocks that share them")
         offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1) if own else blocks.offsets

@@ -38,6 +38,6 @@ class MemoryShelf(TensorShelf):
     def _nbytes_after(self, blocks: Blocks) -> int:
         offsets = blocks.offsets.to(torch.float32)
         held = self._keys.nbytes_after(blocks.keys) + self._values.nbytes_after(blocks.values)
-        if max(offsets.shape[:3]) > 1:
-            return held + self._offsets.nbytes_after(offsets.expand(*blocks.keys.shape[:4], -1))
-        return held + offsets.numel() * offsets.element_size()
+        if blocks.alike:
+            return held + offsets.numel() * offsets.element_size()
+        return held + self._offsets.nbytes_after(offsets.expand(*blocks.keys.shape[:4], -1))

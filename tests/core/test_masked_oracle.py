@@ -81,8 +81,8 @@ class Oracle:
 
 def oracle_of(found: Policy) -> Oracle:
     retriever = type(found.retriever).__name__
-    extra = found.fringe if found.top_k else 0
-    newest = {"AllBlocks": None, "NoBlocks": 0, "Recency": found.top_k + extra}[retriever]
+    extra = found.fringe
+    newest = {"NoBlocks": 0, "Recency": found.top_k + extra}.get(retriever)
     compressor = found.compressor
     top = type(compressor).__name__ == "TopTokens" and found.recall == "compressed"
     return Oracle(

@@ -1,0 +1,166 @@
+"""Invariant 6: tokens and bytes stay within what a policy says beforehand, and what is reported is what is held."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import STEPS, Setting, cuts, feed, fewer, names, policies, rotary, settings_of, small_presets, stream
+
+from kvtiers import testing
+from kvtiers.accounting import bytes_in
+from kvtiers.cache import Ragged, TieredCache
+from kvtiers.geometry import Geometry
+from kvtiers.presets import policy
+
+
+@given(data=st.data())
+def test_tokens_and_bytes_stay_within_their_bounds_and_reports_are_true(data):
+    setting = data.draw(settings_of())
+    trial = testing.Trial.start(
+        setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=STEPS
+    )
+    for steps in data.draw(cuts(setting.policy, most=20)):
+        testing.bounded(trial, trial.feed(steps))
+
+
+@fewer
+@given(data=st.data())
+def test_several_layers_hold_the_sum_of_what_each_may(data):
+    geometry = Geometry(kv_heads=2, head_dim=4, batch=2)
+    each = data.draw(st.lists(policies() | small_presets(), min_size=2, max_size=3))
+    cache = TieredCache(each, [geometry] * len(each), rotaries=[rotary(4)] * len(each))
+    tokens, start = stream(geometry), 0
+    for length in data.draw(cuts(min(each, key=lambda p: p.chunk_size or 99))):
+        now = tokens.part(start, start + length)
+        start += length
+        for layer in range(len(each)):
+            cache.append(layer, now.keys, now.values)
+            cache.select(layer, now.query)
+    limits = [p.bound_bytes(geometry, s.archived) for p, s in zip(each, cache.stores(), strict=True)]
+    held = cache.held()
+    if None not in limits:
+        assert bytes_in(held, "device") <= sum(limits)
+    for place in ("device", "host"):
+        assert bytes_in(held, place) == sum(testing.storages(store)[place] for store in cache.stores())
+
+
+@fewer
+@given(data=st.data())
+def test_reports_are_true_when_rows_part_ways(data):
+    setting = data.draw(settings_of(policies(chunk_size=6)))
+    cache, tokens, batch = setting.cache(), setting.tokens, setting.geometry.batch
+    for number in range(3):
+        part = tokens.part(number * 10, number * 10 + 10)
+        pads = data.draw(st.lists(st.integers(0, 4) | st.just(10), min_size=batch, max_size=batch))
+        valid = torch.arange(10) >= torch.tensor(pads)[:, None]
+        list(cache.layers[0].turns(part.query, part.keys, part.values, Ragged.of(valid)))
+    held = cache.held()
+    for place in ("device", "host"):
+        real = testing.storages_of(cache.stores())
+        assert bytes_in(held, place) == real[place]
+
+
+def is_flat(name: str) -> bool:
+    """Whether device bytes are promised not to grow: the policy drops, or archives elsewhere with no digests."""
+    found = policy(name)
+    return found.recent is not None and found.compressor.drops
+
+
+@pytest.mark.parametrize("name", [name for name in names("policy") if is_flat(name)])
+def test_what_drops_holds_the_same_bytes_from_its_first_token_to_its_last(name):
+    found = attrs.evolve(policy(name), sink=2, recent=9, block_size=2, chunk_size=4)
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0, steps=120)
+    store, sizes = setting.store(), set()
+    for _ in feed(store, setting.tokens, [4] * 20 + [1] * 40):
+        sizes.add(testing.storages(store)["device"])
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_an_archive_elsewhere_without_digests_keeps_the_device_flat(where):
+    """Eight bytes a block remain there: the step at which it began."""
+    found = policy("archive", retriever="recency", archive=where, sink=2, recent=9, block_size=2, top_k=2, chunk_size=4)
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0, steps=120)
+    store, grown = setting.store(), []
+    for _ in feed(store, setting.tokens, [4] * 20 + [1] * 40):
+        # on a machine without an accelerator both places are the same memory; the shelf's own is left out
+        device = bytes_in_device(store)
+        grown.append(device - 16 * store.archived)
+    assert max(grown[10:]) <= max(grown[:10])
+    assert store.archived > 30
+
+
+def bytes_in_device(store) -> int:
+    return testing.storages(store)["device"]
+
+
+@given(data=st.data())
+def test_a_buffer_that_is_full_is_as_large_as_its_bound_says(data):
+    """The bound is no guess: the context buffer of a bounded policy has exactly its slots, and never grows."""
+    setting = data.draw(settings_of(policies(recent=5, chunk_size=4, retriever=("none", "recency", "affinity"))))
+    slots = setting.policy.slots(setting.geometry)
+    assert slots is not None
+    store = setting.store()
+    for _ in feed(store, setting.tokens, data.draw(cuts(setting.policy, most=20))):
+        assert store.keys.shape[2] == store.values.shape[2] == slots
+
+
+@fewer
+@given(data=st.data())
+def test_the_bound_is_reached(data):
+    """A bound that is never reached would be too high."""
+    found = data.draw(
+        policies(compressor="keep", retriever="recency", archive="host", recent=5, block_size=1, chunk_size=4, fringe=0)
+    )
+    setting = data.draw(settings_of(st.just(found)))
+    most = max(context.keys.shape[2] for _, context in feed(setting.store(), setting.tokens, [4] * 8))
+    assert most == found.bound(setting.geometry)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"recent": None}, id="nothing leaves recent"),
+        pytest.param({"chunk_size": None}, id="forwards of any length"),
+        pytest.param({"retriever": "all"}, id="everything is attended"),
+    ],
+)
+def test_what_has_no_limit_says_so(changes):
+    found = policy("archive", **changes)
+    geometry = Geometry(kv_heads=2, head_dim=4)
+    assert found.bound(geometry) is None
+    assert found.bound_bytes(geometry, 5) is None
+
+
+def test_bytes_are_released_when_a_cache_is_reset():
+    setting = Setting(
+        policy=policy("archive", recent=3, block_size=2, sink=1, top_k=1),
+        geometry=Geometry(kv_heads=2, head_dim=4),
+        rotary=rotary(4),
+        seed=0,
+    )
+    cache, now = setting.cache(), setting.tokens.part(0, 20)
+    for _ in cache.layers[0].turns(now.query, now.keys, now.values):
+        pass
+    assert bytes_in(cache.held(), "device") > 0
+    cache.reset()
+    assert cache.held() == []
+    assert cache.seen == 0
+
+
+@pytest.mark.parametrize("archive", ["device", "host", "disk"])
+def test_bytes_are_reported_in_the_place_where_they_are(archive):
+    setting = Setting(
+        policy=policy("archive", archive=archive, recent=3, block_size=2, sink=1, top_k=1, chunk_size=4),
+        geometry=Geometry(kv_heads=2, head_dim=4),
+        rotary=rotary(4),
+        seed=0,
+    )
+    cache, now = setting.cache(), setting.tokens.part(0, 20)
+    for _ in cache.layers[0].turns(now.query, now.keys, now.values):
+        pass
+    mid = {held.place: held.bytes for held in cache.held() if held.tier == "mid"}
+    block = 2 * setting.geometry.token_bytes
+    assert mid[archive] >= cache.stores()[0].archived * block
+    assert set(mid) == {archive, "device"}  # the chosen block is in the context buffer too

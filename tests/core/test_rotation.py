@@ -1,0 +1,138 @@
+"""Invariant 4: a key in a context is its stored key, rotated once, by however many commits it has lived through."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Setting, attend_context, cuts, feed, per_head, policies, rotary, settings_of
+from torch import Tensor
+
+from kvtiers.geometry import Geometry
+from kvtiers.policy import Policy
+from kvtiers.presets import build, policy
+from kvtiers.rotary import Rotary
+
+in_full = policies(realigner=("anchored", "incremental"), compressor=("keep", "drop", "mean-pool"), recall="full", fringe=0)
+
+
+def turned_by_complex_numbers(keys: Tensor, positions: Tensor, turn: Rotary) -> Tensor:
+    """keys: [batch, heads, tokens, head_dim]; positions: [batch, heads, tokens]. In float64, from the definition."""
+    rates = torch.cat([f.double() for f in turn.frequencies])
+    angle = torch.polar(torch.ones_like(positions)[..., None] * turn.scaling, positions[..., None] * rates)
+    out, width = keys.double().clone(), turn.width
+    where = slice(0, width)
+    if turn.layout == "half":
+        pairs = torch.complex(out[..., : width // 2].contiguous(), out[..., width // 2 : width].contiguous()) * angle
+        out[..., where] = torch.cat([pairs.real, pairs.imag], -1)
+    else:
+        pairs = torch.view_as_complex(out[..., where].unflatten(-1, (-1, 2)).contiguous()) * angle
+        out[..., where] = torch.view_as_real(pairs).flatten(-2)
+    return out
+
+
+def at_origins(x: Tensor, origins: Tensor) -> Tensor:
+    return x.gather(2, origins.long()[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+@given(data=st.data())
+def test_every_key_is_the_stored_key_rotated_once_however_often_blocks_moved(data):
+    setting = data.draw(settings_of(in_full))
+    tokens = setting.tokens
+    for _, context in feed(setting.store(), tokens, data.draw(cuts(setting.policy, most=20))):
+        origins, placed = per_head(context.origins, context), per_head(context.placed, context)
+        want = turned_by_complex_numbers(at_origins(tokens.keys, origins), placed, setting.rotary)
+        assert torch.allclose(context.keys.double(), want, rtol=0, atol=3e-5)
+        assert torch.equal(context.values, at_origins(tokens.values, origins))
+
+
+@given(data=st.data())
+def test_the_query_is_placed_where_its_own_key_is(data):
+    setting = data.draw(settings_of(policies(realigner=("anchored", "incremental"))))
+    store = setting.store()
+    for start, context in feed(store, setting.tokens, data.draw(cuts(setting.policy))):
+        now = setting.tokens.part(start, store.seen)
+        placed = per_head(context.placed, context)[:1, :1, -context.current :].expand(*now.query.shape[:3])
+        want = turned_by_complex_numbers(now.query, placed, setting.rotary)
+        assert torch.allclose(store.place_query(now.query).double(), want, rtol=0, atol=3e-5)
+
+
+@given(data=st.data())
+def test_anchored_and_incremental_attend_alike(data):
+    """They differ by a shift of everything, which attention does not see. Held in float64; rotated in float32."""
+    setting = data.draw(settings_of(policies(realigner="anchored")))
+    geometry = attrs.evolve(setting.geometry, dtype=torch.float64)
+    runs = []
+    lengths = data.draw(cuts(setting.policy))
+    for name in ("anchored", "incremental"):
+        found = attrs.evolve(setting.policy, realigner=build("realigner", name))
+        own = attrs.evolve(setting, policy=found, geometry=geometry)
+        store = own.store()
+        runs.append(
+            [
+                attend_context(store.place_query(own.tokens.part(start, store.seen).query), context)
+                for start, context in feed(store, own.tokens, lengths)
+            ]
+        )
+    for one, other in zip(*runs, strict=True):
+        assert one.dtype == torch.float64
+        assert torch.allclose(one, other, rtol=0, atol=2e-5)
+
+
+@given(data=st.data())
+def test_without_gaps_realigning_equals_leaving_the_models_rotation(data):
+    """As long as nothing is left out, a realigned context is the model's own; rotating before or after is the same."""
+    found = data.draw(policies(compressor="keep", retriever="all", realigner=("anchored", "incremental"), recall="full"))
+    setting = data.draw(settings_of(st.just(found)))
+    lengths = data.draw(cuts(found))
+    plain = attrs.evolve(setting, policy=attrs.evolve(found, realigner=build("realigner", "gaps")))
+    store, tokens = setting.store(), setting.tokens
+    at = torch.arange(setting.steps)[:, None].double()
+    turned = attrs.evolve(
+        tokens, query=setting.rotary.rotate(tokens.query, at), keys=setting.rotary.rotate(tokens.keys, at)
+    )
+    for (start, mine), (_, theirs) in zip(
+        feed(store, tokens, lengths), feed(plain.store(), turned, lengths), strict=True
+    ):
+        query = tokens.part(start, store.seen).query
+        own = attend_context(store.place_query(query), mine)
+        model = attend_context(turned.part(start, store.seen).query, theirs)
+        assert torch.allclose(own, model, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+@pytest.mark.parametrize("compressor", ["drop", "keep"])
+def test_error_in_bfloat16_does_not_grow_over_500_blocks(realigner, compressor):
+    found = Policy(
+        sinks=build("sinks", "first"),
+        compressor=build("compressor", compressor),
+        retriever=build("retriever", "recency"),
+        realigner=build("realigner", realigner),
+        archive=build("archive", "device"),
+        sink=2,
+        recent=2,
+        top_k=2,
+        block_size=2,
+        chunk_size=2,
+    )
+    geometry = Geometry(kv_heads=1, head_dim=4, dtype=torch.bfloat16)
+    setting = Setting(policy=found, geometry=geometry, rotary=rotary(4), seed=3, steps=1000)
+    tokens, errors = setting.tokens, []
+    for _, context in feed(setting.store(), tokens, [2] * 500):
+        origins, placed = per_head(context.origins, context), per_head(context.placed, context)
+        want = turned_by_complex_numbers(at_origins(tokens.keys, origins), placed, setting.rotary)
+        errors.append(((context.keys.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max().item())
+    one_rounding = 2**-8
+    assert max(errors) < one_rounding
+    assert max(errors[-100:]) <= max(errors[:100]) * 1.5
+
+
+def test_rotating_step_by_step_as_the_paper_does_would_grow_an_error():
+    """The negative control of the test above: what one rotation avoids is there, and the test would see it."""
+    turn, one_step = rotary(4), torch.ones(1, 1)
+    key = torch.randn(1, 1, 1, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    rotated = key
+    for _ in range(500):
+        rotated = turn.rotate(rotated, one_step)
+    want = turned_by_complex_numbers(key, torch.full((1, 1, 1), 500.0, dtype=torch.float64), turn)
+    assert float((rotated.double() - want).abs().max() / want.abs().max()) > 4 * 2**-8
