@@ -86,7 +86,7 @@ class Layer:
 
     def check_batch(self, batch: int) -> None:
         """Raise `GeometryError` unless a forward of `batch` rows can go on from here."""
-        if self.batch not in (None, batch):
+        if self.seen and self.batch != batch:
             raise GeometryError(
                 f"layer {self.index} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by "
                 "itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
@@ -94,13 +94,9 @@ class Layer:
 
     def _split(self, batch: int, ragged: Ragged | None) -> list[tuple[Lane, Tensor | None]]:
         """The lanes of this forward with their valid columns (none: all), split where rows part ways."""
-        if not self.lanes:
-            self.lanes = [Lane(None, self._make(batch))]
+        self.check_batch(batch)
         if self.batch != batch:
-            raise GeometryError(
-                f"layer {self.index} holds {self.batch} rows, got {batch}; a filled cache cannot grow its "
-                "batch by itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
-            )
+            self.lanes = [Lane(None, self._make(batch))]
         if ragged is None:
             return [(lane, None) for lane in self.lanes]
         lanes: list[tuple[Lane, Tensor | None]] = []
@@ -144,6 +140,10 @@ class Layer:
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was."""
+        if self.batch is not None and (rows.device.type == "cpu" or len(self.lanes) > 1):
+            absent = sorted({row for row in rows.tolist() if not 0 <= row < self.batch})
+            if absent:  # rows on a GPU are not looked at, which would wait for it
+                raise GeometryError(f"layer {self.index} holds rows 0 to {self.batch - 1} and no row {absent[0]}")
         if len(self.lanes) == 1:
             session.take(self.lanes[0].store, rows)
             self.lanes[0].rows = None

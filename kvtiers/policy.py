@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
-from attrs import validators as v
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -67,7 +66,10 @@ class Compressor(ABC):
         return False
 
     def prepare(self, source: Source, state: Any) -> Any:
-        """Look at tokens as they are committed; returns the new state (a tensor, or none), given to `age`."""
+        """Look at tokens as they are committed; returns the new state, given to `age`.
+
+        A state is a tensor whose first axis is the batch, or none.
+        """
         return state
 
     @abstractmethod
@@ -222,7 +224,7 @@ class Policy:
     """Archived blocks attended in the form that `recall` names."""
     fringe: int = _count(0, 0)
     """Next-ranked archived blocks attended in compressed form beside them."""
-    recall: Recall = attrs.field(default="compressed", validator=v.in_(("full", "compressed")))
+    recall: Recall = attrs.field(default="compressed")
     """The form in which selected blocks are attended."""
     block_size: int = _count(32, 1)
     """Steps of a block (text; a video's blocks are what is committed)."""
@@ -233,6 +235,11 @@ class Policy:
     always renewed by a chunk of several steps, and when a block was just archived."""
     budget: int | None = _count(None, 1, optional=True)
     """The most tokens one attention call may see; checked against `bound`."""
+
+    @recall.validator
+    def _check_recall(self, _: object, value: object) -> None:
+        if value not in ("full", "compressed"):
+            raise PolicyError(f"recall must be 'full' or 'compressed', got {value!r}")
 
     @refresh.validator
     def _check_refresh(self, _: object, value: object) -> None:
@@ -341,7 +348,7 @@ class Policy:
         bound = self.bound(geometry)
         if self.budget is not None and (bound is None or bound > self.budget):
             raise BudgetError(
-                f"this policy attends up to {'any number of' if bound is None else bound} tokens, more than "
+                f"this policy attends {'any number of' if bound is None else f'up to {bound}'} tokens, more than "
                 f"budget = {self.budget}; lower sink, recent, top_k or chunk_size, or raise budget"
             )
 

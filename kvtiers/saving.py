@@ -80,7 +80,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+            # Copied, since get_tensor maps the file: whoever changes or truncates it later must not reach the cache.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise SavedCacheError(f"{path} cannot be read as a saved cache: {error}; is it truncated?") from error
     if metadata.get("format") != FORMAT:
@@ -111,5 +112,5 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
     for name in sorted(tensors):
         part = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}{tuple(part.shape)}{part.dtype}".encode())
-        total.update(part.view(torch.uint8).numpy().tobytes() if part.numel() else b"")
+        total.update(part.reshape(-1).view(torch.uint8).numpy().tobytes() if part.numel() else b"")
     return total.hexdigest()

@@ -173,11 +173,12 @@ class LayerStore:
             raise GeometryError(
                 f"layer {self.layer} takes whole steps of {geometry.tokens_per_step} tokens, got {keys.shape[2]} tokens"
             )
-        limit = self.policy.chunk_size
-        if limit is not None and keys.shape[2] > max(limit, geometry.steps_per_commit) * geometry.tokens_per_step:
+        commit = geometry.steps_per_commit
+        limit = commit if commit > 1 else self.policy.chunk_size
+        if limit is not None and keys.shape[2] > limit * geometry.tokens_per_step:
             raise GeometryError(
-                f"layer {self.layer} takes at most chunk_size = {limit} steps at once, got {keys.shape[2]} tokens; "
-                "cut the forward on multiples of chunk_size, as Layer.turns does"
+                f"layer {self.layer} takes at most {limit} steps at once, got {keys.shape[2]} tokens; "
+                "commit blocks one by one, or cut the forward on multiples of chunk_size, as Layer.turns does"
             )
         if values.device != keys.device or (self.keys is not None and self.keys.device != keys.device):
             held = "nothing yet" if self.keys is None else str(self.keys.device)

@@ -48,16 +48,22 @@ def check(store: LayerStore, policy: Policy) -> None:
 
 
 def apply(store: LayerStore, policy: Policy) -> None:
-    """Go on under `policy`; the next append or select makes a new selection."""
-    anew = store.archived > 0 and policy.retriever != store.policy.retriever and policy.retriever.needs_digests
+    """Go on under `policy`; the next append or select makes a new selection. What it will not extend is freed."""
+    anew = policy.retriever != store.policy.retriever
     store.policy, store.timeline = policy, policy.timeline
-    if anew:
+    if not policy.retriever.needs_digests:
+        store.digests = Growing(2)
+    elif anew and store.archived:
         _digest_again(store)
+    if policy.recall == "full" and not policy.fringe:
+        store.shelves.pop("compressed", None)
     store.pending = policy.refresh_steps
     if store.archived:
         store.stale = True
         if not policy.retriever.needs_query:
             store._renew(None)
+    elif store.dropped:
+        store._assemble(None)
 
 
 def _digest_again(store: LayerStore) -> None:

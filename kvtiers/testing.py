@@ -5,15 +5,16 @@
     def test_my_compressor_keeps_the_invariants():
         check_compressor(lambda: MyCompressor(ratio=4))
 
-`check_policy` runs a whole `Policy`; `check_sink`, `check_compressor`, `check_retriever`, `check_realigner` and
-`check_archive` check what is particular to a slot, then a whole policy with the choice in it. Layers, tokens and the
+`check_sink`, `check_compressor`, `check_retriever`, `check_realigner` and `check_archive` check what is particular to a
+slot and then a whole policy with the choice in it; `check_policy` runs a `Policy` of your own. Layers, tokens and the
 ways to cut them are drawn by Hypothesis, so a failure comes with the smallest example found. A broken invariant raises
-`AssertionError` with its number and name as in the design: "invariant 1 (conservation): ...".
+`AssertionError` with its number and name: "invariant 1 (conservation): ...".
 
-Needs Hypothesis; nothing else of kvtiers imports this module.
+Importing this module needs Hypothesis; nothing else of kvtiers imports it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from kvtiers.archive import Archive, Shelf
 from kvtiers.blocks import Blocks, Context, Extent, Form, run_of
-from kvtiers.cache import Ragged, TieredCache
-from kvtiers.errors import CropError, KVTiersError, MissingExtraError, SavedCacheError
+from kvtiers.cache import TieredCache
+from kvtiers.errors import CropError, GeometryError, MissingExtraError
 from kvtiers.geometry import Geometry
-from kvtiers.policy import SLOTS, Compressor, Policy, Realigner, Retriever, Sink, choose
+from kvtiers.policy import SLOTS, Compressor, Policy, Realigner, Retriever, Sink, Source
 from kvtiers.presets import build
 from kvtiers.rotary import Rotary
 from kvtiers.store import LayerStore
@@ -37,7 +38,8 @@ try:
     from hypothesis import strategies as st
 except ImportError as error:
     raise MissingExtraError(
-        "kvtiers.testing draws its examples with Hypothesis, which is not installed; pip install hypothesis"
+        "kvtiers.testing draws its examples with Hypothesis, which is not installed; "
+        "run pip install hypothesis, or pip install 'kvtiers[dev]'"
     ) from error
 
 INVARIANTS: Mapping[int, str] = {
@@ -52,7 +54,7 @@ INVARIANTS: Mapping[int, str] = {
     9: "batch algebra",
     10: "memory survives",
 }
-_CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+_CLOSE = 1e-4
 
 
 def require(holds: bool, invariant: int, message: str) -> None:
@@ -78,7 +80,6 @@ class Trial:
     keys: Tensor
     values: Tensor
     cache: TieredCache
-    queries_given: bool = True
 
     @classmethod
     def start(cls, policy: Policy, geometry: Geometry, rotary: Rotary, *, seed: int, steps: int) -> "Trial":
@@ -179,7 +180,7 @@ def difference(a: Context, b: Context) -> str | None:
 
 
 def conservation(trial: Trial) -> None:
-    """Invariant 1: every step is in exactly one tier or dropped by a policy that says so; the archive holds what it was given."""
+    """Invariant 1: every step is in exactly one tier, or dropped by a policy that says so."""
     store, policy = trial.store, trial.policy
     census, seen = store.census(), trial.seen
     require(sum(census.values()) == seen and min(census.values()) >= 0, 1, f"{census} does not add up to {seen} steps")
@@ -192,7 +193,7 @@ def conservation(trial: Trial) -> None:
     if policy.in_place:
         return
     starts = [] if store.starts.data is None else store.starts.data.tolist()
-    grid = [start for start in range(timeline.sink, store.aged_to, policy.block_size)]
+    grid = range(timeline.sink, store.aged_to, policy.block_size)
     require(set(starts) <= set(grid) and starts == sorted(set(starts)), 1, f"archived blocks begin at {starts}")
     require(len(starts) * policy.block_size == census["mid"], 1, f"{len(starts)} archived blocks but {census}")
     if policy.compressor.drops:
@@ -220,7 +221,7 @@ def _shelf_holds(trial: Trial, form: Form, shelf: Shelf, starts: list[int]) -> N
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), **_CLOSE)
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=_CLOSE, atol=_CLOSE)
 
 
 def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -229,8 +230,8 @@ def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
     if trial.policy.in_place:
         steps = range(trial.policy.timeline.sink, store.aged_to)
         at = torch.tensor(list(steps), dtype=torch.long)
-        shape = (trial.geometry.batch, trial.geometry.kv_heads, at.numel())
-        return trial.keys[:, :, at], trial.values[:, :, at], at.double().expand(shape)
+        wide = at.double().expand(trial.geometry.batch, trial.geometry.kv_heads, -1)
+        return trial.keys[:, :, at], trial.values[:, :, at], wide
     if store.selection is None or store.starts.data is None:
         return None
     starts = store.starts.data.tolist()
@@ -278,8 +279,8 @@ def contents(trial: Trial, context: Context) -> None:
         )
     require(context.current == trial.seen - store.settled, 1, f"{context.current} current tokens")
     compressor = policy.compressor
-    if compressor.prepares and not policy.in_place and not (policy.recall == "full" and not policy.fringe):
-        return
+    if compressor.prepares and not policy.in_place and (policy.recall == "compressed" or policy.fringe):
+        return  # what it keeps depends on queries that are gone
     keys, values = [trial.keys[:, :, sink]], [trial.values[:, :, sink]]
     mid = _mid(trial)
     if mid is not None:
@@ -291,7 +292,8 @@ def contents(trial: Trial, context: Context) -> None:
         require(inner.stop == inner.start, 1, f"{inner.stop - inner.start} tokens too many are attended")
     keys.append(trial.keys[:, :, recent])
     values.append(trial.values[:, :, recent])
-    exact = policy.in_place or compressor.keeps or compressor.drops or policy.recall == "full" and not policy.fringe
+    only_full = policy.recall == "full" and not policy.fringe
+    exact = policy.in_place or compressor.keeps or compressor.drops or only_full
     same = torch.equal if exact else _close
     require(same(context.values, torch.cat(values, 2)), 1, "values are not those of the tokens at these origins")
     stored = torch.cat(keys, 2)
@@ -306,9 +308,9 @@ def contents(trial: Trial, context: Context) -> None:
 
 
 def tiling(trial: Trial, context: Context) -> None:
-    """Invariant 5, for a realigner whose blocks tile: the spans of sink, mid, recent and current touch and do not overlap."""
+    """Invariant 5, for a realigner that closes up: the spans of placed blocks touch and do not overlap."""
     spans = _spans(trial, context)
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in pairwise(spans):
         gap = (after[0] - before[1]).abs().max().item()
         require(gap < 1e-6, 5, f"blocks leave a gap or overlap by {gap} steps: {before} then {after}")
 
@@ -323,8 +325,8 @@ def _spans(trial: Trial, context: Context) -> list[tuple[Tensor, Tensor]]:
     if sink:
         found.append((placed[..., 0], placed[..., sink - 1] + 1))
     if store.mid is not None:
-        for start in store.mid.placed.double().expand(*heads, -1).unbind(-1):
-            found.append((start, start + trial.policy.block_size))
+        starts = store.mid.placed.double().expand(*heads, -1).unbind(-1)
+        found += [(start, start + trial.policy.block_size) for start in starts]
     recent = trial.seen - max(store.aged_to, sink)
     if recent > 0:
         found.append((placed[..., -recent], placed[..., -1] + 1))
@@ -398,3 +400,541 @@ def reading(trial: Trial, context: Context) -> None:
         said = difference(first, trial.cache.context(0))
         require(said is None, 7, f"a second reading differs: {said}")
     require(numbers == (trial.store.census(), trial.store.seen, trial.store.settled), 7, "reading changed the counts")
+
+
+def rows_alone(trial: Trial, lengths: list[int]) -> None:
+    """Invariant 9: every row of a batch is what it would be alone."""
+    together = [copied(trial.feed(steps)) for steps in lengths]
+    for row in range(trial.geometry.batch):
+        alone = _row_of(trial, row)
+        for context in together:
+            own = alone.feed(context.current)
+            for name, a, b in (("keys", context.keys, own.keys), ("values", context.values, own.values)):
+                require(_close(a[row], b[0]), 9, f"row {row} of {trial.geometry.batch} has other {name} than alone")
+
+
+def _row_of(trial: Trial, row: int) -> Trial:
+    """An empty cache of one row, with the tokens of `row`."""
+    geometry = attrs.evolve(trial.geometry, batch=1)
+    return attrs.evolve(
+        trial,
+        geometry=geometry,
+        query=trial.query[row : row + 1],
+        keys=trial.keys[row : row + 1],
+        values=trial.values[row : row + 1],
+        cache=TieredCache(trial.policy, [geometry], rotaries=[trial.rotary]),
+    )
+
+
+def taking(trial: Trial, lengths: list[int], rows: Tensor) -> None:
+    """Invariant 9: taking rows of a filled cache equals having appended those rows from the start."""
+    half = len(lengths) // 2
+    for steps in lengths[:half]:
+        trial.feed(steps)
+    trial.take(rows)
+    cache = TieredCache(trial.policy, [trial.geometry], rotaries=[trial.rotary])
+    other = trial.branch(cache)
+    for steps in lengths[:half]:
+        other.feed(steps)
+    for steps in lengths[half:]:
+        a, b = trial.feed(steps), other.feed(steps)
+        alike = _close(a.keys, b.keys) and _close(a.values, b.values)
+        require(alike, 9, f"after taking rows {rows.tolist()} the cache goes on otherwise than those rows would")
+
+
+def memory(trial: Trial, lengths: list[int], split: int, back: int) -> None:
+    """Invariant 10: saved, forked and rolled back, a cache goes on exactly.
+
+    The first `split` forwards are before, the others after; `back` steps are fed too much and rolled back.
+    """
+    for steps in lengths[:split]:
+        trial.feed(steps)
+    fork = trial.branch(trial.cache.fork())
+    loaded = trial.branch(TieredCache(trial.policy, [trial.geometry], rotaries=[trial.rotary]))
+    with TemporaryDirectory() as folder:
+        trial.cache.save(Path(folder) / "cache.safetensors")
+        loaded.cache.load(Path(folder) / "cache.safetensors")
+    cropped = trial.branch(trial.cache.fork())
+    ways = {"forked": fork, "loaded": loaded}
+    if back and split:
+        for _ in range(back):
+            cropped.feed(1)
+        try:
+            cropped.cache.crop_by(back)
+            ways["rolled back"] = cropped
+        except CropError:
+            pass
+    for steps in lengths[split:]:
+        context = copied(trial.feed(steps))
+        for way, other in ways.items():
+            said = difference(context, other.feed(steps))
+            require(said is None, 10, f"a {way} cache goes on otherwise: {said}")
+            require(other.store.census() == trial.store.census(), 10, f"a {way} cache counts otherwise")
+
+
+# ---------------------------------------------------------------------- what a plugin's author calls
+
+
+@attrs.frozen(kw_only=True)
+class _Layer:
+    """A small layer and the forwards that it sees, as drawn."""
+
+    kv_heads: int
+    group: int
+    batch: int
+    layout: str
+    seed: int
+    sink: int
+    recent: int
+    block_size: int
+    chunk_size: int
+    top_k: int
+    lengths: tuple[int, ...]
+    split: int
+    back: int
+    rows: tuple[int, ...]
+
+    @property
+    def geometry(self) -> Geometry:
+        heads = self.kv_heads * self.group
+        return Geometry(kv_heads=self.kv_heads, query_heads=heads, head_dim=4, value_dim=6, batch=self.batch)
+
+    @property
+    def forwards(self) -> list[int]:
+        return [min(length, self.chunk_size) for length in self.lengths]
+
+    def scaled(self, policy: Policy) -> Policy:
+        """`policy` in sizes at which blocks move within few tokens."""
+        return attrs.evolve(
+            policy,
+            sink=min(policy.sink, self.sink),
+            recent=None if policy.recent is None else self.recent,
+            block_size=min(policy.block_size, self.block_size),
+            chunk_size=None if policy.chunk_size is None else self.chunk_size,
+            top_k=min(policy.top_k, self.top_k),
+            budget=None,
+        )
+
+    def trial(self, policy: Policy) -> Trial:
+        layout: Any = self.layout
+        rotary = Rotary([torch.tensor([1.0, 0.1])], layout=layout, angle_dtype=torch.float64)
+        steps = sum(self.forwards) + self.back
+        return Trial.start(self.scaled(policy), self.geometry, rotary, seed=self.seed, steps=steps)
+
+
+_layers = st.builds(
+    _Layer,
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 2),
+    batch=st.integers(1, 2),
+    layout=st.sampled_from(["half", "interleaved"]),
+    seed=st.integers(0, 9_999),
+    sink=st.integers(0, 3),
+    recent=st.integers(0, 6),
+    block_size=st.integers(1, 4),
+    chunk_size=st.integers(1, 6),
+    top_k=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=9).map(tuple),
+    split=st.integers(0, 9),
+    back=st.integers(0, 2),
+    rows=st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple),
+)
+
+
+def _for_all(examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
+    """Run a function for `examples` draws of `strategies`, at once."""
+
+    def run(check: Callable[..., None]) -> None:
+        quiet = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+        quiet(given(*strategies)(check))()
+
+    return run
+
+
+def check_policy(policy: Policy, *, examples: int = 25, rows_independent: bool = True) -> None:
+    """Check a whole policy against invariants 1, 4, 5, 6, 7, 9 and 10, over `examples` small layers.
+
+    Sizes are scaled down, so that blocks move within few tokens; slots stay as they are.
+    rows_independent: false if the policy says that rows of a batch decide together.
+    """
+    _check_running(policy, examples)
+    _check_memory(policy, examples)
+    if rows_independent:
+        _check_rows(policy, examples)
+
+
+def _check_running(policy: Policy, examples: int) -> None:
+    @_for_all(examples, _layers)
+    def _(layer: _Layer) -> None:
+        trial = layer.trial(policy)
+        for steps in layer.forwards:
+            context = trial.feed(steps)
+            conservation(trial)
+            contents(trial, context)
+            bounded(trial, context)
+            reading(trial, context)
+
+
+def _check_memory(policy: Policy, examples: int) -> None:
+    @_for_all(examples, _layers)
+    def _(layer: _Layer) -> None:
+        memory(layer.trial(policy), layer.forwards, min(layer.split, len(layer.lengths)), layer.back)
+
+
+def _check_rows(policy: Policy, examples: int) -> None:
+    @_for_all(examples, _layers)
+    def _(layer: _Layer) -> None:
+        rows_alone(layer.trial(policy), layer.forwards)
+        taking(layer.trial(policy), layer.forwards, torch.tensor([row % layer.batch for row in layer.rows]))
+
+
+def _policy_of(**slots: Any) -> Policy:
+    """A policy of plain choices, but for `slots` and settings."""
+    plain = {
+        "sinks": "first",
+        "compressor": "keep",
+        "retriever": "recency",
+        "realigner": "gaps",
+        "archive": "host",
+    }
+    chosen = {slot: build(slot, slots.pop(slot, plain[slot])) for slot in SLOTS}
+    return Policy(**{**chosen, "sink": 3, "recent": 6, "block_size": 4, "chunk_size": 6, "top_k": 3, **slots})
+
+
+def _is_a_value(factory: Callable[[], Any], kind: type) -> Any:
+    """What `factory` makes, after checking that it makes equal ones; a saved cache and a swap rely on it."""
+    made, again = factory(), factory()
+    if not isinstance(made, kind):
+        raise AssertionError(f"the factory made a {type(made).__name__}, which is no {kind.__name__}")
+    if made != again:
+        raise AssertionError(f"two {type(made).__name__} of equal settings are not equal; make it @attrs.frozen")
+    return made
+
+
+def check_sink(factory: Callable[[], Sink], *, examples: int = 25) -> None:
+    """Check a sink policy: it decides by the block alone, and what it calls anchors is the beginning."""
+    sink: Sink = _is_a_value(factory, Sink)
+
+    @_for_all(examples, st.integers(0, 8), st.integers(0, 20), st.integers(1, 5))
+    def _(setting: int, start: int, steps: int) -> None:
+        block = Extent(start, start + steps)
+        require(sink.is_anchor(block, setting) == sink.is_anchor(block, setting), 1, f"{block} is and is no anchor")
+        count = sink.steps(setting)
+        require(0 <= count <= setting, 1, f"steps({setting}) says {count}")
+        require(count == 0 or sink.is_anchor(Extent(count - 1, count), setting), 1, f"step {count - 1} is no anchor")
+
+    check_policy(_policy_of(sinks=sink), examples=examples)
+    check_policy(_policy_of(sinks=sink, compressor="drop", realigner="anchored"), examples=examples)
+
+
+@attrs.frozen(kw_only=True)
+class _Run:
+    """Some blocks and queries, as drawn."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    count: int
+    tokens: int
+    queries: int
+    seed: int
+
+    def blocks(self) -> Blocks:
+        g = torch.Generator().manual_seed(self.seed)
+        lead = (self.batch, self.kv_heads, self.count * self.tokens)
+        return run_of(
+            torch.randn(*lead, 4, generator=g),
+            torch.randn(*lead, 6, generator=g),
+            count=self.count,
+            positions=Geometry(kv_heads=1, head_dim=4).positions(8, 8 + self.tokens * self.count),
+            first=8,
+            span=self.tokens,
+            rotated=torch.randn(*lead, 4, generator=g),
+        )
+
+    def query(self) -> Tensor:
+        g = torch.Generator().manual_seed(self.seed + 1)
+        return torch.randn(self.batch, self.kv_heads * self.group, self.queries, 4, generator=g)
+
+
+_runs = st.builds(
+    _Run,
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 2),
+    count=st.integers(1, 4),
+    tokens=st.integers(1, 6),
+    queries=st.integers(1, 3),
+    seed=st.integers(0, 9_999),
+)
+
+
+def _one(blocks: Blocks, number: int) -> Blocks:
+    """One block of a run."""
+    at = slice(number, number + 1)
+    rotated = None if blocks.rotated is None else blocks.rotated[:, :, at]
+    return attrs.evolve(
+        blocks,
+        keys=blocks.keys[:, :, at],
+        values=blocks.values[:, :, at],
+        starts=blocks.starts[at],
+        rotated=rotated,
+    )
+
+
+def _row(blocks: Blocks, row: int) -> Blocks:
+    """One row of a run."""
+    at = slice(row, row + 1)
+    rotated = None if blocks.rotated is None else blocks.rotated[at]
+    return attrs.evolve(blocks, keys=blocks.keys[at], values=blocks.values[at], rotated=rotated)
+
+
+def check_compressor(factory: Callable[[], Compressor], *, examples: int = 25) -> None:
+    """Check a compressor of K/V: sizes as declared, nothing changed in place, rows independent, then whole policies."""
+    compressor: Compressor = _is_a_value(factory, Compressor)
+    if compressor.drops and compressor.keeps:
+        raise AssertionError(f"{compressor} says both that it drops and that it keeps")
+    if not (compressor.drops or compressor.keeps):
+        _check_ageing(compressor, examples)
+    for recall, fringe in (("compressed", 0), ("full", 1)):
+        for realigner in ("gaps", "anchored"):
+            found = _policy_of(compressor=compressor, realigner=realigner, recall=recall, fringe=fringe)
+            check_policy(found, examples=examples)
+
+
+def _state_for(compressor: Compressor, run: _Run, blocks: Blocks, row: int | None = None) -> Any:
+    """The state after queries were shown to the compressor, if it asks for them."""
+    if not compressor.prepares:
+        return None
+    queries, keys, values = run.query(), blocks.keys.flatten(2, 3), blocks.values.flatten(2, 3)
+    if row is not None:
+        queries = queries[row : row + 1]
+    return compressor.prepare(Source(queries=queries, keys=keys, values=values), None)
+
+
+def _check_ageing(compressor: Compressor, examples: int) -> None:
+    @_for_all(examples, _runs)
+    def _(run: _Run) -> None:
+        blocks = run.blocks()
+        before = [x.clone() for x in (blocks.keys, blocks.values, blocks.offsets, blocks.starts)]
+        state = _state_for(compressor, run, blocks)
+        kept_state = state.clone() if isinstance(state, Tensor) else state
+        aged, after = compressor.age(blocks, state)
+        for was, now in zip(before, (blocks.keys, blocks.values, blocks.offsets, blocks.starts), strict=True):
+            require(torch.equal(was, now), 7, f"{compressor} changed the blocks that it was given")
+        if isinstance(state, Tensor):
+            require(torch.equal(state, kept_state), 7, f"{compressor} changed its state in place")
+        ok = after is None or (isinstance(after, Tensor) and after.dim() > 0 and after.shape[0] == run.batch)
+        require(ok, 10, f"{compressor} returned a state that is no tensor with the batch first; it cannot be saved")
+        if aged is None:
+            return
+        want = compressor.compressed_tokens(run.tokens)
+        require(aged.tokens == want, 6, f"a block of {run.tokens} tokens became {aged.tokens}, declared {want}")
+        require(aged.count == run.count and aged.span >= 1, 1, f"{run.count} blocks became {aged.count}")
+        require(aged.keys.dtype == blocks.keys.dtype, 6, f"keys became {aged.keys.dtype}")
+        finite = bool(torch.isfinite(aged.keys).all() and torch.isfinite(aged.values).all())
+        require(finite, 1, "keys or values are no longer finite")
+        time = aged.offsets[..., 0]
+        inside = bool((time.diff(dim=-1) > 0).all() and (time >= 0).all() and (time < aged.span).all())
+        require(inside, 5, f"offsets {time.tolist()} are not in order within a span of {aged.span}")
+        for row in range(run.batch):
+            own = _row(blocks, row)
+            alone, _ = compressor.age(own, _state_for(compressor, run, own, row))
+            same = alone is not None and _close(alone.keys[0], aged.keys[row])
+            require(same, 9, f"row {row} becomes something else alone than beside other rows")
+        if after is not None and not compressor.prepares:
+            return  # a running state: what a block becomes depends on those before it
+        for number in range(run.count):
+            alone, _ = compressor.age(_one(blocks, number), state)
+            same = alone is not None and _close(alone.keys[:, :, 0], aged.keys[:, :, number])
+            require(same, 1, f"block {number} becomes something else alone than in a run of {run.count}")
+        one = attrs.evolve(run, batch=1, kv_heads=1, group=1, count=1)
+        first, second = (attrs.evolve(one, seed=run.seed + i).blocks() for i in (0, 1))
+        ages = [compressor.age(b, _state_for(compressor, one, b))[0] for b in (first, second)]
+        found = [aged for aged in ages if aged is not None]
+        if len(found) == 2 and not torch.equal(found[0].offsets, found[1].offsets):
+            require(not found[0].alike, 1, f"{compressor} leaves other offsets in other blocks: set own_offsets=True")
+
+
+def check_retriever(
+    factory: Callable[[], Retriever],
+    *,
+    declared: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rows_independent: bool = True,
+    examples: int = 25,
+) -> None:
+    """Check a retriever: counts and digests as declared, scores pure, rows independent, then a whole policy.
+
+    declared: the score by brute force, from queries [batch, query_heads, queries, head_dim] and the rotated keys of
+        every block [batch, kv_heads, blocks, tokens, head_dim], for invariant 8; none if there is none to compare with.
+    rows_independent: false if the score says that rows decide together.
+    """
+    retriever: Retriever = _is_a_value(factory, Retriever)
+
+    @_for_all(examples, st.integers(1, 8), st.integers(0, 12))
+    def _(top_k: int, archived: int) -> None:
+        count = retriever.count(top_k, archived)
+        require(0 <= count <= archived, 8, f"count({top_k}, {archived}) says {count}")
+        require(retriever.count(top_k, archived + 1) >= count, 8, "fewer blocks are chosen of more")
+        if top_k >= archived and count:
+            require(count == archived, 8, f"top_k = {top_k} of {archived} blocks chooses only {count}")
+
+    @_for_all(examples, _runs)
+    def _(run: _Run) -> None:
+        _check_scores(retriever, run, declared, rows_independent)
+
+    for changes in ({"refresh": "chunk"}, {"realigner": "anchored", "compressor": "mean-pool", "recall": "full"}):
+        found = _policy_of(retriever=retriever, **changes)
+        check_policy(found, examples=examples, rows_independent=rows_independent)
+
+
+def _check_scores(
+    retriever: Retriever, run: _Run, declared: Callable[[Tensor, Tensor], Tensor] | None, rows_independent: bool
+) -> None:
+    blocks, query, wide = run.blocks(), run.query(), (run.batch, run.kv_heads, run.count)
+
+    def score(blocks: Blocks, query: Tensor, *shape: int) -> Tensor:
+        digests = retriever.digest(blocks) if retriever.needs_digests else None
+        if digests is not None:
+            floats = retriever.digest_floats(run.tokens, 4)
+            got = digests.shape[3] * digests.shape[4]
+            require(got <= floats, 6, f"a block of {run.tokens} tokens has {got} digest numbers, declared {floats}")
+        return retriever.score(query if retriever.needs_query else None, digests, run.count).expand(*shape)
+
+    before = [x.clone() for x in (blocks.keys, blocks.rotated, query) if x is not None]
+    scores = score(blocks, query, *wide)
+    for was, now in zip(before, (blocks.keys, blocks.rotated, query), strict=True):
+        require(now is not None and torch.equal(was, now), 7, f"{retriever} changed what it was given")
+    require(not bool(scores.isnan().any()), 8, "a score is not a number")
+    require(torch.equal(scores, score(blocks, query, *wide)), 8, "the same query scores the same blocks otherwise")
+    if retriever.needs_digests:
+        apart = torch.cat([retriever.digest(_one(blocks, number)) for number in range(run.count)], 2)
+        require(_close(apart, retriever.digest(blocks)), 8, "blocks digested one by one have other digests")
+    if rows_independent:
+        for row in range(run.batch):
+            alone = score(_row(blocks, row), query[row : row + 1], 1, *wide[1:])
+            require(_close(alone[0], scores[row]), 8, f"row {row} scores otherwise alone than beside other rows")
+    if declared is not None and blocks.rotated is not None:
+        want = declared(query, blocks.rotated).expand(*wide)
+        worst = (scores.double() - want.double()).abs().max().item()
+        require(_close(scores, want), 8, f"scores differ from the declared ones by up to {worst:.2g}")
+
+
+def check_realigner(factory: Callable[[], Realigner], *, examples: int = 25) -> None:
+    """Check a realigner: blocks keep their order and never overlap, nothing is changed in place, then whole policies."""
+    realigner: Realigner = _is_a_value(factory, Realigner)
+
+    @_for_all(
+        examples, st.integers(0, 4), st.lists(st.integers(0, 9), max_size=5), st.integers(1, 4), st.integers(0, 9)
+    )
+    def _(sink: int, gaps: list[int], span: int, last_gap: int) -> None:
+        starts, at = [], sink
+        for gap in gaps:
+            starts.append(at + gap)
+            at += gap + span
+        recent = at + last_gap
+        where = torch.tensor(starts, dtype=torch.long)
+        spans = torch.full_like(where, span)
+        given_starts = where.clone()
+        placed = realigner.place(sink=sink, starts=where, spans=spans, total=span * len(starts), recent=recent)
+        require(torch.equal(where, given_starts), 7, f"{realigner} changed the starts that it was given")
+        mids = placed.mid_starts.double().expand(len(starts)).tolist()
+        edges: list[tuple[float, float]] = [(placed.sink_shift, sink + placed.sink_shift)] if sink else []
+        edges += [(start, start + span) for start in mids]
+        edges.append((recent + placed.recent_shift, float("inf")))
+        for before, after in pairwise(edges):
+            require(after[0] >= before[1], 5, f"placed blocks overlap or change order: {edges}")
+        if placed.mid_from is not None:
+            want = [placed.mid_from + number * span for number in range(len(starts))]
+            require(mids == want, 5, f"mid_from = {placed.mid_from}, but mid blocks begin at {mids}")
+        if not realigner.rotates:
+            shifted = placed.sink_shift or placed.recent_shift or mids != starts
+            require(not shifted, 4, f"{realigner} does not rotate, but places blocks elsewhere")
+
+    for changes in ({"recall": "full"}, {"compressor": "mean-pool", "fringe": 1}, {"compressor": "drop"}):
+        check_policy(_policy_of(realigner=realigner, **changes), examples=examples)
+
+
+def check_archive(factory: Callable[[], Archive], *, examples: int = 25) -> None:
+    """Check an archive: a shelf holds what a list would, through rows, forks and saving; then a whole policy."""
+    archive: Archive = _is_a_value(factory, Archive)
+    actions = st.lists(st.sampled_from(["write", "write", "write", "drop", "take", "fork", "save"]), max_size=8)
+
+    @_for_all(examples, _runs, actions, st.booleans())
+    def _(run: _Run, actions: list[str], own: bool) -> None:
+        shelf, held = _written(archive.open(), run, own)
+        for number, action in enumerate(actions):
+            run = attrs.evolve(run, seed=run.seed + 2)
+            shelf, held = _act(archive, shelf, held, run, own, action, number)
+            _shelf_is(archive, shelf, held)
+        before = shelf.count
+        try:
+            shelf.write(_with_offsets(attrs.evolve(run, tokens=run.tokens + 1, batch=len(held[0][0])).blocks(), own))
+        except GeometryError:
+            require(shelf.count == before, 1, "a write that was refused left something behind")
+        else:
+            require(False, 1, "blocks of another size were taken; call self.admit(blocks) in write()")
+
+    for recall, fringe in (("compressed", 0), ("full", 1)):
+        found = _policy_of(archive=archive, compressor="mean-pool", recall=recall, fringe=fringe)
+        check_policy(found, examples=examples)
+
+
+_Held = list[tuple[Tensor, Tensor, Tensor]]
+"""Keys, values and offsets of every block, [batch, kv_heads, tokens, width]."""
+
+
+def _with_offsets(blocks: Blocks, own: bool) -> Blocks:
+    if not own:
+        return blocks
+    wide = blocks.offsets.expand(*blocks.keys.shape[:4], -1)
+    return attrs.evolve(blocks, offsets=wide + blocks.keys[..., :1].sigmoid() / 2, own_offsets=True)
+
+
+def _written(shelf: Shelf, run: _Run, own: bool) -> tuple[Shelf, _Held]:
+    blocks = _with_offsets(run.blocks(), own)
+    shelf.write(blocks)
+    offsets = blocks.offsets.float().expand(*blocks.keys.shape[:4], -1)
+    return shelf, list(zip(blocks.keys.unbind(2), blocks.values.unbind(2), offsets.unbind(2), strict=True))
+
+
+def _act(
+    archive: Archive, shelf: Shelf, held: _Held, run: _Run, own: bool, action: str, number: int
+) -> tuple[Shelf, _Held]:
+    """Do `action` to a shelf and to the list that it is compared with."""
+    batch = held[0][0].shape[0]
+    if action == "write":
+        return shelf, held + _written(shelf, attrs.evolve(run, batch=batch), own)[1]
+    if action == "drop" and len(held) > 1:
+        shelf.drop_last(1)
+        return shelf, held[:-1]
+    if action == "take":
+        rows = torch.tensor([(number + i) % batch for i in range(1 + number % 3)])
+        shelf.take(rows)
+        return shelf, [(k[rows], v[rows], o[rows]) for k, v, o in held]
+    if action == "fork":
+        fork = shelf.fork()
+        _written(shelf, attrs.evolve(run, batch=batch), own)
+        return fork, held
+    if action == "save":
+        loaded = archive.open()
+        saved = {name: part.clone() for name, part in shelf.tensors().items()}
+        loaded.restore(saved, count=shelf.count, span=shelf.span)
+        return loaded, held
+    return shelf, held
+
+
+def _shelf_is(archive: Archive, shelf: Shelf, held: _Held) -> None:
+    """Compare a shelf with the list, block by block."""
+    require(shelf.count == len(held), 1, f"the shelf counts {shelf.count} blocks of {len(held)}")
+    batch, kv_heads = held[0][0].shape[:2]
+    index = torch.arange(len(held)).flip(0).expand(batch, kv_heads, -1)
+    read = shelf.read(index)
+    for name, got, want in zip(("keys", "values", "offsets"), read, zip(*reversed(held), strict=True), strict=True):
+        expected = torch.stack(want, 2)
+        same = torch.equal(got.expand(expected.shape), expected)
+        require(same, 1, f"the {name} that are read are not those that were written")
+    size = shelf.bytes_by_place()
+    least = sum(k.nbytes + v.nbytes for k, v, _ in held)
+    least = least if archive.place != "disk" else 0  # rows of a file are shared
+    require(size.get(archive.place, 0) >= least, 6, f"{size} is less than the {least} bytes that are held")

@@ -27,6 +27,11 @@ class _Switch:
     configs: list[Any]
     _before: tuple[list[str], Forward | None] | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether a forward with a tiered cache is running."""
+        return self._before is not None
+
     def on(self, ragged: Ragged | None, cache: TransformersCache) -> None:
         """Attend through `cache` from here on."""
         backends = [config._attn_implementation for config in self.configs]
@@ -164,34 +169,37 @@ def _check_positions(positions: Any, mask: Tensor | None) -> None:
         )
 
 
-def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    forward = running.get()
-    if forward is None or not isinstance(forward.cache, TransformersCache):
-        return None
-    cache = forward.cache
-    number: Any = module.layer_idx
-    layer = cache.layers[number]
-    if not isinstance(layer, TieredLayer):
-        return None
-    if _cache_in((*args, *kwargs.values())) is None:
-        raise UnsupportedModelError(
-            f"layer {number} was not given the cache that its model was given; gradient checkpointing does that while "
-            "training: call model.eval() or model.gradient_checkpointing_disable()"
-        )
-    kwargs = {**kwargs, "kvtiers": layer.layer}
-    turn = kwargs.get("position_embeddings")
-    if turn is not None and cache.rotates:
-        cos = turn[0]
-        still = forward.identity
-        if still is None or still[0].shape != cos.shape or still[0].device != cos.device:
-            still = forward.identity = (torch.ones_like(cos), torch.zeros_like(cos))
-        kwargs["position_embeddings"] = still
-    return args, kwargs
+def _before_attention(switch: _Switch) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = running.get() if switch.is_on else None
+        if forward is None or not isinstance(forward.cache, TransformersCache):
+            return None
+        cache = forward.cache
+        number: Any = module.layer_idx
+        layer = cache.layers[number]
+        if not isinstance(layer, TieredLayer):
+            return None
+        if _cache_in((*args, *kwargs.values())) is None:
+            raise UnsupportedModelError(
+                f"layer {number} was not given the cache that its model was given; gradient checkpointing does that "
+                "while training: call model.eval() or model.activation_checkpointing_disable()"
+            )
+        kwargs = {**kwargs, "kvtiers": layer.layer}
+        turn = kwargs.get("position_embeddings")
+        if turn is not None and cache.rotates:
+            cos = turn[0]
+            still = forward.identity
+            if still is None or still[0].shape != cos.shape or still[0].device != cos.device:
+                still = forward.identity = (torch.ones_like(cos), torch.zeros_like(cos))
+            kwargs["position_embeddings"] = still
+        return args, kwargs
+
+    return hook
 
 
 def _after_model(switch: _Switch) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward = running.get() if switch._before is not None else None
+        forward = running.get() if switch.is_on else None
         switch.off()
         if forward is not None and output is not None and isinstance(forward.cache, TransformersCache):
             forward.cache.finish()
@@ -211,7 +219,8 @@ def enable(model: PreTrainedModel) -> None:
     try:
         handles.append(decoder.register_forward_pre_hook(_before_model(decoder, switch), with_kwargs=True))
         handles.append(decoder.register_forward_hook(_after_model(switch), always_call=True))
-        handles += [m.register_forward_pre_hook(_before_attention, with_kwargs=True) for m in attentions.values()]
+        before = _before_attention(switch)
+        handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in attentions.values()]
     except BaseException:
         for handle in handles:
             handle.remove()

@@ -55,7 +55,7 @@ def _refusal(cache: TransformersCache, back: int) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("back", [1, 2, 3, 5, 9, 26])
+@pytest.mark.parametrize("back", [1, 3, 26])
 @pytest.mark.parametrize("splits", [(), tuple(range(30, 44)), (40, 41)], ids=["one-shot", "tokens", "pieces"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_crop_is_exact_or_refused(name: str, splits: tuple[int, ...], back: int) -> None:
@@ -212,15 +212,14 @@ def test_a_reset_cache_is_a_new_one(name: str) -> None:
         assert torch.equal(continued(model, cache), continued(model, new_cache(model, policy, **changes)))
 
 
-@pytest.mark.parametrize("copied", [lambda c: c.fork(), copy.deepcopy], ids=["fork", "deepcopy"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_prompt_is_read_once_and_used_many_times(name: str, copied: Any) -> None:
+def test_a_prompt_is_read_once_and_used_many_times(name: str) -> None:
     policy, changes = POLICIES[name]
     model, prompt = build(), tokens(30)
     with tiered(model, policy, **changes) as cache:
         feed(model, prompt, cache, (25, 26))
-        first = continued(model, copied(cache), 1)
-        for seed in (1, 2):
+        first = continued(model, cache.fork(), 1)
+        for seed, copied in ((1, TransformersCache.fork), (2, copy.deepcopy)):
             alone = new_cache(model, policy, **changes)
             feed(model, prompt, alone, (25, 26))
             assert torch.equal(continued(model, copied(cache), seed), continued(model, alone, seed))

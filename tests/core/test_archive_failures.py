@@ -1,0 +1,161 @@
+"""A write that an archive refuses changes nothing: no step is lost, and the same tokens can be appended once there is room."""
+
+from typing import ClassVar
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Setting, copied, cuts, feed, policies, rotary, settings_of
+
+from kvtiers import testing
+from kvtiers.archive import Archive, TensorShelf
+from kvtiers.blocks import Blocks, Place
+from kvtiers.errors import ArchiveFullError
+from kvtiers.geometry import Geometry
+from kvtiers.presets import policy
+
+
+class Switch:
+    """Whether writes fail now, and from which shelf on."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self.only: int | None = None
+        self.opened = 0
+        self.refused = 0
+
+
+class Unreliable(TensorShelf):
+    def __init__(self, switch: Switch) -> None:
+        super().__init__("device")
+        self.switch, self.number = switch, switch.opened
+        switch.opened += 1
+
+    def write(self, blocks: Blocks) -> None:
+        if self.switch.broken and self.switch.only in (None, self.number):
+            self.switch.refused += 1
+            raise ArchiveFullError("no space is left; nothing was lost")
+        super().write(blocks)
+
+
+@attrs.frozen
+class UnreliableArchive(Archive):
+    place: ClassVar[Place] = "device"
+    switch: Switch = attrs.field(factory=Switch, eq=False)
+
+    def open(self) -> Unreliable:
+        return Unreliable(self.switch)
+
+
+def archiving() -> st.SearchStrategy:
+    chosen = policies(compressor=("keep", "mean-pool", "top-tokens"), recent=3, retriever=("recency", "affinity", "none"))
+    return chosen.map(lambda found: attrs.evolve(found, archive=UnreliableArchive()))
+
+
+@given(data=st.data())
+def test_a_refused_write_changes_nothing_and_the_same_append_works_later(data):
+    setting = data.draw(settings_of(archiving()))
+    lengths = data.draw(cuts(setting.policy))
+    switch = setting.policy.archive.switch
+    store = setting.store()
+    calm = attrs.evolve(setting, policy=attrs.evolve(setting.policy, archive=UnreliableArchive())).store()
+    tokens, start = setting.tokens, 0
+    for length in lengths:
+        now = tokens.part(start, start + length)
+        start += length
+        before, census = (copied(store.context()) if store.seen else None), store.census()
+        switch.broken, refused = True, switch.refused
+        try:
+            store.append(now.keys, now.values)
+        except ArchiveFullError:
+            assert switch.refused > refused
+            assert store.census() == census
+            assert testing.difference(before, store.context()) is None
+            switch.broken = False
+            store.append(now.keys, now.values)
+        finally:
+            switch.broken = False
+        store.select(now.query)
+        calm.append(now.keys, now.values)
+        calm.select(now.query)
+        assert testing.difference(copied(store.context()), calm.context()) is None
+        assert store.census() == calm.census()
+
+
+def test_when_one_of_two_forms_is_refused_neither_is_held():
+    archive = UnreliableArchive()
+    found = policy("packforcing-lm", sink=1, recent=2, block_size=2, top_k=1, fringe=1, chunk_size=4)
+    setting = Setting(
+        policy=attrs.evolve(found, archive=archive),
+        geometry=Geometry(kv_heads=2, head_dim=4),
+        rotary=rotary(4),
+        seed=0,
+    )
+    store, tokens = setting.store(), setting.tokens
+    list(feed(store, tokens, [4, 4, 4]))
+    held = {form: shelf.count for form, shelf in store.shelves.items()}
+    assert held == {"full": 2, "compressed": 2}
+    archive.switch.broken = True
+    for number in (0, 1):
+        archive.switch.only = number
+        now = tokens.part(12, 16)
+        with pytest.raises(ArchiveFullError):
+            store.append(now.keys, now.values)
+        assert {form: shelf.count for form, shelf in store.shelves.items()} == held
+        assert store.census()["current"] == 4
+    archive.switch.broken = False
+    list(feed(store, tokens, [4, 4], start=12))
+    assert store.shelves["full"].count == store.shelves["compressed"].count == store.archived
+
+
+@pytest.mark.parametrize("archive", ["device", "host", "disk"])
+def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive):
+    found = policy(
+        "archive",
+        archive=(archive, {"limit_bytes": 3_000}),
+        realigner="gaps",
+        retriever="all",
+        sink=1,
+        recent=4,
+        block_size=2,
+        chunk_size=4,
+    )
+    if archive == "device":
+        found = attrs.evolve(found, retriever=policy("archive", retriever="recency").retriever, top_k=999)
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
+    store, tokens, start = setting.store(), setting.tokens, 0
+    with pytest.raises(ArchiveFullError, match=r"limit_bytes = 3,000.*Nothing was lost"):
+        while True:
+            now = tokens.part(start, start + 4)
+            store.append(now.keys, now.values)
+            store.select(now.query)
+            start += 4
+    assert start > 8
+    assert store.seen == start
+    assert torch.equal(store.context().keys, tokens.keys[:, :, :start])
+
+
+def test_a_layer_that_failed_can_be_rolled_back_with_those_that_went_on():
+    """The layers before it have the new tokens, those after it have not; a crop makes them agree again."""
+    archive = UnreliableArchive()
+    found = policy("archive", retriever="recency", sink=1, recent=9, block_size=2, top_k=1, chunk_size=4)
+    setting = Setting(
+        policy=attrs.evolve(found, archive=archive),
+        geometry=Geometry(kv_heads=2, head_dim=4),
+        rotary=rotary(4),
+        seed=0,
+    )
+    store = setting.store()
+    list(feed(store, setting.tokens, [4, 4, 4]))
+    archive.switch.broken = True
+    now = setting.tokens.part(12, 14)
+    with pytest.raises(ArchiveFullError):
+        store.append(now.keys, now.values)
+    assert (store.seen, store.settled, store.archived) == (12, 8, 0)
+    with pytest.raises(ArchiveFullError):
+        store.append(now.keys, now.values)
+    archive.switch.broken = False
+    store.append(now.keys, now.values)
+    assert (store.seen, store.settled, store.archived) == (14, 12, 1)

@@ -1,0 +1,218 @@
+"""What the core refuses, each with a message that names what was wrong. Names and plugins: test_plugins, test_presets."""
+
+import attrs
+import pytest
+import torch
+from strategies import Setting, copied, feed, rotary
+
+from kvtiers import testing
+from kvtiers.cache import TieredCache
+from kvtiers.errors import (
+    BudgetError,
+    GeometryError,
+    KVTiersError,
+    NotFiniteError,
+    PolicyError,
+    RotaryError,
+    SelectionError,
+    SlotError,
+)
+from kvtiers.geometry import Geometry
+from kvtiers.presets import policy
+from kvtiers.store import LayerStore
+
+GEOMETRY = Geometry(kv_heads=2, head_dim=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param({"sink": -1}, PolicyError, "sink must be a whole number of at least 0, got -1", id="negative sink"),
+        pytest.param({"recent": -1}, PolicyError, "recent must be .* or None, got -1", id="negative recent"),
+        pytest.param({"recent": 2.5}, PolicyError, "recent must be a whole number", id="recent of two and a half"),
+        pytest.param({"top_k": 0}, PolicyError, "top_k must be a whole number of at least 1, got 0", id="no blocks"),
+        pytest.param({"fringe": -1}, PolicyError, "fringe must be", id="negative fringe"),
+        pytest.param({"block_size": 0}, PolicyError, "block_size must be", id="empty blocks"),
+        pytest.param({"block_size": True}, PolicyError, "block_size must be .* got True", id="a truth value as a size"),
+        pytest.param({"chunk_size": 0}, PolicyError, "chunk_size must be .* or None", id="empty chunks"),
+        pytest.param({"refresh": 0}, PolicyError, "refresh must be 'block', 'chunk' or a number", id="refresh never"),
+        pytest.param({"refresh": "often"}, PolicyError, "refresh must be .* got 'often'", id="refresh in words"),
+        pytest.param({"recall": "half"}, PolicyError, "recall", id="an unknown form"),
+        pytest.param({"budget": 0}, PolicyError, "budget must be", id="no budget"),
+        pytest.param(
+            {"sink": 10, "recent": 100, "budget": 50},
+            BudgetError,
+            r"sink \+ recent = 10 \+ 100 = 110 steps is more than budget = 50",
+            id="sink and recent over budget",
+        ),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        policy("archive", **changes)
+
+
+@pytest.mark.parametrize("slot", ["sinks", "compressor", "retriever", "realigner", "archive"])
+def test_a_slot_takes_only_its_kind(slot):
+    other = policy("archive").retriever if slot != "retriever" else policy("archive").compressor
+    with pytest.raises(SlotError, match=f"slot '{slot}' takes a"):
+        attrs.evolve(policy("archive"), **{slot: other})
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        pytest.param({"budget": 300}, "up to 931", id="too many tokens"),
+        pytest.param({"budget": 5000, "retriever": "all"}, "any number of", id="no limit"),
+        pytest.param({"budget": 5000, "chunk_size": None}, "any number of", id="forwards of any length"),
+    ],
+)
+def test_a_policy_that_could_exceed_its_budget_is_refused_before_a_token_is_held(changes, bound):
+    with pytest.raises(BudgetError, match=f"this policy attends {bound} tokens, more than budget"):
+        LayerStore(policy("archive", **changes), GEOMETRY)
+    with pytest.raises(BudgetError):
+        TieredCache(policy("archive", **changes), [GEOMETRY])
+
+
+def test_a_budget_that_is_kept_is_accepted():
+    found = policy("archive")
+    LayerStore(attrs.evolve(found, budget=found.bound(GEOMETRY)), GEOMETRY)
+
+
+@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+def test_a_realigner_needs_a_rotary_embedding(realigner):
+    with pytest.raises(RotaryError, match="layer 3 has no rotary embedding; use realigner='gaps'"):
+        LayerStore(policy("streaming", realigner=realigner), GEOMETRY, layer=3)
+    LayerStore(policy("streaming", realigner="gaps"), GEOMETRY, layer=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        pytest.param({"kv_heads": 0, "head_dim": 4}, ValueError, id="no heads"),
+        pytest.param({"kv_heads": 2, "head_dim": -4}, ValueError, id="negative width"),
+        pytest.param({"kv_heads": 2, "head_dim": 4, "batch": 0}, ValueError, id="no rows"),
+        pytest.param({"kv_heads": 2, "head_dim": 4, "query_heads": 3}, GeometryError, id="heads that do not divide"),
+        pytest.param({"kv_heads": 2, "head_dim": 4, "steps_per_commit": 0}, ValueError, id="commits of nothing"),
+    ],
+)
+def test_a_geometry_that_cannot_be_is_refused(fields, error):
+    with pytest.raises(error):
+        Geometry(**fields)
+
+
+def test_one_policy_and_one_rotary_per_layer_are_asked_for():
+    with pytest.raises(GeometryError, match="one policy and one rotary per layer: got 2 policies, 3 rotaries for 3 layers"):
+        TieredCache([policy("full")] * 2, [GEOMETRY] * 3)
+
+
+def filled() -> tuple[LayerStore, Setting]:
+    found = policy("archive", sink=1, recent=3, block_size=2, top_k=1, chunk_size=4)
+    setting = Setting(policy=found, geometry=GEOMETRY, rotary=rotary(4), seed=0)
+    store = setting.store(layer=7)
+    list(feed(store, setting.tokens, [4, 4]))
+    return store, setting
+
+
+def tensors(*, batch=1, heads=2, steps=1, width=4, value_width=4, dtype=torch.float32, value_dtype=None, other=0):
+    return (
+        torch.zeros(batch, heads, steps, width, dtype=dtype),
+        torch.zeros(batch, heads, steps + other, value_width, dtype=value_dtype or dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        pytest.param({"batch": 2}, "layer 7 holds .* got keys", id="more rows"),
+        pytest.param({"heads": 3}, "layer 7 holds", id="other heads"),
+        pytest.param({"width": 8}, "layer 7 holds", id="other head size"),
+        pytest.param({"value_width": 6}, "layer 7 holds", id="other value size"),
+        pytest.param({"dtype": torch.float16}, "layer 7 holds", id="other dtype"),
+        pytest.param({"value_dtype": torch.float64}, "layer 7 holds", id="values of another dtype than keys"),
+        pytest.param({"steps": 0}, "takes whole steps of 1 tokens, got 0", id="nothing"),
+        pytest.param({"steps": 5}, "at most 4 steps at once, got 5 tokens", id="more than a chunk"),
+    ],
+)
+def test_tensors_of_another_model_are_refused_and_nothing_is_stored(shape, message):
+    store, setting = filled()
+    before, census = copied(store.context()), store.census()
+    with pytest.raises(GeometryError, match=message):
+        store.append(*tensors(**shape))
+    assert store.census() == census
+    assert testing.difference(before, store.context()) is None
+    list(feed(store, setting.tokens, [1, 4], start=8))
+
+
+def test_keys_on_another_device_are_refused():
+    store, _ = filled()
+    keys, values = (x.to("meta") for x in tensors())
+    with pytest.raises(GeometryError, match="layer 7 holds tensors on cpu, got keys on meta"):
+        store.append(keys, values)
+    with pytest.raises(GeometryError, match="values on meta"):
+        store.append(tensors()[0], values)
+
+
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_with_checking_on_what_is_not_finite_is_refused_with_the_layer_named(where, value):
+    found = policy("streaming", sink=1, recent=3, block_size=2, chunk_size=4)
+    setting = Setting(policy=found, geometry=GEOMETRY, rotary=rotary(4), seed=0)
+    store = setting.store(layer=5, check=True)
+    list(feed(store, setting.tokens, [4, 4]))
+    before, census = copied(store.context()), store.census()
+    keys, values = tensors(steps=2)
+    (keys if where == "keys" else values)[0, 1, 1, 2] = value
+    with pytest.raises(NotFiniteError, match="layer 5 was given keys or values with NaN or infinity at steps 8 to 10"):
+        store.append(keys, values)
+    assert store.census() == census
+    assert testing.difference(before, store.context()) is None
+    list(feed(store, setting.tokens, [2], start=8))
+
+
+def test_without_checking_nothing_is_looked_at():
+    store, _ = filled()
+    keys, values = tensors()
+    store.append(keys * float("nan"), values)
+    assert store.seen == 9
+
+
+def test_a_video_layer_takes_whole_steps():
+    geometry = Geometry(kv_heads=1, head_dim=4, grid=(2, 3), steps_per_commit=1, causal=False)
+    store = LayerStore(policy("archive", block_size=1), geometry)
+    with pytest.raises(GeometryError, match="takes whole steps of 6 tokens, got 7 tokens"):
+        store.append(torch.zeros(1, 1, 7, 4), torch.zeros(1, 1, 7, 4))
+
+
+def test_a_video_layer_takes_no_more_than_one_commit_at_once():
+    """Else the context would exceed its bound, which counts one commit."""
+    geometry = Geometry(kv_heads=1, head_dim=4, grid=(2,), steps_per_commit=3, causal=False)
+    store = LayerStore(policy("archive", block_size=3, sink=3, recent=3), geometry)
+    store.append(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4))
+    with pytest.raises(GeometryError, match="at most 3 steps at once, got 12 tokens"):
+        store.append(torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
+
+
+def test_reading_or_selecting_before_anything_is_held_says_what_to_do():
+    store = LayerStore(policy("archive"), GEOMETRY)
+    with pytest.raises(SelectionError, match="holds nothing yet; append keys and values first"):
+        store.context()
+    store.select()
+    cache = TieredCache(policy("archive"), [GEOMETRY])
+    with pytest.raises(GeometryError, match="or none yet"):
+        cache.context(0)
+    assert cache.contexts(0) == []
+    assert cache.census() == {}
+    cache.crop(0)
+    cache.take(torch.tensor([0, 0]))
+
+
+def test_every_error_is_a_kvtiers_error_and_a_standard_one():
+    from kvtiers import errors
+
+    for name in dir(errors):
+        found = getattr(errors, name)
+        if isinstance(found, type) and found is not KVTiersError:
+            assert issubclass(found, KVTiersError)
+            assert any(base.__module__ == "builtins" and base is not Exception for base in found.__mro__[1:-3])
+            assert found.__doc__.startswith("When ")

@@ -1,0 +1,349 @@
+"""Invariant 10: what was saved, forked or rolled back goes on exactly as if nothing had happened."""
+
+import json
+import struct
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from strategies import Setting, Stream, copied, cuts, policies, rotary, settings_of, small_presets
+
+from kvtiers import testing
+from kvtiers.cache import Ragged, TieredCache
+from kvtiers.errors import CropError, SavedCacheError
+from kvtiers.geometry import Geometry
+from kvtiers.policy import Compressor
+from kvtiers.presets import policy
+
+
+def go_on(cache: TieredCache, tokens: Stream, lengths: list[int], start: int) -> list:
+    """Contexts of further forwards, and the counts after each."""
+    said = []
+    for length in lengths:
+        now = tokens.part(start, start + length)
+        cache.append(0, now.keys, now.values)
+        cache.select(0, now.query)
+        said.append((copied(cache.context(0)), cache.census()))
+        start += length
+    return said
+
+
+def assert_same_future(one: TieredCache, other: TieredCache, tokens: Stream, lengths: list[int], start: int) -> None:
+    for (a, x), (b, y) in zip(go_on(one, tokens, lengths, start), go_on(other, tokens, lengths, start), strict=True):
+        assert testing.difference(a, b) is None
+        assert x == y
+
+
+@given(data=st.data())
+def test_what_was_saved_goes_on_exactly(data):
+    setting = data.draw(settings_of())
+    cache, lengths = setting.cache(), data.draw(cuts(setting.policy))
+    split = data.draw(st.integers(0, len(lengths)))
+    go_on(cache, setting.tokens, lengths[:split], 0)
+    loaded = setting.cache()
+    with TemporaryDirectory() as folder:
+        cache.save(Path(folder) / "saved.safetensors", extra={"note": [1, "two"]})
+        assert loaded.load(Path(folder) / "saved.safetensors") == {"note": [1, "two"]}
+        assert [path.name for path in Path(folder).iterdir()] == ["saved.safetensors"]
+    assert loaded.census() == cache.census()
+    if split:
+        assert testing.difference(cache.context(0), loaded.context(0)) is None
+    assert_same_future(cache, loaded, setting.tokens, lengths[split:], sum(lengths[:split]))
+
+
+@given(data=st.data())
+def test_a_fork_goes_on_exactly_and_neither_disturbs_the_other(data):
+    setting = data.draw(settings_of())
+    cache, lengths = setting.cache(), data.draw(cuts(setting.policy))
+    split = data.draw(st.integers(0, len(lengths)))
+    go_on(cache, setting.tokens, lengths[:split], 0)
+    fork, start = cache.fork(), sum(lengths[:split])
+    untouched = setting.cache()
+    go_on(untouched, setting.tokens, lengths[:split], 0)
+    other = attrs.evolve(setting, seed=setting.seed + 1).tokens
+    go_on(cache, other, lengths[split:], start)
+    assert_same_future(fork, untouched, setting.tokens, lengths[split:], start)
+
+
+@given(data=st.data())
+def test_a_roll_back_is_exact_or_refused(data):
+    """Against a cache that only ever saw what is left, cut as the original was."""
+    setting = data.draw(settings_of())
+    lengths = data.draw(cuts(setting.policy, most=8))
+    total = sum(lengths)
+    steps = data.draw(st.integers(0, total) | st.integers(max(0, total - 3), total), label="crop to")
+    cache, kept = setting.cache(), setting.cache()
+    go_on(cache, setting.tokens, lengths, 0)
+    before, census = copied(cache.context(0)), cache.census()
+    try:
+        cache.crop(steps)
+    except CropError as error:
+        assert "fork() the cache" in str(error)
+        assert testing.difference(before, cache.context(0)) is None
+        assert cache.census() == census
+        return
+    assert cache.seen == steps
+    left, done = [], 0
+    for length in lengths:
+        if done < steps:
+            left.append(min(length, steps - done))
+        done += length
+    go_on(kept, setting.tokens, left, 0)
+    future = data.draw(cuts(setting.policy, most=4, steps=setting.steps - steps) if steps < setting.steps else st.just([]))
+    other = attrs.evolve(setting, seed=setting.seed + 1).tokens
+    assert_same_future(cache, kept, other, future, steps)
+
+
+@pytest.mark.parametrize("name", ["full", "sliding-window", "streaming", "archive", "packforcing-lm"])
+def test_the_newest_tokens_can_be_taken_back(name):
+    """Speculative decoding: one chunk is checked, and the part that was wrong goes."""
+    found = policy(name)
+    found = attrs.evolve(found, recent=None if found.recent is None else 12, block_size=4, refresh="chunk", sink=found.sink)
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4, batch=2), rotary=rotary(4), seed=0)
+    cache, kept = setting.cache(), setting.cache()
+    go_on(cache, setting.tokens, [8, 8, 5], 0)
+    go_on(kept, setting.tokens, [8, 8, 2], 0)
+    try:
+        cache.crop_by(3)
+    except CropError:
+        assert name in ("archive", "packforcing-lm"), "nothing depends on the queries that go"
+        return
+    assert_same_future(cache, kept, setting.tokens, [1, 2, 1, 4], 18)
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        pytest.param(21, "it holds 20 steps", id="more than there is"),
+        pytest.param(-1, "it holds 20 steps", id="less than nothing"),
+        pytest.param(5, "have left recent since then", id="what was dropped"),
+    ],
+)
+def test_a_roll_back_that_cannot_be_exact_is_refused_with_the_reason(steps, reason):
+    setting = Setting(
+        policy=policy("streaming", sink=1, recent=3, block_size=2, chunk_size=20),
+        geometry=Geometry(kv_heads=1, head_dim=4),
+        rotary=rotary(4),
+        seed=0,
+    )
+    cache = setting.cache()
+    go_on(cache, setting.tokens, [10, 10], 0)
+    with pytest.raises(CropError, match=reason):
+        cache.crop(steps)
+
+
+@given(data=st.data())
+def test_rows_that_parted_ways_are_saved_and_forked_too(data):
+    setting = data.draw(settings_of(policies(chunk_size=5) | small_presets(), max_heads=2))
+    batch, tokens = setting.geometry.batch, setting.tokens
+    valid = torch.arange(9) >= torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))[:, None]
+    cache, loaded = setting.cache(), setting.cache()
+    layers = [cache.layers[0]]
+    now = tokens.part(0, 9)
+    list(cache.layers[0].turns(now.query, now.keys, now.values, Ragged.of(valid)))
+    fork = cache.fork()
+    with TemporaryDirectory() as folder:
+        cache.save(Path(folder) / "saved")
+        loaded.load(Path(folder) / "saved")
+    layers += [fork.layers[0], loaded.layers[0]]
+    later = tokens.part(9, 15)
+    runs = []
+    for layer in layers:
+        turns = layer.turns(later.query, later.keys, later.values)
+        runs.append([(turn.rows, copied(turn.context)) for turn in turns])
+    for other in runs[1:]:
+        for (rows, a), (same_rows, b) in zip(runs[0], other, strict=True):
+            assert (rows is None) == (same_rows is None)
+            assert rows is None or torch.equal(rows, same_rows)
+            assert testing.difference(a, b) is None
+
+
+# ---------------------------------------------------------------------- files that are wrong
+
+
+def saved(folder: Path, **changes):
+    setting = Setting(
+        policy=policy("archive", **{"sink": 1, "recent": 3, "block_size": 2, "top_k": 1, **changes}),
+        geometry=Geometry(kv_heads=2, head_dim=4, batch=2),
+        rotary=rotary(4),
+        seed=0,
+    )
+    cache = setting.cache()
+    go_on(cache, setting.tokens, [4, 4, 4], 0)
+    path = folder / "cache.safetensors"
+    cache.save(path, extra={})
+    return setting, cache, path
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-17])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def no_safetensors(path: Path) -> None:
+    path.write_bytes(b"this is a letter, and no cache")
+
+
+def one_byte_changed(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def rewritten(path: Path, change) -> None:
+    """Tensors and metadata of the file after `change(tensors, metadata)`, written as a valid safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+def one_tensor_missing(path: Path) -> None:
+    rewritten(path, lambda tensors, _: tensors.pop("0.0.values"))
+
+
+def numbers_changed(path: Path) -> None:
+    def change(_, metadata):
+        about = json.loads(metadata["about"])
+        about["layers"][0][0]["numbers"]["seen"] += 1
+        metadata["about"] = json.dumps(about, sort_keys=True)
+
+    rewritten(path, change)
+
+
+def of_another_program(path: Path) -> None:
+    rewritten(path, lambda _, metadata: metadata.clear())
+
+
+def of_another_version(path: Path) -> None:
+    rewritten(path, lambda _, metadata: metadata.update(format="kvtiers-cache-0"))
+
+
+def header_too_long(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
+
+
+def absent(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        emptied,
+        no_safetensors,
+        one_byte_changed,
+        one_tensor_missing,
+        numbers_changed,
+        of_another_program,
+        of_another_version,
+        header_too_long,
+        absent,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_a_damaged_file_is_refused_and_the_cache_stays_as_it_was(damage, tmp_path):
+    setting, cache, path = saved(tmp_path)
+    cache.load(path)
+    before, census = copied(cache.context(0)), cache.census()
+    damage(path)
+    with pytest.raises(SavedCacheError, match=str(path)):
+        cache.load(path)
+    assert testing.difference(before, cache.context(0)) is None
+    assert cache.census() == census
+    go_on(cache, setting.tokens, [1], 12)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"policy": policy("archive", sink=2, recent=3, block_size=2, top_k=1)}, id="another sink"),
+        pytest.param({"policy": policy("streaming")}, id="another preset"),
+        pytest.param({"geometry": Geometry(kv_heads=1, head_dim=4)}, id="another number of heads"),
+        pytest.param({"geometry": Geometry(kv_heads=2, head_dim=8)}, id="another head size"),
+        pytest.param({"geometry": Geometry(kv_heads=2, head_dim=4, dtype=torch.bfloat16)}, id="another dtype"),
+    ],
+)
+def test_the_file_of_another_policy_or_model_is_refused(other, tmp_path):
+    setting, _, path = saved(tmp_path)
+    cache = attrs.evolve(setting, **other).cache()
+    with pytest.raises(SavedCacheError, match="saved under another policy or geometry"):
+        cache.load(path)
+    assert cache.seen == 0
+
+
+def test_a_file_of_another_rotation_is_refused_where_keys_are_rotated_here(tmp_path):
+    setting, _, path = saved(tmp_path, realigner="anchored")
+    same, other = setting.cache(), attrs.evolve(setting, rotary=rotary(4, layout="interleaved")).cache()
+    same.load(path)
+    with pytest.raises(SavedCacheError, match="saved under another policy or geometry"):
+        other.load(path)
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    setting, cache, path = saved(tmp_path)
+    old = path.read_bytes()
+    go_on(cache, setting.tokens, [2], 12)
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvtiers.saving.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        cache.save(path)
+    assert path.read_bytes() == old
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):
+    setting, cache, path = saved(tmp_path)
+    secret = 12345.0
+    cache.stores()[0].keys[:, :, cache.stores()[0].tail :] = secret  # a spare slot
+    cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            assert not (file.get_tensor(name).double() == secret).any()
+    assert setting.cache().load(path) == {}
+
+
+@attrs.frozen(kw_only=True)
+class Counting(Compressor):
+    """A compressor whose state, how many blocks it has seen, is a mapping."""
+
+    def age(self, blocks, state):
+        return blocks, {"blocks": (state or {"blocks": 0})["blocks"] + blocks.count}
+
+    def compressed_tokens(self, tokens):
+        return tokens
+
+
+def test_a_state_that_is_no_tensor_is_forked_but_cannot_be_saved(tmp_path):
+    found = policy("archive", retriever="recency", sink=0, recent=2, block_size=2, top_k=1)
+    found = attrs.evolve(found, compressor=Counting(), recall="compressed")
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0)
+    cache = setting.cache()
+    go_on(cache, setting.tokens, [4, 4, 4], 0)
+    fork = cache.fork()
+    assert fork.stores()[0].state == {"blocks": 3}
+    assert fork.stores()[0].state is not cache.stores()[0].state
+    with pytest.raises(SavedCacheError, match="the state of Counting is a dict; only tensors can be saved"):
+        cache.save(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loaded_cache_does_not_look_at_its_file_again(tmp_path):
+    setting, cache, path = saved(tmp_path)
+    loaded = setting.cache()
+    loaded.load(path)
+    path.write_bytes(b"")  # a mapped file would take the process down with it
+    assert_same_future(cache, loaded, setting.tokens, [1, 4], 12)

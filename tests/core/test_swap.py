@@ -1,0 +1,158 @@
+"""Changing the policy of a filled cache: what may change goes on as if it had been so, the rest is refused."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import STEPS, Setting, copied, cuts, extents, feed, policies, rotary, settings_of, small_presets
+
+from kvtiers import testing
+from kvtiers.errors import BudgetError, SwapError
+from kvtiers.geometry import Geometry
+from kvtiers.presets import build, policy
+
+FREE = ("retriever", "realigner", "top_k", "fringe", "refresh", "chunk_size")
+
+
+@given(data=st.data())
+def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
+    setting = data.draw(settings_of())
+    trial = testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=STEPS)
+    for steps in data.draw(cuts(setting.policy, most=5, steps=20)):
+        trial.feed(steps)
+    before, census = copied(trial.cache.context(0)), trial.cache.census()
+    other = data.draw(policies() | small_presets(), label="other")
+    changed = attrs.evolve(setting.policy, **{name: getattr(other, name) for name in data.draw(st.sets(st.sampled_from(FREE)))})
+    try:
+        trial.cache.swap(changed)
+    except SwapError:
+        assert testing.difference(before, trial.cache.context(0)) is None
+        assert trial.cache.census() == census
+        assert trial.store.policy == setting.policy
+        return
+    trial.policy = changed
+    for steps in data.draw(cuts(changed, most=5, steps=STEPS - trial.seen)):
+        context = trial.feed(steps)
+        testing.conservation(trial)
+        testing.contents(trial, context)
+        testing.reading(trial, context)
+
+
+@given(data=st.data())
+def test_a_swapped_cache_is_what_it_would_be_under_the_new_policy_from_the_start(data):
+    """Retriever, realigner, top_k, fringe and refresh decide what is attended, and nothing of what is held."""
+    first = data.draw(policies(compressor="keep", retriever=("recency", "affinity", "page-bounds"), refresh="chunk", recent=3))
+    second = data.draw(policies(compressor="keep", retriever=("recency", "affinity", "page-bounds"), refresh="chunk"))
+    names = [name for name in FREE if name not in ("chunk_size", "realigner", "fringe")]
+    changed = attrs.evolve(first, **{name: getattr(second, name) for name in names})
+    setting = data.draw(settings_of(st.just(first)))
+    lengths = data.draw(cuts(first, most=6))
+    swapped, fresh = setting.store(), attrs.evolve(setting, policy=changed).store()
+    split = data.draw(st.integers(0, len(lengths)))
+    done = sum(lengths[:split])
+    list(feed(swapped, setting.tokens, lengths[:split]))
+    list(feed(fresh, setting.tokens, lengths[:split]))
+    from kvtiers import swap  # the module; `TieredCache.swap` is tested above
+
+    swap.check(swapped, changed)
+    swap.apply(swapped, changed)
+    for (_, a), (_, b) in zip(
+        feed(swapped, setting.tokens, lengths[split:], done), feed(fresh, setting.tokens, lengths[split:], done), strict=True
+    ):
+        assert torch.equal(a.values, b.values)
+        assert torch.allclose(a.keys, b.keys, rtol=1e-5, atol=1e-5)
+
+
+def filled(**changes):
+    found = policy("packforcing-lm", **{"sink": 1, "recent": 3, "block_size": 2, "top_k": 2, "chunk_size": 4, **changes})
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
+    trial = testing.Trial.start(found, setting.geometry, setting.rotary, seed=0, steps=STEPS)
+    for a, b in extents([4] * 5):
+        trial.feed(b - a)
+    return trial
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param({"sink": 2}, "sink cannot change any more", id="sink"),
+        pytest.param({"recent": 4}, "recent cannot change any more", id="recent"),
+        pytest.param({"block_size": 3}, "block_size cannot change any more", id="block size"),
+        pytest.param({"compressor": "keep"}, "compressor cannot change any more", id="compressor"),
+        pytest.param({"archive": "device"}, "archive cannot change any more", id="archive"),
+        pytest.param({"recall": "compressed"}, "recall cannot change any more", id="recall"),
+        pytest.param({"realigner": "gaps"}, "stores keys unrotated for Anchored", id="keys stored otherwise"),
+        pytest.param({"fringe": 1}, "archived no compressed form for fringe=1", id="a form that was not kept"),
+    ],
+)
+def test_what_would_need_what_is_gone_is_refused_by_name(changes, reason):
+    trial = filled()
+    before = copied(trial.cache.context(0))
+    slots = ("compressor", "archive", "realigner")
+    other = attrs.evolve(trial.policy, **{n: build(n, v) if n in slots else v for n, v in changes.items()})
+    with pytest.raises(SwapError, match=reason):
+        trial.cache.swap(other)
+    assert testing.difference(before, trial.cache.context(0)) is None
+
+
+def test_an_empty_cache_takes_any_policy():
+    setting = Setting(policy=policy("archive"), geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
+    cache = setting.cache()
+    cache.swap(policy("streaming", sink=1, recent=2, block_size=1, chunk_size=4))
+    now = setting.tokens.part(0, 4)
+    for _ in range(3):
+        cache.append(0, now.keys, now.values)
+        cache.select(0, now.query)
+    assert cache.census()["dropped"] == 5
+
+
+def test_a_form_that_was_given_up_is_freed_and_cannot_come_back():
+    trial = filled(fringe=1)
+    assert set(trial.store.shelves) == {"full", "compressed"}
+    with_fringe = trial.policy
+    trial.policy = attrs.evolve(with_fringe, fringe=0)
+    trial.cache.swap(trial.policy)
+    for _ in range(2):
+        context = trial.feed(4)
+        testing.conservation(trial)
+        testing.contents(trial, context)
+    with pytest.raises(SwapError, match="archived no compressed form for fringe=1"):
+        trial.cache.swap(with_fringe)
+
+
+def test_digests_that_nobody_needs_any_more_are_freed():
+    trial = filled()
+    assert trial.store.digests.nbytes > 0
+    trial.policy = attrs.evolve(trial.policy, retriever=build("retriever", "recency"))
+    trial.cache.swap(trial.policy)
+    assert trial.store.digests.nbytes == 0
+    context = trial.feed(4)
+    testing.contents(trial, context)
+    testing.bounded(trial, context)
+    trial.policy = attrs.evolve(trial.policy, retriever=build("retriever", ("affinity", {"digest_tokens": 1})))
+    trial.cache.swap(trial.policy)
+    testing.contents(trial, trial.feed(4))
+    assert trial.store.digests.length == trial.store.archived
+
+
+def test_what_was_dropped_is_realigned_at_once():
+    setting = Setting(
+        policy=policy("streaming", sink=1, recent=3, block_size=2, chunk_size=4),
+        geometry=Geometry(kv_heads=2, head_dim=4),
+        rotary=rotary(4),
+        seed=0,
+    )
+    cache = setting.cache()
+    for a, b in extents([4] * 4):
+        now = setting.tokens.part(a, b)
+        cache.append(0, now.keys, now.values)
+    cache.swap(attrs.evolve(setting.policy, realigner=build("realigner", "incremental")))
+    assert float(cache.context(0).placed[0, 0, -1, 0]) == 15
+
+
+def test_a_budget_is_checked_before_anything_changes():
+    trial = filled()
+    with pytest.raises(BudgetError, match="more than budget = 12"):
+        trial.cache.swap(attrs.evolve(trial.policy, budget=12, top_k=9))
+    assert trial.store.policy == trial.policy
