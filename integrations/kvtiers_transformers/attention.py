@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvtiers import Context, Layer, Ragged, UnsupportedModelError
 
 NAME = "kvtiers"
+_FLEX_BLOCK = 128
 
 
 @attrs.define(eq=False)
@@ -44,23 +46,49 @@ def _own_attention(module: nn.Module, backend: str) -> Callable[..., Any]:
     return function
 
 
+def _allowed(context: Context, query: Tensor) -> Tensor | None:
+    """What each current token may see, [queries, tokens], or none if everything."""
+    if context.mask is not None or not context.causal:
+        return context.mask
+    return torch.ones(context.current, context.current, dtype=torch.bool, device=query.device).tril()
+
+
 def _additive(context: Context, query: Tensor) -> Tensor | None:
     """The mask as numbers to add to the scores, [batch, 1, queries, tokens]."""
-    mask = context.mask
-    if mask is None:
-        if not context.causal:
-            return None
-        mask = torch.ones(context.current, context.current, dtype=torch.bool, device=query.device).tril()
+    allowed = _allowed(context, query)
+    if allowed is None:
+        return None
     lowest = torch.finfo(query.dtype).min
-    numbers = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+    numbers = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill(~allowed, lowest)
     return numbers.expand(query.shape[0], 1, -1, -1)
 
 
-def _mask_for(backend: str, context: Context, query: Tensor) -> Tensor | None:
+def _block_mask(context: Context, query: Tensor) -> Any:
+    """The mask as flex attention takes it. Its kernels look beyond the edge, so the mask goes on to whole blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    allowed = _allowed(context, query)
+    if allowed is None:
+        return None
+    rows, columns = allowed.shape
+    whole = functional.pad(allowed, (0, -columns % _FLEX_BLOCK, 0, -rows % _FLEX_BLOCK))
+    return create_block_mask(
+        lambda batch, head, row, column: whole[row, column],
+        B=query.shape[0],
+        H=None,
+        Q_LEN=rows,
+        KV_LEN=columns,
+        device=query.device,
+    )
+
+
+def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
     if backend == "sdpa":
         return None if context.mask is None else context.mask.expand(query.shape[0], 1, -1, -1)
-    if backend in ("eager", "flex_attention"):
+    if backend == "eager":
         return _additive(context, query)
+    if backend == "flex_attention":
+        return _block_mask(context, query)
     if "flash" in backend and not context.banded:
         return None  # its causal order counts from the end of the keys, which is where the current tokens are
     raise UnsupportedModelError(
@@ -74,7 +102,7 @@ def tiered_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     kvtiers: Layer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:

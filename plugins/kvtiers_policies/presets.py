@@ -50,7 +50,7 @@ def streaming() -> Policy:
         realigner=Anchored(),
         archive=DeviceArchive(),
         sink=4,
-        recent=1020,
+        recent=988,
         block_size=32,
     )
 
@@ -60,14 +60,15 @@ def archive() -> Policy:
     return Policy(
         sinks=FirstSteps(),
         compressor=Keep(),
-        retriever=Affinity(heads="per-kv", normalise="softmax", digest_tokens=4),
+        retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=2),
         realigner=Gaps(),
         archive=DeviceArchive(),
         sink=4,
-        recent=256,
-        top_k=16,
+        recent=476,
+        top_k=28,
         recall="full",
-        block_size=32,
+        block_size=16,
+        chunk_size=64,
     )
 
 
@@ -76,13 +77,14 @@ def packforcing_lm() -> Policy:
     return Policy(
         sinks=FirstSteps(),
         compressor=MeanPool(),
-        retriever=Affinity(heads="per-kv", normalise="softmax", digest_tokens=4),
+        retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=2),
         realigner=Anchored(),
         archive=HostArchive(),
         sink=4,
-        recent=256,
-        top_k=16,
+        recent=476,
+        top_k=28,
         fringe=0,
         recall="full",
-        block_size=32,
+        block_size=16,
+        chunk_size=64,
     )

@@ -25,7 +25,7 @@ from kvtiers.testing import (
     check_sink,
 )
 
-EXAMPLES = max(5, settings().max_examples // 10)
+EXAMPLES = max(4, settings().max_examples // 20)
 OPTIONS = {
     "top-tokens": [{"keep": 2, "by": by, "window": 3} for by in ("key-norm", "key-similarity", "attention")],
     "mean-pool": [{"ratio": 2}],

@@ -123,10 +123,34 @@ def test_affinity_softmax_is_the_attention_share_of_each_block(shape, size, head
     assert torch.allclose(got.double(), expected, atol=1e-5)
 
 
+@given(shape=shapes, size=digest_tokens, normalise=st.sampled_from(["none", "softmax"]))
+def test_affinity_by_the_largest_takes_the_best_share_of_any_query_and_digest(shape, size, normalise):
+    blocks, keys, query = make(**shape)
+    retriever = Affinity(heads="per-kv", normalise=normalise, combine="max", digest_tokens=size)
+    got = score(retriever, blocks, keys, query)
+    group = shape["group"]
+    for b in range(shape["batch"]):
+        for kv in range(shape["kv_heads"]):
+            best = [-math.inf] * shape["count"]
+            made = [
+                (m, torch.stack([keys[b, kv, m, j].double() for j in run]))
+                for m in range(shape["count"])
+                for run in runs(keys.shape[3], size)
+            ]
+            for q in query[b, kv * group : (kv + 1) * group].flatten(0, 1).double():
+                digests = [(m, k.mean(0) if normalise == "softmax" else k.sum(0)) for m, k in made]
+                logits = torch.stack([q @ digest for _, digest in digests]) / math.sqrt(len(q))
+                shares = logits.softmax(0) if normalise == "softmax" else logits
+                for (m, _), share in zip(digests, shares.tolist(), strict=True):
+                    best[m] = max(best[m], share)
+            assert torch.allclose(got[b, kv].double(), torch.tensor(best, dtype=torch.float64), atol=1e-4)
+
+
 def test_affinity_digests_are_summed_in_float32():
     blocks, keys, _ = make(seed=1, tokens=512)
     low = keys.to(torch.bfloat16)
-    assert torch.allclose(Affinity().digest(attrs.evolve(blocks, rotated=low))[..., 0, :].double(), low.double().sum(-2), atol=1e-3)
+    digest = Affinity().digest(attrs.evolve(blocks, rotated=low))[..., 0, :]
+    assert torch.allclose(digest.double(), low.double().sum(-2), atol=1e-3)
 
 
 @given(shape=shapes, size=digest_tokens)

@@ -1,0 +1,59 @@
+"""100,000 tokens through a tiny layer: attended tokens and device bytes stay within what each preset promises."""
+
+import pytest
+import torch
+from strategies import names, rotary
+
+from kvtiers import testing
+from kvtiers.geometry import Geometry
+from kvtiers.presets import policy
+from kvtiers.store import LayerStore
+
+TOKENS = 100_000
+GEOMETRY = Geometry(kv_heads=1, head_dim=4)
+BOUNDED = [name for name in names("policy") if policy(name).bound(GEOMETRY) is not None]
+
+
+def test_which_presets_are_bounded():
+    assert set(names("policy")) - set(BOUNDED) == {"full"}
+
+
+def runs() -> list:
+    """Presets that score their whole archive for every chunk take long; in the quick run they read less."""
+    quick = [name for name in BOUNDED if policy(name).compressor.drops]
+    scored = [name for name in BOUNDED if name not in quick]
+    return [
+        *(pytest.param(name, TOKENS, id=name) for name in quick),
+        *(pytest.param(name, TOKENS // 8, id=f"{name} for an eighth") for name in scored),
+        *(pytest.param(name, TOKENS, id=name, marks=pytest.mark.slow) for name in scored),
+    ]
+
+
+@pytest.mark.parametrize(("name", "tokens"), runs())
+def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
+    """In chunks, and one by one now and then, as a long conversation would."""
+    found = policy(name)
+    store = LayerStore(found, GEOMETRY, rotary=rotary(4))
+    bound, chunk = found.bound(GEOMETRY), found.chunk_size
+    flat: set[int] = set()
+    pool = torch.randn(3, 1, 1, chunk * 7, 4, generator=torch.Generator().manual_seed(0))
+    number = 0
+    while store.seen < tokens:
+        steps = 1 if number % 100 < 5 else chunk
+        query, keys, values = pool[..., (number % 7) * chunk :, :][..., :steps, :]
+        store.append(keys, values)
+        store.select(query)
+        assert store.context().keys.shape[2] <= bound
+        if number % 20 == 0:
+            limit = found.bound_bytes(GEOMETRY, store.archived)
+            held = testing.storages(store)
+            assert held["device"] <= limit
+            if number:
+                flat.add(held["device"])
+        number += 1
+    assert sum(store.census().values()) == store.seen >= tokens
+    if found.compressor.drops:
+        assert len(flat) == 1
+        assert store.census()["dropped"] > 0.9 * tokens
+    else:
+        assert store.archived * found.block_size == store.census()["mid"] > 0.9 * tokens
