@@ -1,7 +1,7 @@
 """The archive: every mid block, attended now or not. `Archive` is the policy, a `Shelf` holds one layer's blocks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +77,12 @@ class Archive(ABC):
         """A new, empty shelf for one layer and one form."""
 
 
+def lasting(shape: Sequence[int], *, like: Tensor, pinned: bool = False) -> Tensor:
+    """An empty tensor that is written in place later: one made under inference mode could not be, outside of it."""
+    with torch.inference_mode(False):
+        return torch.empty(*shape, dtype=like.dtype, device=like.device, pin_memory=pinned)
+
+
 class Growing:
     """A tensor that grows along one axis by doubling, so that appending is cheap and nothing is concatenated.
 
@@ -108,7 +114,7 @@ class Growing:
         if self.buffer is None or slots > self.buffer.shape[self.axis]:
             shape = list(rows.shape)
             shape[self.axis] = slots
-            grown = torch.empty(shape, dtype=rows.dtype, device=rows.device, pin_memory=self.pinned)
+            grown = lasting(shape, like=rows, pinned=self.pinned)
             if self.data is not None:
                 grown.narrow(self.axis, 0, self.length).copy_(self.data)
             self.buffer = grown
@@ -118,13 +124,15 @@ class Growing:
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         """Select along the first axis."""
         if self.buffer is not None:
-            self._hold(self.buffer.index_select(0, rows.to(self.buffer.device)))
+            with torch.inference_mode(False):
+                self._hold(self.buffer.index_select(0, rows.to(self.buffer.device)))
 
     def fork(self) -> "Growing":
         other = Growing(self.axis, pinned=self.pinned)
         other.length = self.length
         if self.buffer is not None:
-            other._hold(self.buffer.clone())
+            with torch.inference_mode(False):
+                other._hold(self.buffer.clone())
         return other
 
     def _slots_after(self, rows: Tensor) -> int:

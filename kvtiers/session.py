@@ -78,6 +78,7 @@ def crop(store: LayerStore, steps: int) -> None:
     store._live = None
 
 
+@torch.inference_mode(mode=False)
 def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
     """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""
     for name in _BUFFERS:
@@ -104,6 +105,7 @@ def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
     store.geometry = attrs.evolve(store.geometry, batch=rows.numel())
 
 
+@torch.inference_mode(mode=False)
 def fork(store: LayerStore) -> LayerStore:
     """An independent copy that continues exactly from here."""
     other = copy.copy(store)
@@ -159,6 +161,7 @@ def _first(store: LayerStore) -> int:
     return store.head - (0 if store.stale else store.mid_tokens)
 
 
+@torch.inference_mode(mode=False)
 def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Fill the empty `store` with what `dump` gave."""
     for name in _NUMBERS:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvtiers import events
-from kvtiers.archive import Growing, Shelf
+from kvtiers.archive import Growing, Shelf, lasting
 from kvtiers.blocks import Blocks, Context, Form, Selection, run_of
 from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError
 from kvtiers.geometry import Geometry
@@ -488,9 +488,9 @@ class LayerStore:
             slots = self.policy.slots(self.geometry)
             bound = self.policy.mid_bound(self.geometry) or 0
             room = bound + tokens if slots is None else slots
-            self.keys = keys.new_empty(*keys.shape[:2], room, keys.shape[3])
-            self.raw = torch.empty_like(self.keys) if self.rotates else None
-            self.values = values.new_empty(*values.shape[:2], room, values.shape[3])
+            self.keys = lasting((*keys.shape[:2], room, keys.shape[3]), like=keys)
+            self.raw = lasting(self.keys.shape, like=keys) if self.rotates else None
+            self.values = lasting((*values.shape[:2], room, values.shape[3]), like=values)
             self.tail = bound
         elif self.tail + tokens > self.keys.shape[2]:
             self._relocate(self._reserved(), tokens)
@@ -513,7 +513,7 @@ class LayerStore:
             rest = buffer[:, :, old_head - mid : self.tail]
             if needed > buffer.shape[2]:
                 room = max(needed, 2 * buffer.shape[2]) if self.policy.slots(self.geometry) is None else needed
-                target = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
+                target = lasting((*buffer.shape[:2], room, buffer.shape[3]), like=buffer)
             else:
                 anchors, rest, target = anchors.clone(), rest.clone(), buffer
             target[:, :, head - mid : head + size] = rest
