@@ -44,8 +44,7 @@ _OPTIONS: Mapping[tuple[str, str], Mapping[str, st.SearchStrategy[Any]]] = {
     },
     ("retriever", "page-bounds"): {"digest_tokens": st.none() | st.integers(1, 5)},
 }
-"""Options worth varying; what is not listed here is built with its defaults. `rows="mean"` mixes rows and is left out."""
-
+"""Options worth varying; the others have their defaults. `rows="mean"` mixes rows and is left out."""
 
 
 @contextmanager
@@ -247,7 +246,9 @@ def same(a: Context, b: Context) -> bool:
     """Whether two contexts are equal, bitwise."""
     masks = (a.mask is None) == (b.mask is None) and (a.mask is None or b.mask is None or torch.equal(a.mask, b.mask))
     located = all(
-        torch.equal(x.expand(torch.broadcast_shapes(x.shape, y.shape)), y.expand(torch.broadcast_shapes(x.shape, y.shape)))
+        torch.equal(
+            x.expand(torch.broadcast_shapes(x.shape, y.shape)), y.expand(torch.broadcast_shapes(x.shape, y.shape))
+        )
         for x, y in ((a.origins, b.origins), (a.placed, b.placed))
     )
     return (

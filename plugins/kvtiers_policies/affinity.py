@@ -83,6 +83,6 @@ class Affinity(Retriever):
             return torch.einsum("bkhd,bknd->bkhn", grouped.sum(3), digests.sum(3))
         logits = torch.einsum("bkhqd,bkmd->bkhqm", grouped, digests.flatten(2, 3))
         shares: Tensor = logits.softmax(-1) if self.normalise == "softmax" else logits
-        if self.combine == "max":
-            return shares.amax(3).unflatten(-1, digests.shape[2:4]).amax(-1)
-        return shares.sum(3).unflatten(-1, digests.shape[2:4]).sum(-1)
+        of_block = (shares.amax(3) if self.combine == "max" else shares.sum(3)).unflatten(-1, digests.shape[2:4])
+        scores: Tensor = of_block.amax(-1) if self.combine == "max" else of_block.sum(-1)
+        return scores

@@ -1,4 +1,4 @@
-"""A write that an archive refuses changes nothing: no step is lost, and the same tokens can be appended once there is room."""
+"""A write that an archive refuses changes nothing: no step is lost, and the same tokens fit once there is room."""
 
 from typing import ClassVar
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Setting, copied, cuts, feed, policies, rotary, settings_of
 
 from kvtiers import testing
 from kvtiers.archive import Archive, TensorShelf
@@ -15,6 +14,7 @@ from kvtiers.blocks import Blocks, Place
 from kvtiers.errors import ArchiveFullError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
+from strategies import Setting, copied, cuts, feed, policies, rotary, settings_of
 
 
 class Switch:
@@ -50,7 +50,9 @@ class UnreliableArchive(Archive):
 
 
 def archiving() -> st.SearchStrategy:
-    chosen = policies(compressor=("keep", "mean-pool", "top-tokens"), recent=3, retriever=("recency", "affinity", "none"))
+    chosen = policies(
+        compressor=("keep", "mean-pool", "top-tokens"), recent=3, retriever=("recency", "affinity", "none")
+    )
     return chosen.map(lambda found: attrs.evolve(found, archive=UnreliableArchive()))
 
 
@@ -126,7 +128,7 @@ def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive
         found = attrs.evolve(found, retriever=policy("archive", retriever="recency").retriever, top_k=999)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
     store, tokens, start = setting.store(), setting.tokens, 0
-    with pytest.raises(ArchiveFullError, match=r"limit_bytes = 3,000.*Nothing was lost"):
+    with pytest.raises(ArchiveFullError, match=r"limit_bytes = 3,000.*Nothing was lost"):  # noqa: PT012 (some append)
         while True:
             now = tokens.part(start, start + 4)
             store.append(now.keys, now.values)

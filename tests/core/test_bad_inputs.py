@@ -1,9 +1,8 @@
-"""What the core refuses, each with a message that names what was wrong. Names and plugins: test_plugins, test_presets."""
+"""What the core refuses, each with a message that names what was wrong. Names: test_plugins, test_presets."""
 
 import attrs
 import pytest
 import torch
-from strategies import Setting, copied, feed, rotary
 
 from kvtiers import testing
 from kvtiers.cache import TieredCache
@@ -20,6 +19,7 @@ from kvtiers.errors import (
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
 from kvtiers.store import LayerStore
+from strategies import Setting, copied, feed, rotary
 
 GEOMETRY = Geometry(kv_heads=2, head_dim=4)
 
@@ -27,7 +27,9 @@ GEOMETRY = Geometry(kv_heads=2, head_dim=4)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        pytest.param({"sink": -1}, PolicyError, "sink must be a whole number of at least 0, got -1", id="negative sink"),
+        pytest.param(
+            {"sink": -1}, PolicyError, "sink must be a whole number of at least 0, got -1", id="negative sink"
+        ),
         pytest.param({"recent": -1}, PolicyError, "recent must be .* or None, got -1", id="negative recent"),
         pytest.param({"recent": 2.5}, PolicyError, "recent must be a whole number", id="recent of two and a half"),
         pytest.param({"top_k": 0}, PolicyError, "top_k must be a whole number of at least 1, got 0", id="no blocks"),
@@ -102,7 +104,9 @@ def test_a_geometry_that_cannot_be_is_refused(fields, error):
 
 
 def test_one_policy_and_one_rotary_per_layer_are_asked_for():
-    with pytest.raises(GeometryError, match="one policy and one rotary per layer: got 2 policies, 3 rotaries for 3 layers"):
+    with pytest.raises(
+        GeometryError, match="one policy and one rotary per layer: got 2 policies, 3 rotaries for 3 layers"
+    ):
         TieredCache([policy("full")] * 2, [GEOMETRY] * 3)
 
 

@@ -5,6 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from kvtiers import testing
+from kvtiers.cache import Layer, Ragged
+from kvtiers.errors import GeometryError
+from kvtiers.geometry import Geometry
+from kvtiers.presets import policy
 from strategies import (
     Setting,
     Stream,
@@ -19,12 +25,6 @@ from strategies import (
     small_presets,
 )
 
-from kvtiers import testing
-from kvtiers.cache import Layer, Ragged
-from kvtiers.errors import GeometryError
-from kvtiers.geometry import Geometry
-from kvtiers.presets import policy
-
 
 def rows_of(batch: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, batch - 1), min_size=1, max_size=4)
@@ -36,8 +36,12 @@ def test_taking_rows_before_or_after_appending_is_the_same(data):
     rows = torch.tensor(data.draw(rows_of(setting.geometry.batch), label="rows"))
     lengths = data.draw(cuts(setting.policy))
     split = data.draw(st.integers(0, len(lengths)), label="taken after")
-    trial = testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps)
-    other = testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps)
+    trial = testing.Trial.start(
+        setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps
+    )
+    other = testing.Trial.start(
+        setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps
+    )
     other.query, other.keys, other.values = other.query[rows], other.keys[rows], other.values[rows]
     for number, steps in enumerate(lengths):
         if number == split:
@@ -53,7 +57,9 @@ def test_taking_rows_before_or_after_appending_is_the_same(data):
 @given(data=st.data())
 def test_what_was_taken_still_keeps_the_invariants(data):
     setting = data.draw(settings_of())
-    trial = testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps)
+    trial = testing.Trial.start(
+        setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps
+    )
     for steps in data.draw(cuts(setting.policy)):
         context = trial.feed(steps)
         if data.draw(st.booleans(), label="take"):

@@ -5,21 +5,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import STEPS, Setting, cuts, feed, fewer, names, policies, rotary, settings_of, small_presets, stream
 
 from kvtiers import testing
 from kvtiers.accounting import bytes_in
 from kvtiers.cache import Ragged, TieredCache
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
+from strategies import STEPS, Setting, cuts, feed, fewer, names, policies, rotary, settings_of, small_presets, stream
 
 
 @given(data=st.data())
 def test_tokens_and_bytes_stay_within_their_bounds_and_reports_are_true(data):
     setting = data.draw(settings_of())
-    trial = testing.Trial.start(
-        setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=STEPS
-    )
+    trial = testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=STEPS)
     for steps in data.draw(cuts(setting.policy, most=20)):
         testing.bounded(trial, trial.feed(steps))
 

@@ -1,10 +1,9 @@
-"""Invariants 1, 5 and 7: every step is somewhere, in order, and reading changes nothing. Over all installed policies."""
+"""Invariants 1, 5 and 7: every step is somewhere, in order; reading changes nothing. Over all installed policies."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import STEPS, Setting, cuts, feed, policies, settings_of, stream
 
 from kvtiers import testing
 from kvtiers.blocks import Extent
@@ -12,12 +11,11 @@ from kvtiers.events import Archived, Committed, Compressed, Recalled, Selected
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
 from kvtiers.presets import policy
+from strategies import STEPS, Setting, cuts, feed, policies, settings_of, stream
 
 
 def trial_of(setting: Setting) -> testing.Trial:
-    return testing.Trial.start(
-        setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps
-    )
+    return testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps)
 
 
 @given(data=st.data())
@@ -161,7 +159,7 @@ def test_layout_says_which_blocks_exist_from_the_first_step_on():
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=Setting.plain_rotary(4), seed=0)
     cache, tokens = setting.cache(), setting.tokens
     assert cache.layout() == []
-    for start in range(0, 9):
+    for start in range(9):
         now = tokens.part(start, start + 1)
         cache.append(0, now.keys, now.values)
         cache.select(0, now.query)

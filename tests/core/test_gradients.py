@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Setting, allowed, attend, cuts, feed, fewer, per_head, policies, rotary, settings_of
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
+from strategies import Setting, allowed, attend, cuts, feed, fewer, per_head, policies, rotary, settings_of
 
 
 def attend32(query, context):
@@ -32,7 +32,10 @@ def test_gradients_of_current_tokens_are_those_of_plain_attention(data):
     store.select(query)
     context = store.context()
     origins, placed = per_head(context.origins, context), per_head(context.placed, context)
-    own, past = [x.clone().requires_grad_() for x in (now.query, now.keys, now.values)], origins[..., : -context.current]
+    own, past = (
+        [x.clone().requires_grad_() for x in (now.query, now.keys, now.values)],
+        origins[..., : -context.current],
+    )
 
     def at(x, where):
         return x.gather(2, where.long()[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from strategies import names, rotary
 
 from kvtiers import testing
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
 from kvtiers.store import LayerStore
+from strategies import names, rotary
 
 TOKENS = 100_000
 GEOMETRY = Geometry(kv_heads=1, head_dim=4)

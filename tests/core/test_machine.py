@@ -1,5 +1,5 @@
-"""Everything at once: a cache is appended to, read, rolled back, reordered, saved, forked and given other policies, in any
-order, beside a model that is a plain list of the tokens it should remember.
+"""Everything at once: a cache is appended to, read, rolled back, reordered, saved, forked and given other
+policies, in any order, beside a model that is a plain list of the tokens it should remember.
 
 What is deterministic of the tokens alone (which steps are where, what a context holds, where it lies) is recomputed by
 brute force after every step; what depends on queries is held against a second cache that was spared the detours.
@@ -14,12 +14,12 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from strategies import Stream, copied, policies, settings_of, small_presets, stream
 
 from kvtiers import testing
 from kvtiers.blocks import Context
 from kvtiers.cache import TieredCache
 from kvtiers.errors import CropError, SwapError
+from strategies import Stream, copied, policies, settings_of, small_presets, stream
 
 LONGEST = 40
 

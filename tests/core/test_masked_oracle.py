@@ -1,4 +1,5 @@
-"""Invariants 2 and 3: `full` is plain attention, and a policy that only drops is plain attention with those tokens masked.
+"""Invariants 2 and 3: `full` is plain attention, and a policy that only drops is plain attention with those
+tokens masked.
 
 The oracle works out, one step, head and block at a time, what each query may see. It reads nothing of a store, and its
 negative controls show that one index or position that is off by one is noticed.
@@ -9,12 +10,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import Setting, Stream, allowed, attend, attend_context, cuts, extents, feed, policies, settings_of
 from torch import Tensor
 
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
 from kvtiers.presets import policy
+from strategies import Setting, Stream, allowed, attend, attend_context, cuts, extents, feed, policies, settings_of
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -171,7 +172,9 @@ def test_whoever_keeps_and_attends_everything_equals_full(data):
     setting = data.draw(settings_of(st.just(found)))
     full = attrs.evolve(setting, policy=policy("full"))
     lengths = data.draw(cuts(found))
-    contexts = zip(feed(setting.store(), setting.tokens, lengths), feed(full.store(), full.tokens, lengths), strict=True)
+    contexts = zip(
+        feed(setting.store(), setting.tokens, lengths), feed(full.store(), full.tokens, lengths), strict=True
+    )
     for (_, mine), (_, theirs) in contexts:
         assert torch.equal(mine.keys, theirs.keys)
         assert torch.equal(mine.values, theirs.values)
@@ -186,14 +189,14 @@ def test_a_long_forward_equals_its_chunks_bit_for_bit(data):
     tokens, size = setting.tokens, found.chunk_size
     steps = data.draw(st.integers(1, 40))
     whole, pieces = setting.cache(), setting.cache()
-    at_once = []
-    for turn in whole.layers[0].turns(*(getattr(tokens.part(0, steps), x) for x in ("query", "keys", "values"))):
-        at_once.append(attend_context(turn.query, turn.context))
+    everything = tokens.part(0, steps)
+    turns = whole.layers[0].turns(everything.query, everything.keys, everything.values)
+    at_once = [attend_context(turn.query, turn.context) for turn in turns]
     in_pieces = []
     for start, stop in extents([min(size, steps - a) for a in range(0, steps, size)]):
         part = tokens.part(start, stop)
-        for turn in pieces.layers[0].turns(part.query, part.keys, part.values):
-            in_pieces.append(attend_context(turn.query, turn.context))
+        turns = pieces.layers[0].turns(part.query, part.keys, part.values)
+        in_pieces += [attend_context(turn.query, turn.context) for turn in turns]
     assert torch.equal(torch.cat(at_once, 2), torch.cat(in_pieces, 2))
 
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from strategies import Setting, Stream, copied, cuts, policies, rotary, settings_of, small_presets
 
 from kvtiers import testing
 from kvtiers.cache import Ragged, TieredCache
@@ -20,6 +19,7 @@ from kvtiers.errors import CropError, SavedCacheError
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Compressor
 from kvtiers.presets import policy
+from strategies import Setting, Stream, copied, cuts, policies, rotary, settings_of, small_presets
 
 
 def go_on(cache: TieredCache, tokens: Stream, lengths: list[int], start: int) -> list:
@@ -81,10 +81,13 @@ def test_a_roll_back_is_exact_or_refused(data):
     cache, kept = setting.cache(), setting.cache()
     go_on(cache, setting.tokens, lengths, 0)
     before, census = copied(cache.context(0)), cache.census()
+    refusal = None
     try:
         cache.crop(steps)
     except CropError as error:
-        assert "fork() the cache" in str(error)
+        refusal = str(error)
+    if refusal is not None:
+        assert "fork() the cache" in refusal
         assert testing.difference(before, cache.context(0)) is None
         assert cache.census() == census
         return
@@ -95,7 +98,9 @@ def test_a_roll_back_is_exact_or_refused(data):
             left.append(min(length, steps - done))
         done += length
     go_on(kept, setting.tokens, left, 0)
-    future = data.draw(cuts(setting.policy, most=4, steps=setting.steps - steps) if steps < setting.steps else st.just([]))
+    future = data.draw(
+        cuts(setting.policy, most=4, steps=setting.steps - steps) if steps < setting.steps else st.just([])
+    )
     other = attrs.evolve(setting, seed=setting.seed + 1).tokens
     assert_same_future(cache, kept, other, future, steps)
 
@@ -104,7 +109,9 @@ def test_a_roll_back_is_exact_or_refused(data):
 def test_the_newest_tokens_can_be_taken_back(name):
     """Speculative decoding: one chunk is checked, and the part that was wrong goes."""
     found = policy(name)
-    found = attrs.evolve(found, recent=None if found.recent is None else 12, block_size=4, refresh="chunk", sink=found.sink)
+    found = attrs.evolve(
+        found, recent=None if found.recent is None else 12, block_size=4, refresh="chunk", sink=found.sink
+    )
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4, batch=2), rotary=rotary(4), seed=0)
     cache, kept = setting.cache(), setting.cache()
     go_on(cache, setting.tokens, [8, 8, 5], 0)
@@ -142,7 +149,9 @@ def test_a_roll_back_that_cannot_be_exact_is_refused_with_the_reason(steps, reas
 def test_rows_that_parted_ways_are_saved_and_forked_too(data):
     setting = data.draw(settings_of(policies(chunk_size=5) | small_presets(), max_heads=2))
     batch, tokens = setting.geometry.batch, setting.tokens
-    valid = torch.arange(9) >= torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))[:, None]
+    valid = (
+        torch.arange(9) >= torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))[:, None]
+    )
     cache, loaded = setting.cache(), setting.cache()
     layers = [cache.layers[0]]
     now = tokens.part(0, 9)

@@ -123,7 +123,6 @@ def test_frequencies_are_a_copy():
     assert torch.equal(rotary.frequencies[0], torch.tensor([0.7, 0.05]))
 
 
-
 def test_several_axes_in_the_layout_of_one_are_refused():
     with pytest.raises(RotaryError, match="layout 'half' rotates one axis, got 2"):
         Rotary([torch.tensor([1.0]), torch.tensor([1.0])], layout="half")

@@ -5,15 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Setting, attend_context, cuts, feed, per_head, policies, rotary, settings_of
 from torch import Tensor
 
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
-from kvtiers.presets import build, policy
+from kvtiers.presets import build
 from kvtiers.rotary import Rotary
+from strategies import Setting, attend_context, cuts, feed, per_head, policies, rotary, settings_of
 
-in_full = policies(realigner=("anchored", "incremental"), compressor=("keep", "drop", "mean-pool"), recall="full", fringe=0)
+in_full = policies(
+    realigner=("anchored", "incremental"), compressor=("keep", "drop", "mean-pool"), recall="full", fringe=0
+)
 
 
 def turned_by_complex_numbers(keys: Tensor, positions: Tensor, turn: Rotary) -> Tensor:
@@ -82,7 +84,9 @@ def test_anchored_and_incremental_attend_alike(data):
 @given(data=st.data())
 def test_without_gaps_realigning_equals_leaving_the_models_rotation(data):
     """As long as nothing is left out, a realigned context is the model's own; rotating before or after is the same."""
-    found = data.draw(policies(compressor="keep", retriever="all", realigner=("anchored", "incremental"), recall="full"))
+    found = data.draw(
+        policies(compressor="keep", retriever="all", realigner=("anchored", "incremental"), recall="full")
+    )
     setting = data.draw(settings_of(st.just(found)))
     lengths = data.draw(cuts(found))
     plain = attrs.evolve(setting, policy=attrs.evolve(found, realigner=build("realigner", "gaps")))

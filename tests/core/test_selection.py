@@ -1,11 +1,10 @@
-"""Invariant 8: what is selected is what the declared score says, computed by brute force; ties and refreshes are exact."""
+"""Invariant 8: what is selected is what the declared score says, by brute force; ties and refreshes are exact."""
 
 import attrs
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Setting, copied, cuts, feed, per_head, policies, rotary, settings_of, stream
 from torch import Tensor
 
 from kvtiers import testing
@@ -14,6 +13,7 @@ from kvtiers.errors import SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy, Retriever, choose
 from kvtiers.presets import build, policy
+from strategies import Setting, copied, cuts, feed, per_head, policies, rotary, settings_of, stream
 
 SCORED = ("affinity", "page-bounds")
 
@@ -42,7 +42,10 @@ def brute_force(retriever: Retriever, query: Tensor, blocks: list[Tensor]) -> Te
                 if name == "PageBounds":
                     for number, parts in enumerate(runs):
                         for part in parts:
-                            bound = sum(max(float(q[c] * part[:, c].min()), float(q[c] * part[:, c].max())) for c in range(len(q)))
+                            bound = sum(
+                                max(float(q[c] * part[:, c].min()), float(q[c] * part[:, c].max()))
+                                for c in range(len(q))
+                            )
                             best[number] = max(float(best[number]), bound)
                 elif retriever.normalise == "none":
                     shares += torch.stack([(q @ block[row, head // group].T).sum() * scale for block in blocks])
@@ -63,7 +66,9 @@ def brute_force(retriever: Retriever, query: Tensor, blocks: list[Tensor]) -> Te
 @given(data=st.data())
 def test_the_chosen_blocks_have_the_highest_declared_scores(data):
     """At every step of a run, with keys and queries rotated at their origins whatever the realigner."""
-    found = data.draw(policies(retriever=SCORED, refresh="chunk", recent=3, compressor=("keep", "mean-pool", "top-tokens")))
+    found = data.draw(
+        policies(retriever=SCORED, refresh="chunk", recent=3, compressor=("keep", "mean-pool", "top-tokens"))
+    )
     setting = data.draw(settings_of(st.just(found)))
     tokens, store = setting.tokens, setting.store()
     at = torch.arange(setting.steps)[:, None].double()
@@ -98,7 +103,9 @@ def test_the_brute_force_notices_another_key():
 
 
 @given(
-    scores=st.lists(st.lists(st.sampled_from([0.0, 1.0, 1.0, 2.0, -3.0]), min_size=5, max_size=5), min_size=1, max_size=3),
+    scores=st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, 1.0, 2.0, -3.0]), min_size=5, max_size=5), min_size=1, max_size=3
+    ),
     count=st.integers(1, 5),
 )
 def test_of_equal_scores_the_newer_block_wins(scores, count):
@@ -181,7 +188,9 @@ class Forgotten(Retriever):
 def test_a_selection_is_renewed_as_often_as_refresh_says(refresh, singles, times):
     """Single steps within one unfinished block, so that nothing is archived between them."""
     retriever = Forgotten()
-    found = attrs.evolve(policy("archive"), retriever=retriever, sink=0, recent=4, top_k=1, block_size=4, refresh=refresh)
+    found = attrs.evolve(
+        policy("archive"), retriever=retriever, sink=0, recent=4, top_k=1, block_size=4, refresh=refresh
+    )
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0, steps=64)
     found = attrs.evolve(found, recent=40)
     store = attrs.evolve(setting, policy=found).store()
@@ -189,7 +198,7 @@ def test_a_selection_is_renewed_as_often_as_refresh_says(refresh, singles, times
     before = len(retriever.asked)
     assert before == 1
     asked = []
-    for count in range(singles):
+    for _count in range(singles):
         list(feed(store, setting.tokens, [1], start=store.seen))
         asked.append(store.archived)
     by_archiving = sum(b > a for a, b in zip([1, *asked], asked, strict=False))

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import STEPS, Setting, copied, cuts, extents, feed, policies, rotary, settings_of, small_presets
 
 from kvtiers import testing
 from kvtiers.errors import BudgetError, SwapError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
+from strategies import STEPS, Setting, copied, cuts, extents, feed, policies, rotary, settings_of, small_presets
 
 FREE = ("retriever", "realigner", "top_k", "fringe", "refresh", "chunk_size")
 
@@ -23,7 +23,9 @@ def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
         trial.feed(steps)
     before, census = copied(trial.cache.context(0)), trial.cache.census()
     other = data.draw(policies() | small_presets(), label="other")
-    changed = attrs.evolve(setting.policy, **{name: getattr(other, name) for name in data.draw(st.sets(st.sampled_from(FREE)))})
+    changed = attrs.evolve(
+        setting.policy, **{name: getattr(other, name) for name in data.draw(st.sets(st.sampled_from(FREE)))}
+    )
     try:
         trial.cache.swap(changed)
     except SwapError:
@@ -42,7 +44,9 @@ def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
 @given(data=st.data())
 def test_a_swapped_cache_is_what_it_would_be_under_the_new_policy_from_the_start(data):
     """Retriever, realigner, top_k, fringe and refresh decide what is attended, and nothing of what is held."""
-    first = data.draw(policies(compressor="keep", retriever=("recency", "affinity", "page-bounds"), refresh="chunk", recent=3))
+    first = data.draw(
+        policies(compressor="keep", retriever=("recency", "affinity", "page-bounds"), refresh="chunk", recent=3)
+    )
     second = data.draw(policies(compressor="keep", retriever=("recency", "affinity", "page-bounds"), refresh="chunk"))
     names = [name for name in FREE if name not in ("chunk_size", "realigner", "fringe")]
     changed = attrs.evolve(first, **{name: getattr(second, name) for name in names})
@@ -58,14 +62,18 @@ def test_a_swapped_cache_is_what_it_would_be_under_the_new_policy_from_the_start
     swap.check(swapped, changed)
     swap.apply(swapped, changed)
     for (_, a), (_, b) in zip(
-        feed(swapped, setting.tokens, lengths[split:], done), feed(fresh, setting.tokens, lengths[split:], done), strict=True
+        feed(swapped, setting.tokens, lengths[split:], done),
+        feed(fresh, setting.tokens, lengths[split:], done),
+        strict=True,
     ):
         assert torch.equal(a.values, b.values)
         assert torch.allclose(a.keys, b.keys, rtol=1e-5, atol=1e-5)
 
 
 def filled(**changes):
-    found = policy("packforcing-lm", **{"sink": 1, "recent": 3, "block_size": 2, "top_k": 2, "chunk_size": 4, **changes})
+    found = policy(
+        "packforcing-lm", **{"sink": 1, "recent": 3, "block_size": 2, "top_k": 2, "chunk_size": 4, **changes}
+    )
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
     trial = testing.Trial.start(found, setting.geometry, setting.rotary, seed=0, steps=STEPS)
     for a, b in extents([4] * 5):

@@ -8,7 +8,6 @@ import attrs
 import pytest
 import torch
 from hypothesis import settings
-from strategies import names
 from torch import Tensor
 
 from kvtiers.archive import TensorShelf
@@ -24,6 +23,7 @@ from kvtiers.testing import (
     check_retriever,
     check_sink,
 )
+from strategies import names
 
 EXAMPLES = max(4, settings().max_examples // 20)
 OPTIONS = {

@@ -1,5 +1,7 @@
 """The timeline: which blocks exist and which tier each is in, against a simulation that moves one step at a time."""
 
+import itertools
+
 import attrs
 import pytest
 from hypothesis import given
@@ -81,7 +83,7 @@ def test_each_block_leaves_recent_exactly_once_however_history_grows(timeline, c
     if timeline.cuts is not None:
         counts = [max((cut for cut in timeline.cuts if cut <= count), default=0) for count in counts]
     counts = [0, *sorted(counts)]
-    left = [extent for a, b in zip(counts, counts[1:], strict=False) for extent in timeline.aged(a, b)]
+    left = [extent for a, b in itertools.pairwise(counts) for extent in timeline.aged(a, b)]
     assert left == timeline.aged(0, counts[-1])
     assert left == [extent for extent, tier in timeline.layout(counts[-1]) if tier == "mid"]
 
