@@ -2,7 +2,7 @@
 
 import sys
 
-from kvtiers.errors import MissingExtraError
+from kvtiers.errors import KVTiersError, MissingExtraError
 
 
 def main() -> None:
@@ -11,7 +11,10 @@ def main() -> None:
         from kvtiers.cli import main as commands
     except MissingExtraError as error:
         sys.exit(f"kvtiers: {error}")
-    commands(prog_name="kvtiers")
+    try:
+        commands(prog_name="kvtiers")
+    except KVTiersError as error:
+        sys.exit(f"kvtiers: {error}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvtiers import accounting, saving, session, swap
 from kvtiers.blocks import Context, Extent, Tier
-from kvtiers.errors import CropError, GeometryError
+from kvtiers.errors import CropError, GeometryError, SwapError
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
@@ -308,8 +308,18 @@ class TieredCache:
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
         """Go on under another policy. What would need tokens that are gone raises `SwapError` and changes nothing."""
         each = [policies] * len(self.layers) if isinstance(policies, Policy) else list(policies)
+        if isinstance(policies, str) or len(each) != len(self.layers):
+            raise SwapError(
+                f"swap takes one Policy, or one for each of {len(self.layers)} layers, got "
+                f"{policies if isinstance(policies, str) else len(each)!r}; make one with kvtiers.policy(...)"
+            )
         for store in self.stores():
             swap.check(store, each[store.layer])
+        rotates = [policy.realigner.rotates for policy in (*self.policies, *each)]
+        if any(rotates) != all(rotates):
+            raise SwapError(
+                "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
+            )
         for store in self.stores():
             swap.apply(store, each[store.layer])
         self.policies = each

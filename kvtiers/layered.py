@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvtiers.errors import PolicyError
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import load_policy, policy
 
@@ -12,9 +13,17 @@ def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any)
     """The policy of each of `layers` (layer numbers).
 
     base: a preset's name, the path of a .toml file, or a `Policy`. A change of a setting may be a value for all layers,
-    `{layer: value, "*": value of the others}`, or a function of the layer's number; slots are the same for all layers.
+    `{layer: value, "*": value of the others}` (without `"*"` the others keep the preset's), or a function of the
+    layer's number; slots are the same for all layers.
     """
     named = base if isinstance(base, Policy) else load_policy(base) if Path(base).suffix == ".toml" else str(base)
+    for name, value in changes.items():
+        strange = [key for key in value if key != "*" and key not in layers] if isinstance(value, Mapping) else []
+        if strange and name not in SLOTS:
+            raise PolicyError(
+                f"{name} is set for layer {strange[0]!r}, which is not tiered; layers: {', '.join(map(str, layers))}, "
+                'and "*" for the others'
+            )
     own = {name: value for name, value in changes.items() if name not in SLOTS and _differs(value)}
     start = policy(named, **{name: value for name, value in changes.items() if name not in own})
     return [policy(start, **{name: _of_layer(name, v, layer, start) for name, v in own.items()}) for layer in layers]

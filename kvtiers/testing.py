@@ -57,10 +57,12 @@ INVARIANTS: Mapping[int, str] = {
 _CLOSE = 1e-4
 
 
-def require(holds: bool, invariant: int, message: str) -> None:
-    """Raise `AssertionError` naming the invariant unless it holds."""
+def require(holds: bool, invariant: int, message: str, *values: object) -> None:
+    """Raise `AssertionError` naming the invariant unless it holds; `{}` in the message stands for `values`."""
     if not holds:
-        raise AssertionError(f"invariant {invariant} ({INVARIANTS[invariant]}): {message}")
+        raise AssertionError(
+            f"invariant {invariant} ({INVARIANTS[invariant]}): {message.format(*values) if values else message}"
+        )
 
 
 # ---------------------------------------------------------------------- a layer that knows what it must hold
@@ -267,8 +269,8 @@ def contents(trial: Trial, context: Context) -> None:
     recent = list(range(max(store.aged_to, len(sink)), trial.seen))
     origins = context.origins[..., 0].expand(*context.keys.shape[:3])
     placed = context.placed[..., 0].expand(*context.keys.shape[:3])
-    require(bool((origins.diff(dim=-1) > 0).all()), 5, f"origins are not in order: {origins.tolist()}")
-    require(bool((placed.diff(dim=-1) > 0).all()), 5, f"placed positions are not in order: {placed.tolist()}")
+    require(bool((origins.diff(dim=-1) > 0).all()), 5, "origins are not in order: {}", origins)
+    require(bool((placed.diff(dim=-1) > 0).all()), 5, "placed positions are not in order: {}", placed)
     tokens = context.keys.shape[2]
     inner = slice(len(sink), tokens - len(recent))
     for name, part, steps in (
@@ -277,7 +279,12 @@ def contents(trial: Trial, context: Context) -> None:
     ):
         want = torch.tensor(steps, dtype=part.dtype).expand(part.shape[0], part.shape[1], -1)
         require(
-            part.shape == want.shape and torch.equal(part, want), 1, f"{name} should hold steps {steps}, got {part}"
+            part.shape == want.shape and torch.equal(part, want),
+            1,
+            "{} should hold steps {}, got {}",
+            name,
+            steps,
+            part,
         )
     require(context.current == trial.seen - store.settled, 1, f"{context.current} current tokens")
     compressor = policy.compressor
@@ -287,7 +294,7 @@ def contents(trial: Trial, context: Context) -> None:
     mid = _mid(trial)
     if mid is not None:
         require(mid[2].shape == origins[..., inner].shape, 1, f"{inner} mid tokens, expected {mid[2].shape[-1]}")
-        require(_close(origins[..., inner], mid[2]), 1, f"mid tokens come from {origins[..., inner].tolist()}")
+        require(_close(origins[..., inner], mid[2]), 1, "mid tokens come from {}", origins[..., inner])
         keys.append(mid[0])
         values.append(mid[1])
     else:
@@ -314,7 +321,7 @@ def tiling(trial: Trial, context: Context) -> None:
     spans = _spans(trial, context)
     for before, after in pairwise(spans):
         gap = (after[0] - before[1]).abs().max().item()
-        require(gap < 1e-6, 5, f"blocks leave a gap or overlap by {gap} steps: {before} then {after}")
+        require(gap < 1e-6, 5, "blocks leave a gap or overlap by {} steps: {} then {}", gap, before, after)
 
 
 def _spans(trial: Trial, context: Context) -> list[tuple[Tensor, Tensor]]:
@@ -748,7 +755,7 @@ def _check_ageing(compressor: Compressor, examples: int) -> None:
         require(finite, 1, "keys or values are no longer finite")
         time = aged.offsets[..., 0]
         inside = bool((time.diff(dim=-1) > 0).all() and (time >= 0).all() and (time < aged.span).all())
-        require(inside, 5, f"offsets {time.tolist()} are not in order within a span of {aged.span}")
+        require(inside, 5, "offsets {} are not in order within a span of {}", time, aged.span)
         for row in range(run.batch):
             own = _row(blocks, row)
             alone, _ = compressor.age(own, _state_for(compressor, run, own, row))
@@ -921,7 +928,8 @@ def _act(
         shelf.drop_last(1)
         return shelf, held[:-1]
     if action == "take":
-        rows = torch.tensor([(number + i) % batch for i in range(1 + number % 3)])
+        kept = batch if number % 2 == 0 else 1 + number % 3
+        rows = torch.tensor([(number - 1 - i) % batch for i in range(kept)])
         shelf.take(rows)
         return shelf, [(k[rows], v[rows], o[rows]) for k, v, o in held]
     if action == "fork":

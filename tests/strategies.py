@@ -2,22 +2,23 @@
 streams of tokens, random ways to cut them, and attention in its plainest form.
 """
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import attrs
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from jaxtyping import config as shapes
 from torch import Tensor
 
 from kvtiers.blocks import Context
 from kvtiers.cache import TieredCache
 from kvtiers.geometry import Geometry
 from kvtiers.plugins import registry
-from kvtiers.policy import Policy
+from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import build
 from kvtiers.presets import policy as preset
 from kvtiers.rotary import Rotary
@@ -28,6 +29,9 @@ STEPS = 48
 
 fewer = settings(max_examples=settings().max_examples // 4)
 """For a property whose examples are long: a quarter of the profile's."""
+
+CHECKED_IN = 4
+"""Shapes are checked in one of so many examples, since checking them takes longer than what is checked."""
 
 _OPTIONS: Mapping[tuple[str, str], Mapping[str, st.SearchStrategy[Any]]] = {
     ("compressor", "mean-pool"): {"ratio": st.integers(1, 5)},
@@ -47,71 +51,80 @@ _OPTIONS: Mapping[tuple[str, str], Mapping[str, st.SearchStrategy[Any]]] = {
 """Options worth varying; the others have their defaults. `rows="mean"` mixes rows and is left out."""
 
 
+_SIZES: Mapping[str, st.SearchStrategy[Any]] = {
+    "sink": st.integers(0, 4),
+    "recent": st.integers(0, 9) | st.none(),
+    "top_k": st.integers(1, 3),
+    "fringe": st.integers(0, 2),
+    "recall": st.sampled_from(["full", "compressed"]),
+    "block_size": st.integers(1, 4),
+    "chunk_size": st.integers(1, 9) | st.none(),
+    "refresh": st.sampled_from(["block", "chunk", 1, 2, 5]),
+}
+
+
 @contextmanager
-def no_random() -> Iterator[None]:
-    """Leave the random state alone: beartype draws which item of a list to look at, which Hypothesis forbids in a
-    strategy."""
-    state = random.getstate()
+def unchecked() -> Iterator[None]:
+    """Without shape checks, which cost time and draw random numbers, which Hypothesis forbids in a strategy."""
+    before = shapes.jaxtyping_disable
+    shapes.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        random.setstate(state)
+        shapes.update("jaxtyping_disable", before)
 
 
+@cache
 def names(slot: str) -> tuple[str, ...]:
     """What is installed for `slot`."""
-    with no_random():
+    with unchecked():
         return registry().names(slot)
 
 
-@st.composite
-def choices(draw: st.DrawFn, slot: str, among: Sequence[str] | None = None) -> Any:
-    """A policy for `slot`, with options."""
-    name = draw(st.sampled_from(list(among or names(slot))), label=slot)
-    options = draw(st.fixed_dictionaries(dict(_OPTIONS.get((slot, name), {}))), label=name)
-    with no_random():
-        return build(slot, (name, options))
+@cache
+def _choices(slot: str, among: tuple[str, ...]) -> st.SearchStrategy[tuple[str, Mapping[str, Any]]]:
+    """A name for `slot`, with options."""
+    options = {name: st.fixed_dictionaries(dict(_OPTIONS.get((slot, name), {}))) for name in among}
+    return st.one_of([st.tuples(st.just(name), each) for name, each in options.items()])
 
 
-@st.composite
-def policies(draw: st.DrawFn, **fixed: Any) -> Policy:
+def policies(**fixed: Any) -> st.SearchStrategy[Policy]:
     """Any combination of slots, in small sizes. A keyword fixes a field; for a slot it may be a name or several."""
-    made: dict[str, Any] = {}
-    for slot in ("sinks", "compressor", "retriever", "realigner", "archive"):
-        among = fixed.pop(slot, None)
-        made[slot] = draw(choices(slot, [among] if isinstance(among, str) else among))
-    sizes = {
-        "sink": st.integers(0, 4),
-        "recent": st.integers(0, 9) | st.none(),
-        "top_k": st.integers(1, 3),
-        "fringe": st.integers(0, 2),
-        "recall": st.sampled_from(["full", "compressed"]),
-        "block_size": st.integers(1, 4),
-        "chunk_size": st.integers(1, 9) | st.none(),
-        "refresh": st.sampled_from(["block", "chunk", 1, 2, 5]),
-    }
-    for name, strategy in sizes.items():
-        made[name] = fixed[name] if name in fixed else draw(strategy, label=name)
-    with no_random():
-        return Policy(**made)
+    parts = {name: st.just(fixed[name]) if name in fixed else strategy for name, strategy in _SIZES.items()}
+    for slot in SLOTS:
+        among = fixed.get(slot) or names(slot)
+        parts[slot] = _choices(slot, (among,) if isinstance(among, str) else tuple(among))
+    return st.fixed_dictionaries(parts).map(_policy)
 
 
-@st.composite
-def small_presets(draw: st.DrawFn) -> Policy:
+def _policy(parts: Mapping[str, Any]) -> Policy:
+    with unchecked():
+        return Policy(**{name: build(name, part) if name in SLOTS else part for name, part in parts.items()})
+
+
+@cache
+def small_presets() -> st.SearchStrategy[Policy]:
     """A registered preset, its sizes scaled down so that a short stream exercises it."""
-    name = draw(st.sampled_from(names("policy")), label="preset")
-    with no_random():
+    return st.builds(_scaled, st.sampled_from(names("policy")), policies())
+
+
+def _scaled(name: str, sizes: Policy) -> Policy:
+    with unchecked():
         found = preset(name)
-    sizes = draw(policies(), label="sizes")
-    recent = None if found.recent is None else sizes.recent or 0
-    return attrs.evolve(
-        found,
-        sink=min(found.sink, sizes.sink),
-        recent=recent,
-        block_size=min(found.block_size, sizes.block_size),
-        top_k=sizes.top_k,
-        chunk_size=None if found.chunk_size is None else sizes.chunk_size or 4,
-    )
+        return attrs.evolve(
+            found,
+            sink=min(found.sink, sizes.sink),
+            recent=None if found.recent is None else sizes.recent or 0,
+            block_size=min(found.block_size, sizes.block_size),
+            top_k=sizes.top_k,
+            chunk_size=None if found.chunk_size is None else sizes.chunk_size or 4,
+        )
+
+
+@cache
+def any_policy() -> st.SearchStrategy[Policy]:
+    """Any combination, or a preset."""
+    return policies() | small_presets()
 
 
 @st.composite
@@ -162,7 +175,7 @@ def rotary(head_dim: int, *, layout: str = "half", partial: bool = False, angle:
 @st.composite
 def rotaries(draw: st.DrawFn, head_dim: int) -> Rotary:
     layout, partial = draw(st.sampled_from(["half", "interleaved"])), draw(st.booleans())
-    with no_random():
+    with unchecked():
         return rotary(head_dim, layout=layout, partial=partial)
 
 
@@ -195,11 +208,11 @@ class Setting:
 def settings_of(draw: st.DrawFn, chosen: st.SearchStrategy[Policy] | None = None, **shape: Any) -> Setting:
     """A random policy (or one of `chosen`, or a preset) on a random layer."""
     geometry = draw(geometries(**shape))
+    chosen = any_policy() if chosen is None else chosen
+    seed = draw(st.integers(0, 999), label="seed")
+    shapes.update("jaxtyping_disable", seed % CHECKED_IN != 0)
     return Setting(
-        policy=draw(policies() | small_presets() if chosen is None else chosen, label="policy"),
-        geometry=geometry,
-        rotary=draw(rotaries(geometry.head_dim)),
-        seed=draw(st.integers(0, 999), label="seed"),
+        policy=draw(chosen, label="policy"), geometry=geometry, rotary=draw(rotaries(geometry.head_dim)), seed=seed
     )
 
 

@@ -86,7 +86,9 @@ def main(model: Any, tokenizer: Any, *, tokens: int = 1024, layers: int = 6) -> 
     table = Table("compressor", "from", "kept of a block", "attended", "error", title=f"{tokens} tokens")
     for name, (mean, kept, attended_tokens) in sorted(found.items(), key=lambda item: item[1]):
         origin = registry().provider("compressor", name).distribution
-        table.add_row(name, origin, f"{kept} of 32", str(attended_tokens), f"{mean:.3f}")
+        table.add_row(
+            name, origin, f"{kept} of {kvtiers.policy('archive').block_size}", str(attended_tokens), f"{mean:.3f}"
+        )
     console.print(table)
     return {name: mean for name, (mean, _, _) in found.items()}
 

@@ -35,7 +35,7 @@ class ValueNorm(kvtiers.Compressor):
 
 
 def value_norm_archive() -> kvtiers.Policy:
-    """The preset `archive`, attending twice as many blocks, of which only the largest values are left."""
+    """The preset `archive`, attending blocks of which only the largest values are left."""
     return kvtiers.policy("archive", compressor="value-norm", recall="compressed", top_k=32)
 
 

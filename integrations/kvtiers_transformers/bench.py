@@ -66,8 +66,16 @@ class Memory:
 
 @bench.command()
 @model_option
-@click.option("--tokens", default=4096, show_default=True, help="Length of each document, in tokens.")
-@click.option("--seeds", default=5, show_default=True, help="Passages and keys tried at each depth.")
+@click.option(
+    "--tokens",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=256),
+    help="Length of each document, in tokens.",
+)
+@click.option(
+    "--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Passages and keys tried at each depth."
+)
 @click.option("--depths", default="0.1,0.5,0.9", show_default=True, help="Where keys are planted.")
 @click.argument("policies", nargs=-1)
 def recall(model: str, tokens: int, seeds: int, depths: str, policies: tuple[str, ...]) -> None:
@@ -166,7 +174,9 @@ def memory_table(results: list[Memory], tokens: int) -> Table:
 @bench.command()
 @model_option
 @click.option("--contexts", default="512,2048,4096,8000", show_default=True, help="Context lengths, in tokens.")
-@click.option("--tokens", default=64, show_default=True, help="Tokens decoded at each length.")
+@click.option(
+    "--tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens decoded at each length."
+)
 @click.argument("policies", nargs=-1)
 def text(model: str, contexts: str, tokens: int, policies: tuple[str, ...]) -> None:
     """Time per decoded token at growing context, beside DynamicCache, all in one run.

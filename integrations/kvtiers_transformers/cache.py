@@ -102,9 +102,13 @@ class TieredLayer(CacheLayerMixin):
 class TransformersCache(Cache):
     """The cache of one model under one policy per layer. `core` is the `kvtiers.TieredCache` behind it."""
 
-    def __init__(self, core: TieredCache, own: dict[int, Any]) -> None:
-        """own: the layers that stay transformers' own, by layer number; the others are tiered, in order."""
+    def __init__(self, core: TieredCache, own: dict[int, Any], device: torch.device | str = "cpu") -> None:
+        """own: the layers that stay transformers' own, by layer number; the others are tiered, in order.
+
+        device: the model's, to which a saved cache is loaded.
+        """
         self.core = core
+        self.device = torch.device(device)
         self._started: list[int] | None = None
         tiers = iter(core.layers)
         count = len(core.layers) + len(own)
@@ -120,8 +124,14 @@ class TransformersCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
 
     def start(self) -> None:
-        """A forward begins. Raises `InterruptedForwardError` if an earlier one stopped after changing the cache."""
+        """A forward begins. Raises `InterruptedForwardError` if an earlier one stopped after changing the cache.
+
+        Blocks that left recent are archived here, for all layers, before any layer takes new tokens: an archive that is
+        full stops the forward before it began, and the same tokens can be fed again once there is room.
+        """
         self._check_whole()
+        for store in self.core.stores():
+            store.settle()
         self._started = self._progress()
 
     def finish(self) -> None:
@@ -203,7 +213,7 @@ class TransformersCache(Cache):
     def fork(self) -> "TransformersCache":
         """An independent copy that continues exactly from here; `copy.deepcopy` does the same."""
         own = {i: copy.deepcopy(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        other = TransformersCache(self.core.fork(), own)
+        other = TransformersCache(self.core.fork(), own, self.device)
         other._started = self._started
         for mine, theirs in zip(self.tiered_layers, other.tiered_layers, strict=True):
             theirs.columns, theirs.ragged_until = mine.columns, mine.ragged_until
@@ -223,7 +233,7 @@ class TransformersCache(Cache):
     def load(self, path: str | Path) -> None:
         """Become what was saved from a cache of the same model and policy."""
         self._refuse_own_layers("loaded")
-        extra = self.core.load(path)
+        extra = self.core.load(path, device=self.device)
         self._started = None
         for layer, (columns, ragged_until) in zip(self.tiered_layers, extra["columns"], strict=True):
             layer.columns, layer.ragged_until, layer.is_initialized = columns, ragged_until, True

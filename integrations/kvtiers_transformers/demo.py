@@ -38,9 +38,17 @@ def demo() -> None:
 
 @demo.command()
 @click.option("--model", default="smollm2", show_default=True, help="`smollm2`, a hub id, or a local path.")
-@click.option("--tokens", default=6000, show_default=True, help="Length of the document, in tokens.")
+@click.option(
+    "--tokens", default=6000, show_default=True, type=click.IntRange(min=256), help="Length of the document, in tokens."
+)
 @click.option("--policies", default=",".join(POLICIES), show_default=True, help="Presets, separated by commas.")
-@click.option("--depth", default=0.1, show_default=True, help="Where the fact is planted: 0 is the start, 1 the end.")
+@click.option(
+    "--depth",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Where the fact is planted: 0 is the start, 1 the end.",
+)
 @click.option("--out", default="kvtiers-demo.png", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
 def text(model: str, tokens: int, policies: str, depth: float, out: Path) -> None:
     """Read a long document under each policy with a real model, then ask for a fact planted early in it."""

@@ -285,7 +285,7 @@ def new_cache(
         observe=observe,
         check=check,
     )
-    return TransformersCache(core, own)
+    return TransformersCache(core, own, model.device)
 
 
 def _tiers(config: Any) -> tuple[list[int], dict[int, Any]]:

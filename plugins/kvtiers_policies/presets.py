@@ -73,7 +73,11 @@ def archive() -> Policy:
 
 
 def packforcing_lm() -> Policy:
-    """PackForcing on text (arXiv 2603.25730): anchors, compressed history recalled by affinity, closed up, recent."""
+    """PackForcing on text (arXiv 2603.25730): anchors, history recalled from the host by affinity, closed up, recent.
+
+    Blocks are recalled in full form, which measured best on text; `recall="compressed"` or `fringe=n` bring in what the
+    compressor made of them.
+    """
     return Policy(
         sinks=FirstSteps(),
         compressor=MeanPool(),

@@ -64,7 +64,7 @@ def test_a_slot_takes_only_its_kind(slot):
 @pytest.mark.parametrize(
     ("changes", "bound"),
     [
-        pytest.param({"budget": 300}, "up to 931", id="too many tokens"),
+        pytest.param({"budget": 600}, f"up to {policy('archive').bound(GEOMETRY)}", id="too many tokens"),
         pytest.param({"budget": 5000, "retriever": "all"}, "any number of", id="no limit"),
         pytest.param({"budget": 5000, "chunk_size": None}, "any number of", id="forwards of any length"),
     ],
