@@ -313,6 +313,8 @@ class TieredCache:
                 f"swap takes one Policy, or one for each of {len(self.layers)} layers, got "
                 f"{policies if isinstance(policies, str) else len(each)!r}; make one with kvtiers.policy(...)"
             )
+        for policy, geometry in zip(each, self.geometries, strict=True):
+            policy.check_budget(geometry)
         for store in self.stores():
             swap.check(store, each[store.layer])
         rotates = [policy.realigner.rotates for policy in (*self.policies, *each)]

@@ -13,7 +13,6 @@ _FREE = frozenset({"retriever", "top_k", "refresh", "chunk_size", "budget", "rea
 
 def check(store: LayerStore, policy: Policy) -> None:
     """Raise `SwapError` if `store`, as filled, cannot go on under `policy`."""
-    policy.check_budget(store.geometry)
     if store.seen == 0:
         return
     old = store.policy
@@ -51,6 +50,9 @@ def apply(store: LayerStore, policy: Policy) -> None:
     """Go on under `policy`; the next append or select makes a new selection. What it will not extend is freed."""
     anew = policy.retriever != store.policy.retriever
     store.policy, store.timeline = policy, policy.timeline
+    if store.seen == 0:
+        store.clear()  # another sink, another beginning
+        return
     if not policy.retriever.needs_digests:
         store.digests = Growing(2)
     elif anew and store.archived:

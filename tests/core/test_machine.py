@@ -152,7 +152,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             self.cache.swap(changed)
         except SwapError:
-            assert self.trial.store.policy == self.trial.policy
+            assert self.cache.policies == [self.trial.policy]
             assert self.cache.census() == census
             return
         self.trial.policy = changed

@@ -104,15 +104,31 @@ def test_what_would_need_what_is_gone_is_refused_by_name(changes, reason):
     assert testing.difference(before, trial.cache.context(0)) is None
 
 
-def test_an_empty_cache_takes_any_policy():
-    setting = Setting(policy=policy("archive"), geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
+def test_an_empty_cache_takes_any_policy_that_rotates_alike():
+    setting = Setting(
+        policy=policy("packforcing-lm"), geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0
+    )
     cache = setting.cache()
+    with pytest.raises(SwapError, match="cannot replace one another"):
+        cache.swap(policy("full"))
     cache.swap(policy("streaming", sink=1, recent=2, block_size=1, chunk_size=4))
     now = setting.tokens.part(0, 4)
     for _ in range(3):
         cache.append(0, now.keys, now.values)
         cache.select(0, now.query)
     assert cache.census()["dropped"] == 5
+
+
+def test_a_cache_that_was_rolled_back_to_nothing_begins_as_the_new_policy_says():
+    """It had kept where the sink of the old policy ends."""
+    trial = filled(sink=3)
+    trial.cache.crop(0)
+    trial.policy = policy("streaming", sink=1, recent=3, block_size=2, chunk_size=4)
+    trial.cache.swap(trial.policy)
+    for steps in (1, 4, 4):
+        context = trial.feed(steps)
+        testing.conservation(trial)
+        testing.contents(trial, context)
 
 
 def test_a_form_that_was_given_up_is_freed_and_cannot_come_back():
@@ -159,8 +175,11 @@ def test_what_was_dropped_is_realigned_at_once():
     assert float(cache.context(0).placed[0, 0, -1, 0]) == 15
 
 
-def test_a_budget_is_checked_before_anything_changes():
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "filled"])
+def test_a_budget_is_checked_before_anything_changes(empty):
     trial = filled()
+    if empty:
+        trial.cache.reset()
     with pytest.raises(BudgetError, match="more than budget = 12"):
         trial.cache.swap(attrs.evolve(trial.policy, budget=12, top_k=9))
-    assert trial.store.policy == trial.policy
+    assert trial.cache.policies == [trial.policy]
