@@ -117,8 +117,9 @@ kept_with_fringe = policies(compressor="keep", retriever=("all", "recency"), rea
 
 @st.composite
 def some_tokens(draw: st.DrawFn) -> Policy:
-    by = draw(st.sampled_from(["key-norm", "key-similarity"]))
     found = draw(policies(compressor="top-tokens", retriever=("all", "recency"), realigner="gaps", fringe=0))
+    # Two keys are equally like their mean, so rounding alone would choose between them.
+    by = "key-norm" if found.block_size == 2 else draw(st.sampled_from(["key-norm", "key-similarity"]))
     return attrs.evolve(found, compressor=attrs.evolve(found.compressor, by=by), recall="compressed")
 
 
