@@ -76,6 +76,13 @@ class Archive(ABC):
     def open(self) -> Shelf:
         """A new, empty shelf for one layer and one form."""
 
+    def adopts(self, other: "Archive") -> bool:
+        """Whether `adopt` can go on with the shelves that `other` opened, as with another byte limit."""
+        return self == other
+
+    def adopt(self, shelf: Shelf) -> None:  # noqa: B027 (there may be nothing to do)
+        """Go on with a shelf that an archive which this one `adopts` has opened."""
+
 
 def lasting(shape: Sequence[int], *, like: Tensor, pinned: bool = False) -> Tensor:
     """An empty tensor that is written in place later: one made under inference mode could not be, outside of it."""
@@ -150,7 +157,7 @@ class TensorShelf(Shelf):
     def __init__(self, place: Place, device: torch.device | None = None, *, pinned: bool = False) -> None:
         super().__init__()
         self.place: Place = place
-        self.device = device
+        self.device, self.pinned = device, pinned
         self._keys, self._values, self._offsets = (Growing(2, pinned=pinned) for _ in range(3))
         self._constant: Tensor | None = None
 
@@ -188,11 +195,14 @@ class TensorShelf(Shelf):
             part.take(rows)
 
     def fork(self) -> "TensorShelf":
-        other = TensorShelf(self.place, self.device)
+        other = self._empty()
         other.count, other.span, other.tokens = self.count, self.span, self.tokens
         other._keys, other._values, other._offsets = self._keys.fork(), self._values.fork(), self._offsets.fork()
         other._constant = None if self._constant is None else self._constant.clone()
         return other
+
+    def _empty(self) -> "TensorShelf":
+        return TensorShelf(self.place, self.device, pinned=self.pinned)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {"keys": self._keys.data, "values": self._values.data, "offsets": self._offsets.data}

@@ -203,7 +203,9 @@ class TieredCache:
     ) -> None:
         count = len(geometries)
         each = [policies] * count if isinstance(policies, Policy) else list(policies)
-        rotary = list(rotaries) if rotaries is not None else [None] * count
+        alike: dict[object, Rotary] = {}  # layers that rotate alike share the tables of one rotary
+        given = list(rotaries) if rotaries is not None else [None] * count
+        rotary = [None if one is None else alike.setdefault(one.fingerprint, one) for one in given]
         if len(each) != count or len(rotary) != count:
             raise GeometryError(
                 f"one policy and one rotary per layer: got {len(each)} policies, {len(rotary)} rotaries "
@@ -330,12 +332,14 @@ class TieredCache:
         """Write everything to one safetensors file, whole or not at all. `extra` is plain data to keep beside it."""
         saving.save(self, Path(path), dict(extra or {}))
 
-    def load(self, path: str | Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+    def load(
+        self, path: str | Path, *, device: torch.device | str = "cpu", expect: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Become what was saved from a cache of the same policy and geometry, on `device`; returns `extra`.
 
-        On an error this cache is unchanged.
+        expect: what `extra` must say. On an error (`SavedCacheError`) this cache is unchanged.
         """
-        return saving.load(self, Path(path), torch.device(device))
+        return saving.load(self, Path(path), torch.device(device), dict(expect or {}))
 
     def held(self) -> list[accounting.Held]:
         """Bytes held per tier and place."""

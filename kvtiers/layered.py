@@ -1,10 +1,11 @@
 """One policy per layer: a preset, a file or a `Policy`, with changes that may differ by layer."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvtiers.errors import PolicyError
+from kvtiers.errors import PolicyError, SlotError
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import load_policy, policy
 
@@ -16,8 +17,18 @@ def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any)
     `{layer: value, "*": value of the others}` (without `"*"` the others keep the preset's), or a function of the
     layer's number; slots are the same for all layers.
     """
+    if not isinstance(base, str | Path | Policy):
+        raise PolicyError(
+            f"a policy is named, read from a .toml file, or a kvtiers.Policy; got a {type(base).__name__}. "
+            "`kvtiers policies` lists the names"
+        )
     named = base if isinstance(base, Policy) else load_policy(base) if Path(base).suffix == ".toml" else str(base)
     for name, value in changes.items():
+        if name in SLOTS and inspect.isroutine(value):
+            raise SlotError(
+                f"slot {name!r} is the same for all layers, so it takes no function of the layer; give a name, "
+                "{'name': ..., options} or an instance"
+            )
         strange = [key for key in value if key != "*" and key not in layers] if isinstance(value, Mapping) else []
         if strange and name not in SLOTS:
             raise PolicyError(

@@ -18,6 +18,9 @@ from kvtiers.errors import BudgetError, PolicyError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.timeline import Timeline
 
+_LARGE_BLOCK, _LEAST_SLACK = 16, 64
+"""Steps: a block from which on moving recent for each one costs little beside the forwards between; spare slots."""
+
 SLOTS = ("sinks", "compressor", "retriever", "realigner", "archive")
 
 
@@ -266,6 +269,11 @@ class Policy:
         return self.block_size if self.refresh == "block" else 1
 
     @property
+    def forms(self) -> frozenset[Form]:
+        """The forms in which blocks are archived; a compressor that drops archives none."""
+        return frozenset({self.recall, "compressed"} if self.fringe else {self.recall})
+
+    @property
     def in_place(self) -> bool:
         """Whether history stays where it is because every block is kept, attended, and on the device."""
         return self.recent is None or (
@@ -311,9 +319,9 @@ class Policy:
 
     def slack(self, geometry: Geometry) -> int:
         """Spare slots behind the current ones, so that small blocks do not move the whole recent tier each time."""
-        if self.recent is None or geometry.steps_per_commit > 1 or self.block_size >= 16:
+        if self.recent is None or geometry.steps_per_commit > 1 or self.block_size >= _LARGE_BLOCK:
             return 0
-        return self.recent // 2 + 64
+        return self.recent // 2 + _LEAST_SLACK
 
     def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0) -> int | None:
         """The most bytes one layer holds on the device, everything counted; none if there is no limit.
@@ -335,12 +343,10 @@ class Policy:
             axes = 1 + len(geometry.grid)
             tokens = max(self.block_tokens(geometry, form) for form in ("full", "compressed"))
             held += chosen * geometry.batch * geometry.kv_heads * (3 * 8 + tokens * 8 * (axes + 1))
-        forms: set[Form] = {self.recall} | ({"compressed"} if self.fringe else set())
         if self.archive.place == "device" and not self.compressor.drops:
             offsets = 4 * geometry.batch * geometry.kv_heads * (1 + len(geometry.grid))
-            hot += sum(
-                archived_blocks * self.block_tokens(geometry, form) * (geometry.token_bytes + offsets) for form in forms
-            )
+            tokens = sum(self.block_tokens(geometry, form) for form in self.forms)
+            hot += archived_blocks * tokens * (geometry.token_bytes + offsets)
         return held + 2 * hot
 
     def check_budget(self, geometry: Geometry) -> None:

@@ -31,12 +31,20 @@ def policy(name: str | Policy, **changes: Any) -> Policy:
     A slot is changed by name (`retriever="recency"`), by name with options (`retriever={"name": "affinity", "heads":
     "mean"}` or `("affinity", {"heads": "mean"})`), or by an instance. Other keywords are fields of `Policy`.
 
-    Raises `UnknownPolicyError` for a name that is not installed, `PolicyError` for an unknown keyword or a value out of
-    range, `SlotError` for an instance of the wrong kind, `PluginError` if the plugin that provides a name is at fault.
+    Raises `UnknownPolicyError` for a name that is not installed, `PolicyError` for an unknown keyword, a value out of
+    range or a compressor that would never act, `SlotError` for an instance of the wrong kind, `PluginError` if the
+    plugin that provides a name is at fault.
     """
     _refuse_unknown(changes, "a policy" if isinstance(name, Policy) else f"policy {name!r}")
     start: Policy = name if isinstance(name, Policy) else _build("policy", name, {})
-    return attrs.evolve(start, **{key: _resolve(key, value) for key, value in changes.items()})
+    made = attrs.evolve(start, **{key: _resolve(key, value) for key, value in changes.items()})
+    idle = "compressed" not in made.forms and not (made.compressor.keeps or made.compressor.drops)
+    if "compressor" in changes and idle:
+        raise PolicyError(
+            f"compressor {changes['compressor']!r} would never be asked: recall = 'full' attends blocks as they were "
+            "and fringe = 0 attends no others; add recall='compressed' or fringe=n"
+        )
+    return made
 
 
 def load_policy(path: str | PathLike[str]) -> Policy:

@@ -41,6 +41,8 @@ class Rotary:
         self.layout: Layout = layout
         self.scaling = float(scaling)
         self.angle_dtype = angle_dtype
+        self.fingerprint = (layout, self.scaling, angle_dtype, *(tuple(f.tolist()) for f in self.frequencies))
+        """Rotary embeddings with equal fingerprints rotate alike."""
         self._tables: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
@@ -88,13 +90,13 @@ class Rotary:
         cos, sin = table
         width = cos.shape[-1]
         turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
-        turned = turned.to(cos.dtype)
+        turned = turned if turned.dtype == cos.dtype else turned.to(cos.dtype)
         if self.layout == "half":
-            half = width // 2
-            partner = torch.cat([turned[..., half:], turned[..., :half]], -1)
+            partner = turned.roll(width // 2, -1)
         else:
             partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        out = torch.addcmul(turned * cos, partner, sin).to(x.dtype)
+        out = torch.addcmul(turned * cos, partner, sin)
+        out = out if out.dtype == x.dtype else out.to(x.dtype)
         return out if rest is None else torch.cat([out, rest], -1)
 
     def rotate(

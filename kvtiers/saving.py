@@ -36,7 +36,10 @@ def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
         layers.append(lanes)
     about = json.dumps({"policies": _descriptions(cache), "layers": layers, "extra": extra}, sort_keys=True)
     metadata = {"format": FORMAT, "about": about, "sha256": _checksum(tensors, about)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise SavedCacheError(f"{path} cannot be written: {error}; give a path in a folder that exists") from error
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=metadata)
@@ -46,14 +49,17 @@ def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
         raise
 
 
-def load(cache: "TieredCache", path: Path, device: torch.device) -> dict[str, Any]:
+def load(cache: "TieredCache", path: Path, device: torch.device, expect: Mapping[str, Any]) -> dict[str, Any]:
     """Fill `cache` from `path` and return what was kept beside it."""
     tensors, about = _read(path)
     tensors = {name: part.to(device) for name, part in tensors.items()}
-    if about["policies"] != json.loads(json.dumps(_descriptions(cache))):
+    wanted = {"policies": json.loads(json.dumps(_descriptions(cache))), **expect}
+    difference = _difference(
+        {"policies": about["policies"], **{name: about["extra"].get(name) for name in expect}}, wanted
+    )
+    if difference is not None:
         raise SavedCacheError(
-            f"{path} was saved under another policy or geometry; make the cache with the settings it was saved with "
-            f"(saved for layer 0: {json.dumps(about['policies'][0]) if about['policies'] else 'no layers'})"
+            f"{path} was saved from another model or policy: {difference}; make the cache with what it was saved with"
         )
     lanes_of_layers = []
     try:
@@ -77,6 +83,8 @@ def load(cache: "TieredCache", path: Path, device: torch.device) -> dict[str, An
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of a saved cache, after checking that nothing is missing or changed."""
+    if not path.is_file():
+        raise SavedCacheError(f"{path} is no file; give the path that save() was given")
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
@@ -105,6 +113,22 @@ def _descriptions(cache: "TieredCache") -> list[dict[str, Any]]:
             turn = [rotary.layout, rotary.scaling, hashlib.sha256(frequencies).hexdigest()]
         said.append({"policy": describe(policy), "shape": shape, "dtype": str(geometry.dtype), "rotary": turn})
     return said
+
+
+def _difference(saved: Any, wanted: Any, where: str = "") -> str | None:
+    """The first place at which two descriptions differ, in words."""
+    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
+        pairs = [
+            (f"{where}.{key}" if where else str(key), saved.get(key), wanted.get(key)) for key in {**saved, **wanted}
+        ]
+    elif isinstance(saved, list) and isinstance(wanted, list) and len(saved) == len(wanted):
+        pairs = [(f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(saved, wanted, strict=True))]
+    elif isinstance(saved, list) and isinstance(wanted, list):
+        return f"{where} has {len(saved)} entries in the file and {len(wanted)} here"
+    else:
+        return None if saved == wanted else f"{where} is {saved!r} in the file and {wanted!r} here"
+    found = (_difference(a, b, place) for place, a, b in pairs)
+    return next((words for words in found if words is not None), None)
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:

@@ -163,7 +163,12 @@ class LayerStore:
         geometry = self.geometry
         want = (geometry.batch, geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype)
         got = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        if got != want or values.dtype != keys.dtype or values.shape[:3] != keys.shape[:3]:
+        if got[:4] == want[:4] and {keys.dtype, values.dtype} != {geometry.dtype}:
+            raise GeometryError(
+                f"layer {self.layer} holds {geometry.dtype}, got keys of {keys.dtype} and values of {values.dtype}; "
+                "load the model in one dtype, and instead of torch.autocast in the dtype it would cast to"
+            )
+        if got != want or values.shape[:3] != keys.shape[:3]:
             raise GeometryError(
                 f"layer {self.layer} holds (rows, kv_heads, head_dim, value_dim, dtype) = {want}, got keys "
                 f"{tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype}; "
@@ -244,7 +249,7 @@ class LayerStore:
 
     def _forms(self, blocks: Blocks) -> tuple[dict[Form, Blocks], Any]:
         """The forms in which the policy wants `blocks` archived, none if the compressor drops them."""
-        wanted: set[Form] = {self.policy.recall} | ({"compressed"} if self.policy.fringe else set())
+        wanted = self.policy.forms
         kept: dict[Form, Blocks] = {"full": blocks} if "full" in wanted else {}
         if "compressed" not in wanted:
             return kept, self.state

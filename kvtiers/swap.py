@@ -18,10 +18,12 @@ def check(store: LayerStore, policy: Policy) -> None:
     old = store.policy
     names = [field.name for field in attrs.fields(Policy)]
     fixed = [name for name in names if name not in _FREE and getattr(old, name) != getattr(policy, name)]
+    if policy.archive.adopts(old.archive):
+        fixed = [name for name in fixed if name != "archive"]
     if fixed:
         raise SwapError(
             f"layer {store.layer} is filled, so {', '.join(fixed)} cannot change any more; "
-            f"these can: {', '.join(sorted(_FREE))}. Otherwise start a new cache"
+            f"these can: {', '.join(sorted(_FREE))}, and an archive's limit_bytes. Otherwise start a new cache"
         )
     if old.realigner.rotates != policy.realigner.rotates:
         raise SwapError(
@@ -57,8 +59,10 @@ def apply(store: LayerStore, policy: Policy) -> None:
         store.digests = Growing(2)
     elif anew and store.archived:
         _digest_again(store)
-    if policy.recall == "full" and not policy.fringe:
-        store.shelves.pop("compressed", None)
+    for form in set(store.shelves) - policy.forms:
+        del store.shelves[form]
+    for shelf in store.shelves.values():
+        policy.archive.adopt(shelf)
     store.pending = policy.refresh_steps
     if store.archived:
         store.stale = True

@@ -1,7 +1,10 @@
 """`kvtiers bench`: decoding speed beside transformers' own caches, and what each policy still remembers."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import attrs
@@ -23,13 +26,18 @@ SPEED = (
     "full",
     "sliding-window:recent=511",
     "streaming:recent=476",
-    "archive:recent=96,top_k=11",
-    "packforcing-lm:recent=96,top_k=11",
+    "archive:recent=240,top_k=16",
+    "packforcing-lm:recent=240,top_k=16",
 )
-_PASSAGE, _FILLER = 512, 3072
+_PASSAGE, _FILLER, _WINDOW = 512, 3072, 512
 
 model_option = click.option(
     "--model", default="smollm2", show_default=True, help="`smollm2`, a hub id, or a local path."
+)
+document_option = click.option(
+    "--document",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A text file to read instead of the novel that kvtiers ships.",
 )
 
 
@@ -74,11 +82,16 @@ class Memory:
     help="Length of each document, in tokens.",
 )
 @click.option(
-    "--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Passages and keys tried at each depth."
+    "--seeds",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Passages and keys tried at each depth; 0 measures perplexity alone.",
 )
 @click.option("--depths", default="0.1,0.5,0.9", show_default=True, help="Where keys are planted.")
+@document_option
 @click.argument("policies", nargs=-1)
-def recall(model: str, tokens: int, seeds: int, depths: str, policies: tuple[str, ...]) -> None:
+def recall(model: str, tokens: int, seeds: int, depths: str, document: Path | None, policies: tuple[str, ...]) -> None:
     """A key in long prose, the perplexity of prose, and a passage that comes again after 3,000 other tokens.
 
     POLICIES are written `name` or `name:setting=value,...`.
@@ -86,13 +99,18 @@ def recall(model: str, tokens: int, seeds: int, depths: str, policies: tuple[str
     console = Console()
     loaded, tokenizer = load_model(model)
     places = [float(depth) for depth in depths.split(",")]
+    prose = encoder(tokenizer)(read_document(document))
+    if len(prose) < max(tokens, _PASSAGE + _FILLER):
+        raise click.UsageError(
+            f"the document has {len(prose):,} tokens; {max(tokens, _PASSAGE + _FILLER):,} are needed"
+        )
     specs = list(policies or RECALL)
     chosen = [parse(spec) for spec in specs]
     with Progress(console=console) as progress:
         bar = progress.add_task("reading", total=len(specs) * (len(places) * seeds + 2))
         results = [
             remember(
-                loaded, tokenizer, spec, policy, tokens=tokens, depths=places, seeds=seeds,
+                loaded, tokenizer, spec, policy, prose, tokens=tokens, depths=places, seeds=seeds,
                 done=lambda: progress.advance(bar),
             )
             for spec, policy in zip(specs, chosen, strict=True)
@@ -105,15 +123,15 @@ def remember(
     tokenizer: PreTrainedTokenizerBase,
     label: str,
     policy: Policy,
+    prose: Sequence[int],
     *,
     tokens: int,
     depths: Sequence[float],
     seeds: int,
     done: Callable[[], object] = lambda: None,
 ) -> Memory:
-    """Measure what `policy` remembers with `model`."""
+    """Measure what `policy` remembers of `prose` with `model`."""
     encode = encoder(tokenizer)
-    prose = encode(read_document())
     found = dict.fromkeys(depths, 0)
     most = 0
     for depth in depths:
@@ -128,6 +146,7 @@ def remember(
     with tiered(model, policy) as cache:
         reading = read(model, prose[:tokens], cache)
         held = cache.held()
+        most = max(most, *cache.attended())
     done()
     passage = prose[-_PASSAGE:]
     with tiered(model, policy) as cache:
@@ -179,7 +198,7 @@ def memory_table(results: list[Memory], tokens: int) -> Table:
 )
 @click.argument("policies", nargs=-1)
 def text(model: str, contexts: str, tokens: int, policies: tuple[str, ...]) -> None:
-    """Time per decoded token at growing context, beside DynamicCache, all in one run.
+    """Time per decoded token at growing context, beside transformers' own caches, all in one run.
 
     POLICIES are written `name` or `name:setting=value,...`.
     """
@@ -187,16 +206,28 @@ def text(model: str, contexts: str, tokens: int, policies: tuple[str, ...]) -> N
     loaded, tokenizer = load_model(model)
     lengths = [int(length) for length in contexts.split(",")]
     specs = list(policies or SPEED)
-    console.print(f"{torch.get_num_threads()} threads, {loaded.dtype}, {loaded.device}; medians, ms per token")
     results = speed(loaded, tokenizer, specs, lengths, tokens, console)
-    made = Table(title="Decoding, ms per token at a context of ...")
+    made = Table(
+        title=f"Decoding, ms per token at a context of ... ({torch.get_num_threads()} threads, {loaded.dtype}, "
+        f"{loaded.device})",
+        caption=f"median of {tokens} tokens, and their mean, which archiving and recalling raise",
+    )
     made.add_column("cache", overflow="fold")
+    made.add_column("tokens attended\nat the longest", justify="right")
     for length in lengths:
         made.add_column(f"{length:,}", justify="right")
-        made.add_column("attended", justify="right", style="dim")
     for label, row in results.items():
-        made.add_row(label, *(cell for ms, seen in row for cell in (f"{ms:.1f}", f"{seen:,}")))
+        made.add_row(label, f"{row[-1].attended:,}", *(f"{at.median:.1f} ({at.mean:.1f})" for at in row))
     console.print(made)
+
+
+@attrs.frozen(kw_only=True)
+class Speed:
+    """Milliseconds per decoded token of one cache at one context length."""
+
+    median: float
+    mean: float
+    attended: int
 
 
 def speed(
@@ -206,20 +237,23 @@ def speed(
     lengths: list[int],
     tokens: int,
     console: Console,
-) -> dict[str, list[tuple[float, int]]]:
-    """Median milliseconds per decoded token and tokens attended, by cache and context length.
+) -> dict[str, list[Speed]]:
+    """How fast `tokens` tokens are decoded, by cache and context length.
 
     The caches take turns token by token, so that a busy moment of the machine falls on all of them alike.
     """
     prose = encoder(tokenizer)(read_document())
-    results: dict[str, list[tuple[float, int]]] = {label: [] for label in ("DynamicCache", *specs)}
+    own: dict[str, Callable[..., Cache]] = {
+        "DynamicCache": DynamicCache,
+        f"DynamicCache, window of {_WINDOW}": _sliding,
+    }
+    results: dict[str, list[Speed]] = {label: [] for label in (*own, *specs)}
     with Progress(console=console) as progress:
         bar = progress.add_task("decoding", total=len(lengths) * (len(results) + tokens))
         for length in lengths:
-            document = torch.tensor([prose[:length]])
-            caches: dict[str, Cache] = {"DynamicCache": DynamicCache(config=model.config)}
+            document = torch.tensor([prose[:length]], device=model.device)
             tiers = {spec: new_cache(model, parse(spec)) for spec in specs}
-            caches |= tiers
+            caches: dict[str, Cache] = {label: make(config=model.config) for label, make in own.items()} | tiers
             enable(model)
             try:
                 with torch.inference_mode():
@@ -230,9 +264,18 @@ def speed(
             finally:
                 disable(model)
             for label in caches:
+                taken = [seconds * 1e3 for seconds in times[label]]
                 seen = max(tiers[label].attended()) if label in tiers else length + tokens
-                results[label].append((sorted(times[label])[tokens // 2] * 1e3, seen))
+                attended = seen if label in tiers or label == "DynamicCache" else min(seen, _WINDOW)
+                results[label].append(Speed(median=median(taken), mean=fmean(taken), attended=attended))
     return results
+
+
+def _sliding(config: Any) -> DynamicCache:
+    """transformers' own cache of a model whose layers all attend a sliding window."""
+    sliding = copy.deepcopy(config)
+    sliding.sliding_window, sliding.layer_types = _WINDOW, ["sliding_attention"] * config.num_hidden_layers
+    return DynamicCache(config=sliding)
 
 
 def _take_turns(
@@ -240,10 +283,12 @@ def _take_turns(
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {label: [] for label in caches}
     for token in ids:
-        piece = torch.tensor([[token]])
+        piece = torch.tensor([[token]], device=model.device)
         for label, cache in caches.items():
             began = time.perf_counter()
             model(piece, past_key_values=cache)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
             times[label].append(time.perf_counter() - began)
         done()
     return times

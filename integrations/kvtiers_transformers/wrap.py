@@ -1,6 +1,7 @@
 """`tiered(model, policy)`: serve an unmodified model from tiers, and restore it on every path."""
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,15 @@ from kvtiers_transformers.rope import rotary_of
 
 @attrs.define(eq=False)
 class _Switch:
-    """Turns the configurations of a model to kvtiers' attention for the length of one forward."""
+    """Turns the configurations of a model to kvtiers' attention for the length of one forward.
+
+    The configurations belong to all threads, so the forwards of one enabled model wait for one another.
+    """
 
     configs: list[Any]
+    lock: Any = attrs.field(factory=threading.RLock)
+    """Held from the beginning of a forward to its end."""
+    _inside: bool = False
     _before: tuple[list[str], Forward | None] | None = None
 
     @property
@@ -32,22 +39,32 @@ class _Switch:
         """Whether a forward with a tiered cache is running."""
         return self._before is not None
 
+    def begin(self) -> None:
+        """A forward of the model begins."""
+        self.lock.acquire()
+        if self._inside:  # Ctrl-C cut this thread's last forward short
+            self.end()
+        self._inside = True
+
     def on(self, ragged: Ragged | None, cache: TransformersCache) -> None:
-        """Attend through `cache` from here on."""
+        """Attend through `cache` until the forward ends."""
         backends = [config._attn_implementation for config in self.configs]
         self._before = (backends, running.get())
         running.set(Forward(backend=backends[0], ragged=ragged, cache=cache))
         for config in self.configs:
             config._attn_implementation = NAME
 
-    def off(self) -> None:
-        """Put everything back. Harmless if it is, and needed before a forward if Ctrl-C cut the last one short."""
+    def end(self) -> None:
+        """The forward has ended, one way or another; put everything back."""
         if self._before is not None:
             backends, outer = self._before
             for config, backend in zip(self.configs, backends, strict=True):
                 config._attn_implementation = backend
             running.set(outer)
             self._before = None
+        if self._inside:
+            self._inside = False
+            self.lock.release()
 
 
 @attrs.define(eq=False)
@@ -59,6 +76,8 @@ class _Installed:
 
 _installed: "weakref.WeakKeyDictionary[nn.Module, _Installed]" = weakref.WeakKeyDictionary()
 """By decoder, so that a model and the decoder inside it are one."""
+_installing = threading.Lock()
+"""Held while hooks are installed or removed."""
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -93,7 +112,7 @@ def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
     outline = _outline(decoder)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        switch.off()
+        switch.begin()
         cache = _cache_in((*args, *kwargs.values()))
         if cache is None:
             return
@@ -121,11 +140,17 @@ def _outline(decoder: nn.Module) -> Outline:
     attentions = _attentions(decoder)
     tiers, own = _tiers(config)
     shapes = [_shape(_geometry(config, attentions[i])) for i in tiers if i in attentions]
-    return Outline(layers=len(tiers) + len(own), tiers=tiers, shapes=shapes)
+    return Outline(
+        family=str(config.model_type),
+        layers=len(tiers) + len(own),
+        tiers=tiers,
+        shapes=shapes,
+        rope=str(getattr(config, "rope_parameters", None)),
+    )
 
 
 def _check_model(wanted: Outline, cache: TransformersCache) -> None:
-    """Refuse a cache that was made for a model of another shape."""
+    """Refuse a cache that was made for another kind of model."""
     if cache.outline != wanted:
         raise GeometryError(
             f"this cache was made for another model, with {cache.outline}; this one has {wanted}; "
@@ -143,8 +168,8 @@ def _check_mask(cache: TransformersCache, mask: Any, columns: int) -> None:
             f"{tuple(getattr(mask, 'shape', ()))}; a custom 4D mask names slots that a tiered context does not have"
         )
     past = mask.shape[1] - columns
-    if columns == 1 or past != cache.get_seq_length():
-        return
+    if past != cache.get_seq_length() or (columns == 1 and mask.device.type != "cpu"):
+        return  # while decoding on a GPU nobody waits for a mask
     seen = mask[:, :past].bool().sum(1).tolist()
     held = cache.core.layers[0].seen_by_row()
     if held and seen != held:
@@ -200,7 +225,7 @@ def _before_attention(switch: _Switch) -> Callable[..., Any]:
 def _after_model(switch: _Switch) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = running.get() if switch.is_on else None
-        switch.off()
+        switch.end()
         if forward is not None and output is not None and isinstance(forward.cache, TransformersCache):
             forward.cache.finish()
 
@@ -210,9 +235,14 @@ def _after_model(switch: _Switch) -> Callable[..., None]:
 def enable(model: PreTrainedModel) -> None:
     """Install the hooks that let `model` use a tiered cache. Without one it behaves exactly as before."""
     decoder = _decoder(model)
-    if decoder in _installed:
-        _installed[decoder].count += 1
-        return
+    with _installing:
+        if decoder in _installed:
+            _installed[decoder].count += 1
+        else:
+            _installed[decoder] = _install(decoder)
+
+
+def _install(decoder: nn.Module) -> _Installed:
     attentions = _attentions(decoder)
     switch = _Switch(list({id(m.config): m.config for m in (decoder, *attentions.values())}.values()))
     handles: list[Any] = []
@@ -225,21 +255,25 @@ def enable(model: PreTrainedModel) -> None:
         for handle in handles:
             handle.remove()
         raise
-    _installed[decoder] = _Installed(handles, switch)
+    return _Installed(handles, switch)
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undo one `enable`. Harmless on a model that is not enabled."""
     decoder = _decoder(model)
-    state = _installed.get(decoder)
-    if state is None:
-        return
-    state.count -= 1
-    if state.count == 0:
-        state.switch.off()
+    with _installing:
+        state = _installed.get(decoder)
+        if state is None:
+            return
+        state.count -= 1
+        if state.count:
+            return
+        del _installed[decoder]
         for handle in state.handles:
             handle.remove()
-        del _installed[decoder]
+        if state.switch.lock.acquire(blocking=False):  # else a forward without a tiered cache is under way elsewhere
+            state.switch.end()
+            state.switch.lock.release()
 
 
 def new_cache(
@@ -285,7 +319,7 @@ def new_cache(
         observe=observe,
         check=check,
     )
-    return TransformersCache(core, own, model.device)
+    return TransformersCache(core, own, _outline(decoder), model.device)
 
 
 def _tiers(config: Any) -> tuple[list[int], dict[int, Any]]:

@@ -4,22 +4,19 @@ from typing import ClassVar
 
 import attrs
 
-from kvtiers.archive import Archive, Shelf
+from kvtiers.archive import Shelf
 from kvtiers.blocks import Place
-from kvtiers_policies.ledger import Ledger, ledger, limit_bytes
-from kvtiers_policies.memory import MemoryShelf
+from kvtiers_policies.memory import MemoryArchive, MemoryShelf
 
 
 @attrs.frozen(kw_only=True)
-class DeviceArchive(Archive):
+class DeviceArchive(MemoryArchive):
     """Hold archived blocks where they were computed.
 
     limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
     """
 
     place: ClassVar[Place] = "device"
-    limit_bytes: int | None = limit_bytes()
-    _ledger: Ledger = ledger()
 
     def open(self) -> Shelf:
         return MemoryShelf("device", ledger=self._ledger, limit_bytes=self.limit_bytes, device=None, pinned=False)

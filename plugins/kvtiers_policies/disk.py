@@ -100,9 +100,16 @@ class DiskShelf(Shelf):
 
     def __init__(self, folder: Folder, *, ledger: Ledger, limit_bytes: int | None) -> None:
         super().__init__()
-        self._folder, self._ledger, self._limit = folder, ledger, limit_bytes
+        self._folder = folder
         self._entries: list[Entry] = []
         self._widths: Widths | None = None
+        self.under(ledger, limit_bytes)
+
+    def under(self, ledger: Ledger, limit_bytes: int | None) -> None:
+        """Count the files of this shelf in `ledger`, up to `limit_bytes`."""
+        self._ledger, self._limit = ledger, limit_bytes
+        for entry in self._entries:
+            ledger.enter(entry.file)
 
     def write(self, blocks: Blocks) -> None:
         self.admit(blocks)
@@ -241,3 +248,10 @@ class DiskArchive(Archive):
 
     def open(self) -> Shelf:
         return DiskShelf(self._shared.folder(self.directory), ledger=self._ledger, limit_bytes=self.limit_bytes)
+
+    def adopts(self, other: Archive) -> bool:
+        return isinstance(other, DiskArchive) and other.directory == self.directory
+
+    def adopt(self, shelf: Shelf) -> None:
+        if isinstance(shelf, DiskShelf):
+            shelf.under(self._ledger, self.limit_bytes)

@@ -5,22 +5,19 @@ from typing import ClassVar
 import attrs
 import torch
 
-from kvtiers.archive import Archive, Shelf
+from kvtiers.archive import Shelf
 from kvtiers.blocks import Place
-from kvtiers_policies.ledger import Ledger, ledger, limit_bytes
-from kvtiers_policies.memory import MemoryShelf
+from kvtiers_policies.memory import MemoryArchive, MemoryShelf
 
 
 @attrs.frozen(kw_only=True)
-class HostArchive(Archive):
+class HostArchive(MemoryArchive):
     """Hold archived blocks in the host's memory, in pinned pages if there is a GPU to copy to.
 
     limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
     """
 
     place: ClassVar[Place] = "host"
-    limit_bytes: int | None = limit_bytes()
-    _ledger: Ledger = ledger()
 
     def open(self) -> Shelf:
         return MemoryShelf(

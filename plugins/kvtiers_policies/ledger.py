@@ -36,8 +36,8 @@ class Ledger:
         if limit is not None and (held := self.nbytes) + more > limit:
             raise ArchiveFullError(
                 f"archive {archive!r} holds {held:,} bytes and needs {more:,} more than its limit allows "
-                f"(limit_bytes = {limit:,}); start with a larger limit_bytes, another archive, or a "
-                "compressor that keeps less. Nothing was lost: the blocks are still recent"
+                f"(limit_bytes = {limit:,}); swap to a policy whose archive has a larger limit_bytes, or start "
+                "with another archive or a compressor that keeps less. Nothing was lost: the blocks are still recent"
             )
 
 

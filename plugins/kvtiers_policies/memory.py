@@ -1,10 +1,11 @@
-"""The shelf of the archives in memory: a `TensorShelf` with a byte limit and, for the host of a GPU, pinned pages."""
+"""What the archives in memory share: a `TensorShelf` with a byte limit and, for the host of a GPU, pinned pages."""
 
+import attrs
 import torch
 
-from kvtiers.archive import TensorShelf
+from kvtiers.archive import Archive, Shelf, TensorShelf
 from kvtiers.blocks import Blocks, Place
-from kvtiers_policies.ledger import Ledger
+from kvtiers_policies.ledger import Ledger, ledger, limit_bytes
 
 
 class MemoryShelf(TensorShelf):
@@ -14,7 +15,11 @@ class MemoryShelf(TensorShelf):
         self, place: Place, *, ledger: Ledger, limit_bytes: int | None, device: torch.device | None, pinned: bool
     ) -> None:
         super().__init__(place, device, pinned=pinned)
-        self._ledger, self._limit, self._pinned = ledger, limit_bytes, pinned
+        self.under(ledger, limit_bytes)
+
+    def under(self, ledger: Ledger, limit_bytes: int | None) -> None:
+        """Count what is held here in `ledger`, up to `limit_bytes`."""
+        self._ledger, self._limit = ledger, limit_bytes
         ledger.enter(self)
 
     @property
@@ -26,14 +31,10 @@ class MemoryShelf(TensorShelf):
         self._ledger.admit(self._nbytes_after(blocks) - self.nbytes, self._limit, self.place)
         super().write(blocks)
 
-    def fork(self) -> "MemoryShelf":
-        other = MemoryShelf(
-            self.place, ledger=self._ledger, limit_bytes=self._limit, device=self.device, pinned=self._pinned
+    def _empty(self) -> "MemoryShelf":
+        return MemoryShelf(
+            self.place, ledger=self._ledger, limit_bytes=self._limit, device=self.device, pinned=self.pinned
         )
-        other.count, other.span, other.tokens = self.count, self.span, self.tokens
-        other._keys, other._values, other._offsets = self._keys.fork(), self._values.fork(), self._offsets.fork()
-        other._constant = None if self._constant is None else self._constant.clone()
-        return other
 
     def _nbytes_after(self, blocks: Blocks) -> int:
         offsets = blocks.offsets.to(torch.float32)
@@ -41,3 +42,21 @@ class MemoryShelf(TensorShelf):
         if blocks.alike:
             return held + offsets.numel() * offsets.element_size()
         return held + self._offsets.nbytes_after(offsets.expand(*blocks.keys.shape[:4], -1))
+
+
+@attrs.frozen(kw_only=True)
+class MemoryArchive(Archive):
+    """An archive of `MemoryShelf`s.
+
+    limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
+    """
+
+    limit_bytes: int | None = limit_bytes()
+    _ledger: Ledger = ledger()
+
+    def adopts(self, other: Archive) -> bool:
+        return type(self) is type(other)
+
+    def adopt(self, shelf: Shelf) -> None:
+        if isinstance(shelf, MemoryShelf):
+            shelf.under(self._ledger, self.limit_bytes)

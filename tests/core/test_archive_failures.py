@@ -139,8 +139,7 @@ def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive
     assert torch.equal(store.context().keys, tokens.keys[:, :, :start])
 
 
-def test_a_layer_that_failed_can_be_rolled_back_with_those_that_went_on():
-    """The layers before it have the new tokens, those after it have not; a crop makes them agree again."""
+def test_a_layer_whose_archive_refused_takes_the_same_tokens_once_it_works_again():
     archive = UnreliableArchive()
     found = policy("archive", retriever="recency", sink=1, recent=9, block_size=2, top_k=1, chunk_size=4)
     setting = Setting(

@@ -286,7 +286,7 @@ def test_a_damaged_file_is_refused_and_the_cache_stays_as_it_was(damage, tmp_pat
 def test_the_file_of_another_policy_or_model_is_refused(other, tmp_path):
     setting, _, path = saved(tmp_path)
     cache = attrs.evolve(setting, **other).cache()
-    with pytest.raises(SavedCacheError, match="saved under another policy or geometry"):
+    with pytest.raises(SavedCacheError, match=r"saved from another model or policy: .* in the file and"):
         cache.load(path)
     assert cache.seen == 0
 
@@ -295,8 +295,24 @@ def test_a_file_of_another_rotation_is_refused_where_keys_are_rotated_here(tmp_p
     setting, _, path = saved(tmp_path, realigner="anchored")
     same, other = setting.cache(), attrs.evolve(setting, rotary=rotary(4, layout="interleaved")).cache()
     same.load(path)
-    with pytest.raises(SavedCacheError, match="saved under another policy or geometry"):
+    with pytest.raises(SavedCacheError, match=r"saved from another model or policy: .* in the file and"):
         other.load(path)
+
+
+def test_the_first_difference_is_named(tmp_path):
+    _, _, path = saved(tmp_path, recent=3)
+    (tmp_path / "other").mkdir()
+    other, _, _ = saved(tmp_path / "other", recent=4)
+    with pytest.raises(SavedCacheError, match=r"policies\[0\].policy.recent is 3 in the file and 4 here"):
+        other.cache().load(path)
+
+
+def test_a_path_that_leads_nowhere_is_named(tmp_path):
+    setting, cache, path = saved(tmp_path)
+    with pytest.raises(SavedCacheError, match="give a path in a folder that exists"):
+        cache.save(tmp_path / "nowhere" / "cache.safetensors")
+    with pytest.raises(SavedCacheError, match="give the path that save"):
+        setting.cache().load(path.with_name("nothing.safetensors"))
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -119,6 +119,9 @@ BAD = [
     pytest.param(
         "full", {"compressor": ("top-tokens", {"by": "luck"})}, PolicyError, "'key-norm'.*got 'luck'", id="by"
     ),
+    pytest.param(
+        "packforcing-lm", {"compressor": "top-tokens"}, PolicyError, "'top-tokens' would never be asked", id="idle"
+    ),
     pytest.param("full", {"archive": ("host", {"limit_bytes": 0})}, PolicyError, "limit_bytes", id="limit"),
 ]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers import testing
-from kvtiers.errors import BudgetError, SwapError
+from kvtiers.errors import ArchiveFullError, BudgetError, SwapError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
 from strategies import STEPS, Setting, copied, cuts, extents, feed, policies, rotary, settings_of, small_presets
@@ -102,6 +102,21 @@ def test_what_would_need_what_is_gone_is_refused_by_name(changes, reason):
     with pytest.raises(SwapError, match=reason):
         trial.cache.swap(other)
     assert testing.difference(before, trial.cache.context(0)) is None
+
+
+@pytest.mark.parametrize(("archive", "limit"), [("device", 1_500), ("host", 1_500), ("disk", 4_000)])
+def test_a_full_archive_goes_on_with_a_larger_limit(archive, limit):
+    trial = filled(archive=(archive, {"limit_bytes": limit}))
+    with pytest.raises(ArchiveFullError, match="larger limit_bytes"):  # noqa: PT012 (some step)
+        while True:
+            trial.feed(1)
+    trial.policy = attrs.evolve(trial.policy, archive=build("archive", (archive, {"limit_bytes": 40_000})))
+    trial.cache.swap(trial.policy)
+    while trial.seen < STEPS:
+        context = trial.feed(1)
+        testing.conservation(trial)
+        testing.contents(trial, context)
+    assert trial.policy.archive._ledger.nbytes > limit
 
 
 def test_an_empty_cache_takes_any_policy_that_rotates_alike():

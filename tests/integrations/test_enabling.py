@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from kvtiers import (
     NotFiniteError,
     PolicyError,
     RotaryError,
+    SlotError,
     UnsupportedModelError,
 )
-from kvtiers_transformers import disable, enable, new_cache, tiered
+from kvtiers_transformers import disable, enable, load_model, new_cache, tiered
 from kvtiers_transformers.attention import running
+from strategies import unchecked
 from tiny_models import FAMILIES, attentions, build, distance, feed, pad_left, plain, tokens
 
 SMALL: dict[str, Any] = {"sink": 2, "recent": 8, "block_size": 4, "chunk_size": 8}
@@ -241,6 +244,26 @@ def test_two_threads_have_a_model_each() -> None:
         assert is_untouched(models[i])
 
 
+def test_threads_share_a_model_and_have_a_cache_each() -> None:
+    """The forwards of one model wait for one another, those without a tiered cache too."""
+    model, results = build(), {}
+    ids = {which: tokens(20, seed=which) for which in range(4)}
+    wanted = {which: plain(model, ids[which]) for which in ids}
+
+    def run(which: int) -> None:
+        with tiered(model, "full") as cache:
+            results[which] = feed(model, ids[which], cache, tuple(range(4, 20))) if which else plain(model, ids[which])
+
+    threads = [threading.Thread(target=run, args=(which,)) for which in ids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for which in ids:
+        assert distance(results[which], wanted[which]) < 1e-5
+    assert is_untouched(model)
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -257,12 +280,16 @@ def _other(**changes: Any) -> Callable[[], Any]:
         pytest.param(_other(num_key_value_heads=4), id="other KV heads"),
         pytest.param(_other(num_attention_heads=8), id="other query heads"),
         pytest.param(_other(family="gemma3"), id="sliding layers"),
+        pytest.param(_other(family="mistral"), id="another family of equal shape"),
+        pytest.param(
+            _other(rope_parameters={"rope_type": "default", "rope_theta": 500.0}), id="another rotation of equal shape"
+        ),
     ],
 )
 def test_a_cache_of_another_model_is_refused_before_anything_happens(other: Callable[[], Any]) -> None:
     model, ids, stranger = build(), tokens(12), other()
     with tiered(model, "full") as cache, tiered(stranger, "full"):
-        with pytest.raises(GeometryError, match=r"made for another model, with 2 layers.*new_cache\(model"):
+        with pytest.raises(GeometryError, match=r"made for another model, with llama, 2 layers.*new_cache\(model"):
             feed(stranger, ids, cache, ())
         assert torch.equal(feed(model, ids, cache, ()), plain(model, ids))
     assert is_untouched(stranger)
@@ -306,6 +333,8 @@ def test_a_mask_that_hides_what_the_cache_holds_is_refused() -> None:
         model(ids, past_key_values=cache)
         with pytest.raises(UnsupportedModelError, match=r"hold \[8\] tokens of the past, but the cache holds \[12\]"):
             model(tokens(8), attention_mask=late, past_key_values=cache)
+        with pytest.raises(UnsupportedModelError, match=r"hold \[8\] tokens of the past, but the cache holds \[12\]"):
+            model(tokens(1), attention_mask=late[:, :13], past_key_values=cache)
 
 
 def test_positions_that_jump_cannot_be_realigned() -> None:
@@ -393,6 +422,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bound beyond the budget": ({"sink": 4, "recent": 80, "budget": 100}, BudgetError, "attends up to"),
     "one layer beyond the budget": ({"recent": {0: 8, "*": 4000}, "budget": 500}, BudgetError, "more than"),
     "a negative layer": ({"recent": {0: -3, "*": 8}}, PolicyError, "recent must be .*got -3"),
+    "a retriever by layer": ({"retriever": lambda layer: "recency"}, SlotError, "no function of the layer"),
     "a layer that gets nonsense": ({"recent": lambda layer: "many"}, PolicyError, "recent must be .*got 'many'"),
 }
 
@@ -401,6 +431,27 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tiered(build(), "streaming", **changes).__enter__()
+
+
+def test_what_names_no_policy_is_refused() -> None:
+    with pytest.raises(PolicyError, match="got a NoneType"), unchecked():
+        new_cache(build(), None)
+
+
+def test_autocast_is_refused_with_what_to_do_instead() -> None:
+    model = build()
+    with (
+        tiered(model, "full") as cache,
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(GeometryError, match=r"instead of torch.autocast in the dtype"),
+    ):
+        feed(model, tokens(12), cache, ())
+    assert is_untouched(model)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="nowhere' cannot be loaded as a causal language model: "):
+        load_model(str(tmp_path / "nowhere"))
 
 
 def test_a_rotation_that_nobody_knows_is_refused() -> None:
