@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from kvtiers import Policy, PolicyError, bytes_in, resolve
 from kvtiers_transformers.document import read_document
-from kvtiers_transformers.reading import answer, encoder, needle, read
+from kvtiers_transformers.reading import answer, encoder, narrow_table, needle, read
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import disable, enable, new_cache, tiered
 
@@ -166,12 +166,12 @@ def remember(
 
 def memory_table(results: list[Memory], tokens: int) -> Table:
     """One policy a row; the first is the reference of the relative perplexities."""
-    made = Table(title=f"What is remembered of {tokens:,} tokens")
+    made = narrow_table(f"What is remembered of {tokens:,} tokens")
     made.add_column("policy", overflow="fold")
     depths = list(results[0].found)
     for name in (
-        "tokens\nattended", "device\nMB", "host\nMB", *(f"key at\n{depth:.0%}" for depth in depths),
-        "keys\nfound", "perplexity\nof prose", "against\nfirst row", "perplexity\nof repeat",
+        "tokens\nattended", "device\nMB", "host\nMB", f"keys at\n{' '.join(f'{depth:.0%}' for depth in depths)}",
+        "keys\nfound", "ppl of\nprose", "beside\nrow 1", "ppl of\nrepeat",
     ):  # fmt: skip
         made.add_column(name, justify="right")
     for result in results:
@@ -181,7 +181,7 @@ def memory_table(results: list[Memory], tokens: int) -> Table:
             f"{result.attended:,}",
             f"{result.device_bytes / 1e6:.1f}",
             f"{result.host_bytes / 1e6:.1f}",
-            *(f"{result.found[depth]}/{result.asked}" for depth in depths),
+            "   ".join(str(result.found[depth]) for depth in depths) + " ",
             f"{total}/{result.asked * len(depths)}",
             f"{result.prose:.2f}",
             f"{result.prose / results[0].prose - 1:+.1%}",
@@ -207,13 +207,11 @@ def text(model: str, contexts: str, tokens: int, policies: tuple[str, ...]) -> N
     lengths = [int(length) for length in contexts.split(",")]
     specs = list(policies or SPEED)
     results = speed(loaded, tokenizer, specs, lengths, tokens, console)
-    made = Table(
-        title=f"Decoding, ms per token at a context of ... ({torch.get_num_threads()} threads, {loaded.dtype}, "
-        f"{loaded.device})",
-        caption=f"median of {tokens} tokens, and their mean, which archiving and recalling raise",
-    )
+    where = f"{torch.get_num_threads()} threads, {loaded.dtype}, {loaded.device}"
+    made = narrow_table(f"Decoding, ms per token at a context of ... ({where})")
+    made.caption = f"median of {tokens} tokens, and their mean, which archiving and recalling raise"
     made.add_column("cache", overflow="fold")
-    made.add_column("tokens attended\nat the longest", justify="right")
+    made.add_column("tokens\nattended", justify="right")
     for length in lengths:
         made.add_column(f"{length:,}", justify="right")
     for label, row in results.items():

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvtiers_transformers.document import read_document
-from kvtiers_transformers.reading import Reading, answer, encoder, needle, read
+from kvtiers_transformers.reading import Reading, answer, encoder, narrow_table, needle, read
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import tiered
 
@@ -100,15 +100,13 @@ def compare(
 
 def table(rows: list[Row]) -> Table:
     """The comparison, one policy a row."""
-    made = Table(title="What each policy remembers")
+    made = narrow_table("What each policy remembers")
     made.add_column("policy")
-    for name in ("tokens\nattended", "device\nMB", "host\nMB"):
+    for name in ("tokens\nattended", "device\nMB", "host\nMB", f"perplexity of each\n1/{PARTS} of the text"):
         made.add_column(name, justify="right")
-    for part in range(PARTS):
-        made.add_column(f"perplexity\npart {part + 1}/{PARTS}", justify="right")
-    made.add_column("fact recalled")
-    made.add_column("prefill\ntokens/s", justify="right")
-    made.add_column("decode\ntokens/s", justify="right")
+    made.add_column("fact\nkept")
+    made.add_column("prefill\ntok/s", justify="right")
+    made.add_column("decode\ntok/s", justify="right")
     for row in rows:
         reading = row.reading
         made.add_row(
@@ -116,8 +114,8 @@ def table(rows: list[Row]) -> Table:
             f"{row.attended:,}",
             f"{reading.device_bytes[-1] / 1e6:.1f}",
             f"{reading.host_bytes[-1] / 1e6:.1f}",
-            *(f"{value:.2f}" for value in reading.parts(PARTS)),
-            "[green]yes[/]" if row.recalled else f"[red]no[/] ({row.said.strip()[:12]!r})",
+            " ".join(f"{value:.1f}" for value in reading.parts(PARTS)),
+            "[green]yes[/]" if row.recalled else "[red]no[/]",
             f"{(len(reading.losses) + 1) / reading.seconds:.0f}",
             f"{1 / row.decode_seconds:.1f}",
         )

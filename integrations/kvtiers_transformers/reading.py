@@ -7,6 +7,8 @@ from typing import Any
 
 import attrs
 import torch
+from rich import box
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -117,6 +119,11 @@ def needle(prose: Sequence[int], encode: Callable[[str], list[int]], *, tokens: 
     passage = list(prose[first : first + length])
     at = int(len(passage) * depth)
     return Needle(document=passage[:at] + plant + passage[at:], question=question, key=key)
+
+
+def narrow_table(title: str) -> Table:
+    """A table that fits a terminal of 80 columns."""
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=0)
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
