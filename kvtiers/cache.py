@@ -242,6 +242,32 @@ class TieredCache:
         for lane, _ in self.layers[layer]._split(keys.shape[0], None):
             lane.store.append(_rows(keys, lane.rows), _rows(values, lane.rows))
 
+    def draft(
+        self,
+        layer: int,
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """Take a block's tokens as the current ones, in place of those that are (video: a denoise step)."""
+        for lane, _ in self.layers[layer]._split(keys.shape[0], None):
+            lane.store.draft(_rows(keys, lane.rows), _rows(values, lane.rows))
+
+    def commit(
+        self,
+        layer: int,
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """Write a block in place of its drafts and make it history (video: the clean pass)."""
+        self.draft(layer, keys, values)
+        for lane in self.layers[layer].lanes:
+            lane.store.settle()
+
+    def settle(self) -> None:
+        """Make the current tokens of every layer history. After an error it can be called again."""
+        for store in self.stores():
+            store.settle()
+
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
         """Let the policy choose which archived blocks are attended."""
         for lane in self.layers[layer].lanes:

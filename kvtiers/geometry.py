@@ -16,7 +16,8 @@ class Geometry:
     """What one layer stores per step.
 
     `grid` is the extent of one step beyond time: `()` for text (one token a step), `(30, 52)` for a latent video frame.
-    `steps_per_commit` says how many steps arrive at once at least: 1 for text, the frames of a block for video.
+    `causal` says whether current tokens see only their past, one step after the other (text), or one another both ways
+    as one block that is committed as a whole (video). `steps_per_commit` is the length of such a block, 1 for text.
     """
 
     kv_heads: int = attrs.field(validator=_POSITIVE)
@@ -26,8 +27,9 @@ class Geometry:
     batch: int = attrs.field(default=1, validator=_POSITIVE)
     grid: tuple[int, ...] = ()
     steps_per_commit: int = attrs.field(default=1, validator=_POSITIVE)
+    even: bool = True
+    """Whether all committed blocks are of `steps_per_commit` steps; else that is the most."""
     causal: bool = True
-    """Whether current tokens see only their past (text), or one another both ways (video)."""
     dtype: torch.dtype = torch.float32
 
     @query_heads.default

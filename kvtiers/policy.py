@@ -280,14 +280,36 @@ class Policy:
             self.compressor.keeps and self.archive.place == "device" and self.retriever.count(1, 2) == 2
         )
 
-    @property
-    def timeline(self) -> Timeline:
-        """The timeline of text under this policy."""
-        return Timeline(sink=self.sink_steps, recent=self.recent, block_size=self.block_size)
+    def timeline(self, geometry: Geometry) -> Timeline:
+        """The timeline before the first step."""
+        if geometry.causal:
+            return Timeline(sink=self.sink_steps, recent=self.recent, block_size=self.block_size)
+        return Timeline(sink=0, recent=self.recent, block_size=1, cuts=())
+
+    def extended(self, timeline: Timeline, stop: int) -> Timeline:
+        """`timeline` of committed blocks with one more, which ends at `stop`."""
+        cuts = timeline.cuts or ()
+        block = Extent(cuts[-1] if cuts else 0, stop)
+        anchor = timeline.sink == block.start and self.sinks.is_anchor(block, self.sink)
+        return attrs.evolve(timeline, cuts=(*cuts, stop), sink=stop if anchor else timeline.sink)
+
+    def anchors(self, geometry: Geometry) -> int:
+        """The most steps that the sink tier comes to hold."""
+        if geometry.causal:
+            return self.sink_steps
+        timeline, commit = self.timeline(geometry), geometry.steps_per_commit
+        while timeline.sink < self.sink and self.extended(timeline, timeline.sink + commit).sink > timeline.sink:
+            timeline = self.extended(timeline, timeline.sink + commit)
+        uneven = 0 if geometry.even or not timeline.sink else self.sink + commit - 1
+        return max(timeline.sink, uneven)
+
+    def block_steps(self, geometry: Geometry) -> int:
+        """Steps of a block, at most."""
+        return self.block_size if geometry.causal else geometry.steps_per_commit
 
     def block_tokens(self, geometry: Geometry, form: Form) -> int:
-        """Tokens of one archived block in `form`."""
-        full = max(self.block_size, geometry.steps_per_commit) * geometry.tokens_per_step
+        """Tokens of one archived block in `form`, at most."""
+        full = self.block_steps(geometry) * geometry.tokens_per_step
         return full if form == "full" or self.compressor.keeps else self.compressor.compressed_tokens(full)
 
     def mid_bound(self, geometry: Geometry) -> int | None:
@@ -303,14 +325,14 @@ class Policy:
 
     def bound(self, geometry: Geometry) -> int | None:
         """The most tokens that one attention call sees, per row and KV head; none if there is no limit."""
-        mid = self.mid_bound(geometry)
-        if mid is None or self.recent is None or self.chunk_size is None:
+        mid, block = self.mid_bound(geometry), self.block_steps(geometry)
+        current = self.chunk_size if geometry.causal else block
+        if mid is None or self.recent is None or current is None:
             return None
-        commit = geometry.steps_per_commit
-        block = max(self.block_size, commit)
-        recent = (self.recent + block - 1) // commit * commit
-        current = commit if commit > 1 else self.chunk_size
-        return (self.sink_steps + recent + current) * geometry.tokens_per_step + mid
+        recent = self.recent + block - 1
+        if not geometry.causal and geometry.even:
+            recent = recent // block * block
+        return (self.anchors(geometry) + recent + current) * geometry.tokens_per_step + mid
 
     def slots(self, geometry: Geometry) -> int | None:
         """Token slots of a layer's context buffer: `bound`, and room for the recent tier to slide; none if it grows."""
@@ -319,7 +341,7 @@ class Policy:
 
     def slack(self, geometry: Geometry) -> int:
         """Spare slots behind the current ones, so that small blocks do not move the whole recent tier each time."""
-        if self.recent is None or geometry.steps_per_commit > 1 or self.block_size >= _LARGE_BLOCK:
+        if self.recent is None or not geometry.causal or self.block_size >= _LARGE_BLOCK:
             return 0
         return self.recent // 2 + _LEAST_SLACK
 

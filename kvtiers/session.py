@@ -29,6 +29,7 @@ _NUMBERS = (
     "pending",
     "selected_at",
     "together_at",
+    "drafted",
 )
 _BUFFERS = ("keys", "raw", "values")
 _MID = ("offsets", "starts", "placed", "owner")
@@ -40,6 +41,8 @@ def crop_reason(store: LayerStore, steps: int) -> str | None:
         return f"it holds {store.seen} steps"
     if steps == store.seen or steps == 0:
         return None
+    if store.timeline.cuts is not None and steps not in store.timeline.cuts:
+        return f"step {steps} is inside a block"
     first = store.aged_to if not store.policy.in_place else 0
     if steps < store.settled and store.timeline.recent_start(steps) < first and store.aged_to > store.timeline.sink:
         return f"blocks before step {store.aged_to} have left recent since then"
@@ -75,7 +78,17 @@ def crop(store: LayerStore, steps: int) -> None:
     store.seen = steps
     store.settled = min(store.settled, steps)
     store.pending = max(0, store.pending - removed)
+    store.drafted = store.drafted and store.seen > store.settled
+    _cut_back(store, steps)
     store._live = None
+
+
+def _cut_back(store: LayerStore, steps: int) -> None:
+    """Forget the committed blocks (video) beyond `steps`."""
+    if store.timeline.cuts is not None:
+        cuts = tuple(cut for cut in store.timeline.cuts if cut <= steps)
+        store.timeline = attrs.evolve(store.timeline, cuts=cuts, sink=min(store.timeline.sink, steps))
+        store.aged_to = min(store.aged_to, steps)
 
 
 @torch.inference_mode(mode=False)
@@ -154,7 +167,8 @@ def dump(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
         shelves[form] = {"count": shelf.count, "span": shelf.span}
         tensors |= {f"{form}.{name}": part.contiguous() for name, part in shelf.tensors().items()}
     numbers: dict[str, Any] = {name: getattr(store, name) for name in _NUMBERS}
-    return tensors, numbers | {"shelves": shelves, "batch": store.geometry.batch}
+    cuts = None if store.timeline.cuts is None else [store.timeline.sink, *store.timeline.cuts]
+    return tensors, numbers | {"shelves": shelves, "batch": store.geometry.batch, "cuts": cuts}
 
 
 def _first(store: LayerStore) -> int:
@@ -166,6 +180,9 @@ def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[s
     """Fill the empty `store` with what `dump` gave."""
     for name in _NUMBERS:
         setattr(store, name, numbers[name])
+    if numbers["cuts"] is not None:
+        sink, *cuts = numbers["cuts"]
+        store.timeline = attrs.evolve(store.timeline, sink=sink, cuts=tuple(cuts))
     for name in _BUFFERS:
         setattr(store, name, tensors.get(name))
     for name, axis in (("digests", 2), ("starts", 0)):

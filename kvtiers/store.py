@@ -6,7 +6,8 @@ slice and history is never concatenated. Rows with other padding have a store of
 extents are then equal within a store, a context needs no validity mask, and a padded row is the same row alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import attrs
@@ -14,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvtiers import events
-from kvtiers.archive import Growing, Shelf, lasting
-from kvtiers.blocks import Blocks, Context, Form, Selection, run_of
+from kvtiers import events, slots
+from kvtiers.archive import Growing, Shelf
+from kvtiers.blocks import Blocks, Context, Extent, Form, Selection, run_of
 from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.masks import causal, dropping
@@ -48,12 +49,12 @@ class LayerStore:
         policy.check_budget(geometry)
         self.policy, self.geometry, self.layer = policy, geometry, layer
         self.rotary, self.observe, self.check = rotary, observe, check
-        self.timeline = policy.timeline
         self.rotates = policy.realigner.rotates
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
+        self.timeline = self.policy.timeline(self.geometry)
         self.seen = 0
         """Steps appended."""
         self.settled = 0
@@ -76,6 +77,8 @@ class LayerStore:
         self.mid: MidTokens | None = None
         self.stale = False
         self.pending = 0
+        self.drafted = False
+        """Whether the current block has been written before (video)."""
         self.selected_at = 0
         self.together_at = 0
         """The step up to which several current tokens last chose blocks with one query."""
@@ -136,8 +139,40 @@ class LayerStore:
         """
         self._admit(keys, values)
         self.settle()
+        self._take(keys, values)
+        if self.geometry.causal:
+            self._tell_committed()
+
+    def draft(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """Take these tokens as the current ones, in place of those that are (video: a denoise step). History stays."""
+        self._admit(keys, values)
+        self._retract()
+        self._take(keys, values)
+
+    def commit(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """Write a block in place of its drafts and make it history (video: the clean pass)."""
+        self.draft(keys, values)
+        self.settle()
+
+    def _retract(self) -> None:
+        """Give up the current tokens."""
+        self.tail -= self.current
+        self.seen = self.settled
+        self._live = None
+
+    def _take(self, keys: Tensor, values: Tensor) -> None:
+        """Write current tokens behind recent. The first ones after a commit are due for a selection."""
         tokens = keys.shape[2]
-        self._reserve(tokens, keys, values)
+        steps = tokens // self.geometry.tokens_per_step
+        slots.reserve(self, tokens, keys, values)
         placed, raw, stored = self._buffers()
         here = slice(self.tail, self.tail + tokens)
         plain = keys.detach()
@@ -148,16 +183,22 @@ class LayerStore:
         stored[:, :, here] = values.detach()
         live = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         self._live = (keys, values) if live else None
-        steps = tokens // self.geometry.tokens_per_step
         if self.seen == 0:
             self.sink_slot = self.tail
         self.seen += steps
         self.tail += tokens
-        self.pending = self.pending + 1 if steps == 1 else self.policy.refresh_steps
-        if self.observe is not None:
-            self.observe(events.Committed(layer=self.layer, steps=steps, tokens=tokens))
+        if self.geometry.causal:
+            self.pending = self.pending + 1 if steps == 1 else self.policy.refresh_steps
+        elif not self.drafted or self.policy.refresh == "chunk":
+            self.pending = self.policy.refresh_steps
+        self.drafted = True
         if self.stale and not self.policy.retriever.needs_query:
             self._renew(None)
+
+    def _tell_committed(self) -> None:
+        if self.observe is not None:
+            steps, tokens = self.seen - self.settled, self.current
+            self.observe(events.Committed(layer=self.layer, steps=steps, tokens=tokens))
 
     def _admit(self, keys: Tensor, values: Tensor) -> None:
         geometry = self.geometry
@@ -178,12 +219,17 @@ class LayerStore:
             raise GeometryError(
                 f"layer {self.layer} takes whole steps of {geometry.tokens_per_step} tokens, got {keys.shape[2]} tokens"
             )
-        commit = geometry.steps_per_commit
-        limit = commit if commit > 1 else self.policy.chunk_size
+        limit = self.policy.chunk_size if geometry.causal else geometry.steps_per_commit
         if limit is not None and keys.shape[2] > limit * geometry.tokens_per_step:
             raise GeometryError(
                 f"layer {self.layer} takes at most {limit} steps at once, got {keys.shape[2]} tokens; "
                 "commit blocks one by one, or cut the forward on multiples of chunk_size, as Layer.turns does"
+            )
+        block = geometry.steps_per_commit * geometry.tokens_per_step
+        if not geometry.causal and geometry.even and keys.shape[2] != block:
+            raise GeometryError(
+                f"layer {self.layer} takes blocks of {geometry.steps_per_commit} steps, got {keys.shape[2]} tokens; "
+                "make a cache for blocks of different length (even=False)"
             )
         if values.device != keys.device or (self.keys is not None and self.keys.device != keys.device):
             held = "nothing yet" if self.keys is None else str(self.keys.device)
@@ -198,34 +244,40 @@ class LayerStore:
             )
 
     def settle(self) -> None:
-        """Make current tokens history and age the blocks that thereby leave recent. An error changes nothing."""
+        """Make current tokens history and age the blocks that thereby leave recent. An error loses nothing."""
         if self.settled == self.seen:
             return
-        now = self.timeline.recent_start(self.seen)
-        if now > self.aged_to:
-            self._age(now)
-        self.settled = self.seen
-        self._live = None
+        timeline = self.timeline if self.geometry.causal else self.policy.extended(self.timeline, self.seen)
+        now = timeline.recent_start(self.seen)
+        if now > max(self.aged_to, timeline.sink):
+            self._age(timeline.blocks(max(self.aged_to, timeline.sink), now))
+        if not self.geometry.causal:
+            self._tell_committed()
+        self.timeline, self.settled = timeline, self.seen
+        self.aged_to = max(self.aged_to, timeline.sink)
+        self.drafted, self._live = False, None
 
-    def _age(self, now: int) -> None:
-        """Move the blocks up to step `now` out of recent."""
-        before, tokens = self.aged_to, (now - self.aged_to) * self.geometry.tokens_per_step
+    def _age(self, blocks: Sequence[Extent]) -> None:
+        """Move `blocks`, the oldest of recent, out of it."""
+        start, stop = blocks[0].start, blocks[-1].stop
         if self.policy.in_place:
-            self.mid_tokens += tokens
-            self.aged_to = now
+            self.mid_tokens += (stop - start) * self.geometry.tokens_per_step
+            self.aged_to = stop
             return
-        if not self.policy.compressor.drops:
-            self._archive(self.head, tokens, (now - before) // self.policy.block_size, before)
-        else:
-            self.dropped += now - before
-        self.aged_to, self.mid_tokens, self.stale = now, 0, True
         if self.policy.compressor.drops:
+            self.dropped += stop - start
+            self.aged_to, self.mid_tokens = stop, 0
             self._assemble(None)
+            return
+        for run in _runs(blocks):
+            self._archive(self.head, run)
+            self.aged_to, self.mid_tokens, self.stale = run[-1].stop, 0, True
 
-    def _archive(self, slot: int, tokens: int, count: int, first: int) -> None:
-        """Write the `count` blocks whose tokens begin at `slot` to the archive. Changes nothing if that is refused."""
+    def _archive(self, slot: int, run: Sequence[Extent]) -> None:
+        """Write blocks of one length, whose tokens begin at `slot`, to the archive. Changes nothing if refused."""
         _, raw, stored = self._buffers()
-        span, where = self.policy.block_size, slice(slot, slot + tokens)
+        first, span, count = run[0].start, run[0].steps, len(run)
+        where = slice(slot, slot + count * span * self.geometry.tokens_per_step)
         keys = raw[:, :, where]
         blocks = run_of(
             keys,
@@ -337,9 +389,9 @@ class LayerStore:
         """Write the sink and the selected blocks right before recent, and place everything."""
         mid = None if selection is None else self._recall(selection)
         tokens = 0 if mid is None else mid.keys.shape[2]
-        self._make_room(self.sink_tokens + tokens)
+        slots.make_room(self, self.sink_tokens + tokens)
         self.mid_tokens = tokens
-        self._move_sink(self.begin)
+        slots.move_sink(self, self.begin)
         placed, raw, stored = self._buffers()
         nothing = torch.zeros(0, dtype=torch.long, device=placed.device)
         placement = self.policy.realigner.place(
@@ -436,7 +488,8 @@ class LayerStore:
 
     def _bands(self) -> bool:
         """Whether the policy drops blocks while the current tokens pass."""
-        return self.policy.compressor.drops and self.timeline.recent_start(self.seen - 1) > self.aged_to
+        drops = self.geometry.causal and self.policy.compressor.drops
+        return drops and self.timeline.recent_start(self.seen - 1) > self.aged_to
 
     def _mask(self, current: int, tokens: int) -> Tensor | None:
         """What each current token may see, or none if that goes without saying."""
@@ -478,58 +531,7 @@ class LayerStore:
             "dropped": self.dropped,
         }
 
-    # ------------------------------------------------------------------ buffer slots
 
-    def _reserved(self) -> int:
-        """Slots before recent: what sink and mid may come to need, or need now if there is no limit."""
-        bound = self.policy.mid_bound(self.geometry)
-        if bound is None or self.policy.in_place:
-            return self.sink_tokens + self.mid_tokens
-        return self.timeline.sink * self.geometry.tokens_per_step + bound
-
-    def _reserve(self, tokens: int, keys: Tensor, values: Tensor) -> None:
-        """Make sure that `tokens` more slots follow the tail."""
-        if self.keys is None:
-            slots = self.policy.slots(self.geometry)
-            bound = self.policy.mid_bound(self.geometry) or 0
-            room = bound + tokens if slots is None else slots
-            self.keys = lasting((*keys.shape[:2], room, keys.shape[3]), like=keys)
-            self.raw = lasting(self.keys.shape, like=keys) if self.rotates else None
-            self.values = lasting((*values.shape[:2], room, values.shape[3]), like=values)
-            self.tail = bound
-        elif self.tail + tokens > self.keys.shape[2]:
-            self._relocate(self._reserved(), tokens)
-
-    def _make_room(self, before: int) -> None:
-        """Make sure that `before` slots precede recent."""
-        if self.head < before:
-            self._relocate(max(before, self._reserved()), 0)
-
-    def _relocate(self, head: int, extra: int) -> None:
-        """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
-        size, old_head = self.tail - self.head, self.head
-        needed = head + size + extra
-        sink, mid = self.sink_tokens, 0 if self.stale else self.mid_tokens
-        for name in ("keys", "raw", "values"):
-            buffer: Tensor | None = getattr(self, name)
-            if buffer is None:
-                continue
-            anchors = buffer[:, :, self.sink_slot : self.sink_slot + sink]
-            rest = buffer[:, :, old_head - mid : self.tail]
-            if needed > buffer.shape[2]:
-                room = max(needed, 2 * buffer.shape[2]) if self.policy.slots(self.geometry) is None else needed
-                target = lasting((*buffer.shape[:2], room, buffer.shape[3]), like=buffer)
-            else:
-                anchors, rest, target = anchors.clone(), rest.clone(), buffer
-            target[:, :, head - mid : head + size] = rest
-            target[:, :, head - mid - sink : head - mid] = anchors
-            setattr(self, name, target)
-        self.tail = head + size
-        self.sink_slot = head - mid - sink
-
-    def _move_sink(self, slot: int) -> None:
-        if slot != self.sink_slot and self.sink_tokens:
-            for buffer in self._all_buffers():
-                moved = buffer[:, :, self.sink_slot : self.sink_slot + self.sink_tokens].clone()
-                buffer[:, :, slot : slot + self.sink_tokens] = moved
-        self.sink_slot = slot
+def _runs(blocks: Sequence[Extent]) -> list[list[Extent]]:
+    """Consecutive blocks of equal length together."""
+    return [list(run) for _, run in groupby(blocks, key=lambda block: block.steps)]

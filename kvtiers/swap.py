@@ -51,7 +51,7 @@ def check(store: LayerStore, policy: Policy) -> None:
 def apply(store: LayerStore, policy: Policy) -> None:
     """Go on under `policy`; the next append or select makes a new selection. What it will not extend is freed."""
     anew = policy.retriever != store.policy.retriever
-    store.policy, store.timeline = policy, policy.timeline
+    store.policy = policy
     if store.seen == 0:
         store.clear()  # another sink, another beginning
         return

@@ -188,7 +188,7 @@ def conservation(trial: Trial) -> None:
     store, policy = trial.store, trial.policy
     census, seen = store.census(), trial.seen
     require(sum(census.values()) == seen and min(census.values()) >= 0, 1, f"{census} does not add up to {seen} steps")
-    timeline = policy.timeline
+    timeline = store.timeline
     tiers = [timeline.tier(step, store.settled) for step in range(seen)]
     for tier in ("sink", "recent", "current"):
         require(census[tier] == tiers.count(tier), 1, f"{census} but the timeline has {tiers.count(tier)} {tier} steps")
@@ -232,7 +232,7 @@ def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
     """Stored keys, values and origins of the attended mid tokens, worked out block by block; none if there are none."""
     store = trial.store
     if trial.policy.in_place:
-        steps = range(trial.policy.timeline.sink, store.aged_to)
+        steps = range(store.timeline.sink, store.aged_to)
         at = torch.tensor(list(steps), dtype=torch.long)
         wide = at.double().expand(trial.geometry.batch, trial.geometry.kv_heads, -1)
         return trial.keys[:, :, at], trial.values[:, :, at], wide
@@ -265,7 +265,7 @@ def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
 def contents(trial: Trial, context: Context) -> None:
     """Invariants 1, 4 and 5: a context is sink, selected mid, recent, current; every key rotated once to its place."""
     store, geometry, policy = trial.store, trial.geometry, trial.policy
-    sink = list(range(min(policy.timeline.sink, trial.seen)))
+    sink = list(range(min(store.timeline.sink, trial.seen)))
     recent = list(range(max(store.aged_to, len(sink)), trial.seen))
     origins = context.origins[..., 0].expand(*context.keys.shape[:3])
     placed = context.placed[..., 0].expand(*context.keys.shape[:3])

@@ -1,5 +1,6 @@
 """Which blocks exist and which tier each is in: a pure function of the settings and the steps seen. No tensors."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import attrs
@@ -16,7 +17,7 @@ class Timeline:
 
     A block is `sink` if it lies before `sink` steps, `mid` once its end is at least `recent` steps in the past, and
     `recent` until then; an unfinished block is recent. For video the grid is given: `cuts` are the ends of the
-    committed blocks, and `sink` is the end of the last block that is an anchor.
+    committed blocks, in order, and `sink` is the end of the last block that is an anchor.
     """
 
     sink: int = attrs.field(validator=_COUNT)
@@ -31,7 +32,8 @@ class Timeline:
         if self.recent is None:
             return first
         if self.cuts is not None:
-            return max((cut for cut in self.cuts if cut <= seen - self.recent), default=first) if seen else 0
+            past = bisect_right(self.cuts, seen - self.recent)
+            return max(first, self.cuts[past - 1]) if past else first
         return first + max(0, seen - self.recent - self.sink) // self.block_size * self.block_size
 
     def mid_blocks(self, seen: int) -> int:
@@ -60,8 +62,12 @@ class Timeline:
     def aged(self, before: int, now: int) -> list[Extent]:
         """The blocks that leave recent when history grows from `before` to `now` steps."""
         first, stop = max(self.recent_start(before), self.sink), self.recent_start(now)
+        return self.blocks(first, stop)
+
+    def blocks(self, start: int, stop: int) -> list[Extent]:
+        """The blocks from `start` to `stop`, both on the grid."""
         if self.cuts is not None:
-            ends = [cut for cut in self.cuts if first < cut <= stop]
+            ends = list(self.cuts[bisect_right(self.cuts, start) : bisect_right(self.cuts, stop)])
         else:
-            ends = list(range(first + self.block_size, stop + 1, self.block_size))
-        return [Extent(a, b) for a, b in zip([first, *ends[:-1]], ends, strict=True)] if ends else []
+            ends = list(range(start + self.block_size, stop + 1, self.block_size))
+        return [Extent(a, b) for a, b in zip([start, *ends[:-1]], ends, strict=True)] if ends else []
