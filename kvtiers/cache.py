@@ -275,13 +275,22 @@ class TieredCache:
 
     def context(self, layer: int) -> Context:
         """What attention sees. Pure. Rows whose histories differ in length have `contexts`."""
+        return self._only(layer).context()
+
+    def _only(self, layer: int) -> LayerStore:
         lanes = self.layers[layer].lanes
         if len(lanes) != 1:
             raise GeometryError(
                 f"layer {layer} has {len(lanes)} groups of rows with histories of different length (or none yet); "
                 "read contexts(layer) instead"
             )
-        return lanes[0].store.context()
+        return lanes[0].store
+
+    def place_query(
+        self, layer: int, query: Float[Tensor, "batch query_heads tokens head_dim"]
+    ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
+        """Rotate the current tokens' queries to where their keys are placed (nothing to do under `gaps`)."""
+        return self._only(layer).place_query(query)
 
     def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
         """The context of each group of rows (none: all rows) that has seen a token."""
@@ -293,6 +302,11 @@ class TieredCache:
     def seen(self) -> int:
         """Steps that the first layer has seen."""
         return self.layers[0].seen if self.layers else 0
+
+    @property
+    def settled(self) -> int:
+        """Steps that are history in every layer and row; later ones are current."""
+        return min((store.settled for store in self.stores()), default=0)
 
     def stores(self) -> list[LayerStore]:
         """Every store of every layer."""

@@ -1,0 +1,231 @@
+"""`CausalWan`: an unmodified Wan, block by block, from tiers. A denoise step reads; one commit per block writes."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import WanTransformer3DModel
+from jaxtyping import Float
+from torch import Tensor
+
+import kvtiers
+from kvtiers import Geometry, GeometryError, Held, Policy, TieredCache, UnsupportedModelError
+from kvtiers_diffusers.processors import Pass, disable, enable
+from kvtiers_diffusers.rope import rotary_of
+
+
+class CausalWan:
+    """A video of any length from a Wan transformer whose self-attention reads a tiered cache.
+
+    transformer: a `WanTransformer3DModel` as diffusers ships it; `close()` gives it back as it was.
+    policy: a preset's name, the path of a .toml file, or a `kvtiers.Policy`; changes as for `kvtiers_transformers`.
+    block_frames: latent frames of a block; none: those of the first block. even: whether all blocks are of that length,
+        which makes the bound exact; otherwise it is the most.
+    check: refuse keys and values that are not finite.
+
+    Source: PackForcing (arXiv 2603.25730) section 3; the recipe of blocks and clean passes is Self-Forcing's (arXiv
+    2506.08009).
+    """
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        policy: str | Path | Policy = "full",
+        *,
+        block_frames: int | None = None,
+        even: bool = True,
+        check: bool = False,
+        **changes: Any,
+    ) -> None:
+        self.transformer = cast(Any, transformer)  # diffusers' models say little about their own types
+        config = self.transformer.config
+        if config.added_kv_proj_dim is not None or config.image_dim is not None:
+            raise UnsupportedModelError(
+                "this Wan attends an image beside the prompt (image to video); kvtiers_diffusers serves text to video"
+            )
+        if config.patch_size[0] != 1:
+            raise UnsupportedModelError(
+                f"patch_size is {tuple(config.patch_size)}: a token must belong to one latent frame, so the first "
+                "must be 1"
+            )
+        layers = list(range(len(self.transformer.blocks)))
+        self.policies = kvtiers.resolve(policy, layers=layers, **changes)
+        self.block_frames, self.even, self.check = block_frames, even, check
+        self.rotary = rotary_of(transformer)
+        self.cache: TieredCache | None = None
+        self._text: Tensor | None = None
+        self._text_version = 0
+        self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
+        self._committed: weakref.ref[Tensor] | None = None
+        self._unfinished = False
+        self._switch = enable(transformer)
+        self._closed = False
+
+    # ------------------------------------------------------------------ the two verbs
+
+    def denoise(
+        self,
+        block: Float[Tensor, "batch channels frames height width"],
+        timestep: float | Tensor,
+        text: Float[Tensor, "#batch words text_dim"],
+    ) -> Float[Tensor, "batch channels frames height width"]:
+        """The flow that the model predicts for a noisy block, given what it remembers. Changes nothing that is stored.
+
+        timestep: 0 to 1,000, one for all rows or one each. text: the encoder's embedding of the prompt.
+        """
+        return self._forward(block, timestep, text)
+
+    def commit(
+        self,
+        block: Float[Tensor, "batch channels frames height width"],
+        text: Float[Tensor, "#batch words text_dim"],
+    ) -> Float[Tensor, "batch channels frames height width"]:
+        """Run the clean block once more, at timestep 0, and remember its keys and values. Returns that pass's flow.
+
+        If an archive is full, `ArchiveFullError` is raised once the block is written: nothing is lost, and the next
+        call archives what this one could not.
+        """
+        if self._committed is not None and self._committed() is block:
+            raise GeometryError(
+                "this block is committed already; denoise the next one, or give a copy if the same frames come again"
+            )
+        flow = self._forward(block, 0.0, text)
+        self._committed, self._unfinished = weakref.ref(block), True
+        self._finish()
+        return flow
+
+    def _finish(self) -> None:
+        """Make what was committed history, in every layer."""
+        if self._unfinished:
+            self._filled.settle()
+            self._unfinished = False
+
+    def _forward(self, block: Tensor, timestep: float | Tensor, text: Tensor) -> Tensor:
+        self._admit(block, text)
+        self._finish()
+        self._remember_prompt(text)
+        times = torch.as_tensor(timestep, device=block.device, dtype=torch.float32).expand(block.shape[0])
+        words = text.expand(block.shape[0], -1, -1)
+        with self._switch.lock:
+            self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt)
+            try:
+                flow: Tensor = self.transformer(block, times, words, return_dict=False)[0]
+            finally:
+                self._switch.serving = None
+        return flow
+
+    # ------------------------------------------------------------------ what comes in
+
+    @property
+    def _filled(self) -> TieredCache:
+        if self.cache is None:
+            raise GeometryError("nothing was denoised or committed yet, so this video has no size")
+        return self.cache
+
+    def _grid(self, block: Tensor) -> tuple[int, int]:
+        _, high, wide = self.transformer.config.patch_size
+        return block.shape[3] // high, block.shape[4] // wide
+
+    def _admit(self, block: Tensor, text: Tensor) -> None:
+        """Check a block against the model and the video so far; the first one gives the video its size."""
+        if self._closed:
+            raise UnsupportedModelError("this CausalWan was closed; make a new one")
+        config = self.transformer.config
+        high, wide = config.patch_size[1:]
+        if block.dim() != 5 or block.shape[1] != config.in_channels:
+            raise GeometryError(
+                f"a block is [batch, {config.in_channels} channels, frames, height, width], got {tuple(block.shape)}"
+            )
+        if block.shape[3] % high or block.shape[4] % wide:
+            raise GeometryError(
+                f"latents of {block.shape[3]} x {block.shape[4]} cannot be cut into patches of {high} x {wide}; "
+                "give a height and width that they divide"
+            )
+        if text.dim() != 3 or text.shape[0] not in (1, block.shape[0]) or text.shape[2] != config.text_dim:
+            raise GeometryError(
+                f"text is [{block.shape[0]} rows (or 1), words, {config.text_dim}], got {tuple(text.shape)}; "
+                "give the prompt's embedding for each row of the block"
+            )
+        if self.cache is None:
+            self.cache = self._new_cache(block)
+        grid, held = self._grid(block), self.cache.geometries[0]
+        if grid != held.grid:
+            raise GeometryError(
+                f"this video has {held.grid[0]} x {held.grid[1]} tokens a frame, got a block of {grid[0]} x {grid[1]}; "
+                "use one CausalWan per video, or reset() it"
+            )
+        frames = block.shape[2]
+        if frames > held.steps_per_commit or (self.even and frames != held.steps_per_commit):
+            most = "at most " if not self.even else ""
+            raise GeometryError(
+                f"this video has blocks of {most}{held.steps_per_commit} frames, got {frames}; "
+                "for blocks of different length give block_frames=<the longest> and even=False"
+            )
+
+    def _new_cache(self, block: Tensor) -> TieredCache:
+        attention = self.transformer.blocks[0].attn1
+        geometry = Geometry(
+            kv_heads=attention.heads,
+            head_dim=attention.inner_dim // attention.heads,
+            grid=self._grid(block),
+            steps_per_commit=self.block_frames or block.shape[2],
+            even=self.even,
+            causal=False,
+            dtype=self.transformer.dtype,
+        )
+        count = len(self.transformer.blocks)
+        return TieredCache(
+            self.policies,
+            [geometry] * count,
+            rotaries=[self.rotary] * count,
+            observe=kvtiers.observer(),
+            check=self.check,
+        )
+
+    def _remember_prompt(self, text: Tensor) -> None:
+        """Forget the keys and values of another prompt."""
+        if self._text is not text or self._text_version != text._version:
+            self._text, self._text_version = text, text._version
+            self._prompt.clear()
+
+    # ------------------------------------------------------------------ as a whole
+
+    @property
+    def frames(self) -> int:
+        """Latent frames committed."""
+        return 0 if self.cache is None else self.cache.settled
+
+    def held(self) -> list[Held]:
+        """Bytes held per tier and place."""
+        return [] if self.cache is None else self.cache.held()
+
+    def attended(self) -> list[int]:
+        """Tokens that the last forward of each layer attended, its own included."""
+        return [] if self.cache is None else self.cache.attended()
+
+    def reset(self) -> None:
+        """Forget the video and its prompt; the next block begins another."""
+        self.cache, self._committed, self._text = None, None, None
+        self._unfinished = False
+        self._prompt.clear()
+
+    def close(self) -> None:
+        """Give the transformer back as it was. Harmless if that is done."""
+        if not self._closed:
+            self._closed = True
+            disable(self.transformer)
+
+
+@contextmanager
+def tiered(
+    transformer: WanTransformer3DModel, policy: str | Path | Policy = "full", **options: Any
+) -> Iterator[CausalWan]:
+    """A `CausalWan` over `transformer`, which is restored when the `with` block ends, however it ends."""
+    wan = CausalWan(transformer, policy, **options)
+    try:
+        yield wan
+    finally:
+        wan.close()

@@ -1,0 +1,178 @@
+"""Attention processors that serve an unmodified Wan from tiers, and are the model's own while none asks for that."""
+
+import weakref
+from threading import RLock
+from typing import Any
+
+import attrs
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from kvtiers import Rotary, TieredCache, UnsupportedModelError
+
+
+@attrs.define(eq=False)
+class Pass:
+    """One forward of a `CausalWan` over a block."""
+
+    cache: TieredCache
+    rotary: Rotary
+    grid: tuple[int, ...]
+    text: dict[int, tuple[Tensor, Tensor]]
+    """Keys and values of the prompt, by layer; filled by the first forward that needs them."""
+
+
+@attrs.define(eq=False)
+class Switch:
+    """Which pass the processors of one transformer serve now; none: they are the model's own."""
+
+    lock: Any = attrs.field(factory=RLock)
+    serving: Pass | None = None
+
+
+class TieredSelfAttention:
+    """Self-attention of one layer: the block's tokens attend sink, selected mid, recent and one another."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, layer: int, own: Any, switch: Switch) -> None:
+        self.layer, self.own, self.switch = layer, own, switch
+        self._attention_backend = own._attention_backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        now = self.switch.serving
+        if now is None:
+            return _result(self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb))
+        _refuse_parallel(self)
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (_heads(x, attn.heads) for x in (attn.norm_q(query), attn.norm_k(key), value))
+        cache, layer = now.cache, self.layer
+        if not cache.policies[layer].realigner.rotates:
+            steps = key.shape[2] // cache.geometries[layer].tokens_per_step
+            table = now.rotary.run(cache.settled, steps, now.grid, key.device)
+            query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
+        cache.draft(layer, key, value)
+        cache.select(layer, query)
+        context = cache.context(layer)
+        out = _attend(self, cache.place_query(layer, query), context.keys, context.values)
+        return _result(attn.to_out[1](attn.to_out[0](out.type_as(hidden_states))))
+
+
+class PromptAttention:
+    """Cross-attention of one layer: the prompt's keys and values are worked out once."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, layer: int, own: Any, switch: Switch) -> None:
+        self.layer, self.own, self.switch = layer, own, switch
+        self._attention_backend = own._attention_backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        now = self.switch.serving
+        if now is None or encoder_hidden_states is None:
+            return _result(self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb))
+        _refuse_parallel(self)
+        found = now.text.get(self.layer)
+        if found is None:
+            found = self._project(attn, encoder_hidden_states)
+            if not found[0].requires_grad:
+                now.text[self.layer] = found
+        query = _heads(attn.norm_q(attn.to_q(hidden_states)), attn.heads)
+        out = _attend(self, query, *found)
+        return _result(attn.to_out[1](attn.to_out[0](out.type_as(hidden_states))))
+
+    @staticmethod
+    def _project(attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+        if attn.fused_projections:
+            key, value = attn.to_kv(text).chunk(2, dim=-1)
+        else:
+            key, value = attn.to_k(text), attn.to_v(text)
+        return _heads(attn.norm_k(key), attn.heads), _heads(value, attn.heads)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads * head_dim] as [batch, heads, tokens, head_dim]."""
+    split: Tensor = x.unflatten(2, (heads, -1))
+    return split.transpose(1, 2)
+
+
+def _attend(processor: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention by the backend that diffusers dispatches to; [batch, heads, ...] in, [batch, tokens, channels] out."""
+    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+    out: Tensor = dispatch_attention_fn(query, keys, values, backend=processor._attention_backend, parallel_config=None)
+    return out.flatten(2, 3)
+
+
+def _refuse_parallel(processor: Any) -> None:
+    if processor._parallel_config is not None:
+        raise UnsupportedModelError(
+            "a tiered cache holds whole sequences and all heads, and this model splits them over devices "
+            "(context parallelism); load it without enable_parallelism()"
+        )
+
+
+def _result(x: Any) -> Tensor:
+    """What a processor returns, for the type checker."""
+    out: Tensor = x
+    return out
+
+
+@attrs.define(eq=False)
+class _Installed:
+    own: dict[str, Any]
+    switch: Switch
+    count: int = 1
+
+
+_installed: "weakref.WeakKeyDictionary[torch.nn.Module, _Installed]" = weakref.WeakKeyDictionary()
+_installing = RLock()
+
+
+def enable(transformer: Any) -> Switch:
+    """Install the processors that let a `CausalWan` serve `transformer`. Until one does, it is exactly as before."""
+    with _installing:
+        state = _installed.get(transformer)
+        if state is not None:
+            state.count += 1
+            return state.switch
+        own: dict[str, Any] = dict(transformer.attn_processors)
+        switch, ours = Switch(), dict(own)
+        for layer in range(len(transformer.blocks)):
+            for name, kind in (("attn1", TieredSelfAttention), ("attn2", PromptAttention)):
+                key = f"blocks.{layer}.{name}.processor"
+                ours[key] = kind(layer, own[key], switch)
+        transformer.set_attn_processor(ours)
+        _installed[transformer] = _Installed(own, switch)
+        return switch
+
+
+def disable(transformer: Any) -> None:
+    """Undo one `enable`: the model's own processors are put back. Harmless on a model that is not enabled."""
+    with _installing:
+        state = _installed.get(transformer)
+        if state is None:
+            return
+        state.count -= 1
+        if state.count == 0:
+            transformer.set_attn_processor(dict(state.own))
+            del _installed[transformer]
