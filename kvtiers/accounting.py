@@ -27,16 +27,21 @@ def held_by(stores: Iterable[LayerStore]) -> list[Held]:
     """What `stores` hold together, one entry per tier and place, largest first."""
     total: Counter[tuple[Part, Place]] = Counter()
     small: dict[int, int] = {}
+    waiting: dict[int, int] = {}
     for store in stores:
         for buffer in store._all_buffers():
             _split(store, buffer, total)
         parts = [store.digests.buffer, store.starts.buffer, store.state, *_parts(store.mid), *_parts(store.selection)]
         storages = [part.untyped_storage() for part in parts if isinstance(part, Tensor)]
         small |= {storage.data_ptr(): storage.nbytes() for storage in storages}  # rows that part ways share some
+        for block in store.reduced.values():
+            for part in (block.keys, block.values, block.offsets):
+                waiting[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
         for shelf in store.shelves.values():
             for place, size in shelf.bytes_by_place().items():
                 total["mid", place] += size
     total["digests", "device"] = sum(small.values())
+    total["recent", "device"] += sum(waiting.values())
     return [Held(tier=tier, place=place, bytes=n) for (tier, place), n in total.most_common() if n]
 
 

@@ -110,6 +110,7 @@ def run_of(
     first: int,
     span: int,
     rotated: Float[Tensor, "batch kv_heads tokens head_dim"] | None = None,
+    reduced: Blocks | None = None,
 ) -> Blocks:
     """Cut a run of `count` equal blocks out of consecutive tokens whose first step is `first`, without copying."""
     tokens = keys.shape[2] // count
@@ -122,4 +123,5 @@ def run_of(
         starts=first + span * torch.arange(count, device=keys.device),
         span=span,
         rotated=None if rotated is None else rotated.unflatten(2, (count, tokens)),
+        reduced=reduced,
     )

@@ -292,6 +292,18 @@ class TieredCache:
         """Rotate the current tokens' queries to where their keys are placed (nothing to do under `gaps`)."""
         return self._only(layer).place_query(query)
 
+    def beside(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch query_heads tokens head_dim"],
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+        offsets: Float[Tensor, "tokens axes"],
+        span: int,
+    ) -> tuple[Tensor, Context]:
+        """Hold the reduced K/V of the current block (see `LayerStore.beside`)."""
+        return self._only(layer).beside(query, keys, values, offsets, span)
+
     def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
         """The context of each group of rows (none: all rows) that has seen a token."""
         return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes if lane.store.seen]

@@ -5,7 +5,7 @@ new blocks. It holds settings only (they are frozen values), so one instance ser
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -45,14 +45,11 @@ class Source:
 
     queries: [batch, query_heads, tokens, head_dim], rotated at their original positions.
     keys, values: the K/V of the tokens being committed, as stored.
-    latents: what the model's input was made of (video: clean latents), for a `SourceCompressor`; else none.
     """
 
     queries: Float[Tensor, "batch query_heads tokens head_dim"] | None
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
-    latents: Tensor | None = None
-    pixels: Tensor | None = None
 
 
 class Compressor(ABC):
@@ -101,6 +98,24 @@ class Reduced:
     span: int
 
 
+@runtime_checkable
+class Reducer(Protocol):
+    """A `SourceCompressor` at work on one model and one video."""
+
+    needs_pixels: bool
+    """Whether `reduce` must be given the pixels."""
+
+    def reduce(self, latents: Tensor, pixels: Tensor | None) -> Reduced:
+        """The reduced tokens of a clean block; called once per commit, in order.
+
+        latents: [batch, channels, frames, height, width]. pixels: [batch, 3, frames, height, width] from -1 to 1, what
+        was streamed of the block; none if nobody decoded it.
+        """
+
+    def reset(self) -> None:
+        """Another video begins."""
+
+
 class SourceCompressor(Compressor):
     """Compresses the source of a block; the model itself projects the result to each layer's K/V at commit.
 
@@ -108,16 +123,18 @@ class SourceCompressor(Compressor):
     """
 
     @abstractmethod
-    def reduce(self, source: Source) -> Reduced:
-        """The reduced input tokens of the block whose latents (and pixels) `source` carries. Called once per commit."""
+    def bind(self, model: Any, vae: Any) -> Reducer:
+        """What reduces blocks for `model`. vae: its autoencoder, or none; `PolicyError` is raised if it needs one."""
+
+    @abstractmethod
+    def reduced_tokens(self, steps: int, grid: tuple[int, ...]) -> int:
+        """How many tokens a block of `steps` steps of `grid` tokens becomes."""
+
+    def compressed_tokens(self, tokens: int) -> int:
+        raise SlotError(f"{type(self).__name__} reduces blocks of a grid; ask reduced_tokens()")
 
     def age(self, blocks: Blocks, state: Any) -> tuple[Blocks | None, Any]:
         """The reduced K/V that the model computed when the block was committed."""
-        if blocks.reduced is None:
-            raise SlotError(
-                f"{type(self).__name__} compresses source tokens, but the block has no reduced K/V; "
-                "use it with an integration that projects them (video), or choose a compressor of K/V"
-            )
         return blocks.reduced, state
 
 
@@ -129,12 +146,17 @@ class Retriever(ABC):
     needs_digests: ClassVar[bool] = True
     """False if blocks can be chosen by their number alone."""
 
+    @property
+    def digests(self) -> Form:
+        """The form of a block that `digest` is given."""
+        return "full"
+
     def count(self, top_k: int, archived: int) -> int:
         """How many of `archived` blocks are attended."""
         return min(top_k, archived)
 
     def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests width"]:
-        """The small tensors that are kept hot for `blocks` (full form), made of `blocks.rotated`."""
+        """The small tensors that are kept hot for `blocks` (of the form that `digests` names), made of `rotated`."""
         raise SlotError(f"{type(self).__name__} needs digests but defines no digest()")
 
     def digest_floats(self, tokens: int, head_dim: int) -> int:
@@ -250,6 +272,12 @@ class Policy:
             raise PolicyError(f"refresh must be 'block', 'chunk' or a number of steps of at least 1, got {value!r}")
 
     def __attrs_post_init__(self) -> None:
+        digests = self.retriever.digests if self.retriever.needs_digests else "full"
+        if digests == "compressed" and digests not in self.forms and not self.compressor.drops:
+            raise PolicyError(
+                "the retriever digests the compressed form of blocks, which recall = 'full' and fringe = 0 never make; "
+                "add recall='compressed' or fringe=n, or let it digest the full form"
+            )
         if self.budget is not None and self.recent is not None and self.sink + self.recent > self.budget:
             raise BudgetError(
                 f"sink + recent = {self.sink} + {self.recent} = {self.sink + self.recent} steps is more than "
@@ -310,7 +338,11 @@ class Policy:
     def block_tokens(self, geometry: Geometry, form: Form) -> int:
         """Tokens of one archived block in `form`, at most."""
         full = self.block_steps(geometry) * geometry.tokens_per_step
-        return full if form == "full" or self.compressor.keeps else self.compressor.compressed_tokens(full)
+        if form == "full" or self.compressor.keeps:
+            return full
+        if isinstance(self.compressor, SourceCompressor):
+            return self.compressor.reduced_tokens(self.block_steps(geometry), geometry.grid)
+        return self.compressor.compressed_tokens(full)
 
     def mid_bound(self, geometry: Geometry) -> int | None:
         """The most mid tokens attended, or none if there is no limit."""
@@ -357,6 +389,9 @@ class Policy:
             return None
         held = slots * (geometry.token_bytes + (geometry.key_bytes if self.realigner.rotates else 0))
         held += self.compressor.state_bytes(geometry)
+        if isinstance(self.compressor, SourceCompressor) and self.recent is not None:
+            waiting = -(-self.recent // self.block_steps(geometry)) + 1
+            held += waiting * self.block_tokens(geometry, "compressed") * (geometry.token_bytes + 8 * 4)
         full = self.block_tokens(geometry, "full")
         digest = self.retriever.digest_floats(full, geometry.head_dim) * 4 * geometry.batch * geometry.kv_heads
         hot = archived_blocks * (digest + 8)

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvtiers.archive import Growing
-from kvtiers.blocks import Selection
+from kvtiers.blocks import Blocks, Selection
 from kvtiers.errors import CropError, SavedCacheError
 from kvtiers.recall import MidTokens
 from kvtiers.store import LayerStore
@@ -32,6 +32,7 @@ _NUMBERS = (
     "drafted",
 )
 _BUFFERS = ("keys", "raw", "values")
+_REDUCED = ("keys", "values", "offsets", "starts")
 _MID = ("offsets", "starts", "placed", "owner")
 
 
@@ -89,6 +90,7 @@ def _cut_back(store: LayerStore, steps: int) -> None:
         cuts = tuple(cut for cut in store.timeline.cuts if cut <= steps)
         store.timeline = attrs.evolve(store.timeline, cuts=cuts, sink=min(store.timeline.sink, steps))
         store.aged_to = min(store.aged_to, steps)
+        store.reduced = {start: block for start, block in store.reduced.items() if start < steps}
 
 
 @torch.inference_mode(mode=False)
@@ -101,6 +103,7 @@ def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
     for shelf in store.shelves.values():
         shelf.take(rows)
     store.digests.take(rows)
+    store.reduced = {start: _taken(block, rows) for start, block in store.reduced.items()}
     if isinstance(store.state, Tensor):
         store.state = store.state.index_select(0, rows.to(store.state.device))
     if store.selection is not None:
@@ -127,9 +130,16 @@ def fork(store: LayerStore) -> LayerStore:
         setattr(other, name, None if buffer is None else buffer.clone())
     other.shelves = {form: shelf.fork() for form, shelf in store.shelves.items()}
     other.digests, other.starts = store.digests.fork(), store.starts.fork()
+    other.reduced = dict(store.reduced)  # never written in place
     other.state = store.state.clone() if isinstance(store.state, Tensor) else copy.deepcopy(store.state)
     other._live = None
     return other
+
+
+def _taken(blocks: Blocks, rows: Tensor) -> Blocks:
+    """The K/V of some rows of reduced blocks; where their tokens lie is the same for all."""
+    at = rows.to(blocks.keys.device)
+    return attrs.evolve(blocks, keys=blocks.keys.index_select(0, at), values=blocks.values.index_select(0, at))
 
 
 def _per_row(name: str, part: Tensor) -> bool:
@@ -162,13 +172,17 @@ def dump(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if store.mid is not None:
         parts = {f"mid.{name}": getattr(store.mid, name) for name in _MID}
         tensors |= {name: part.contiguous().clone() for name, part in parts.items() if part is not None}
+    spans = {}
+    for start, block in store.reduced.items():
+        spans[start] = block.span
+        tensors |= {f"reduced.{start}.{name}": getattr(block, name).clone() for name in _REDUCED}
     shelves = {}
     for form, shelf in store.shelves.items():
         shelves[form] = {"count": shelf.count, "span": shelf.span}
         tensors |= {f"{form}.{name}": part.contiguous() for name, part in shelf.tensors().items()}
     numbers: dict[str, Any] = {name: getattr(store, name) for name in _NUMBERS}
     cuts = None if store.timeline.cuts is None else [store.timeline.sink, *store.timeline.cuts]
-    return tensors, numbers | {"shelves": shelves, "batch": store.geometry.batch, "cuts": cuts}
+    return tensors, numbers | {"shelves": shelves, "batch": store.geometry.batch, "cuts": cuts, "reduced": spans}
 
 
 def _first(store: LayerStore) -> int:
@@ -191,6 +205,9 @@ def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[s
             part.append(tensors[name])
         setattr(store, name, part)
     store.state = tensors.get("state")
+    for start, span in numbers["reduced"].items():
+        keys, values, offsets, starts = (tensors[f"reduced.{start}.{name}"] for name in _REDUCED)
+        store.reduced[int(start)] = Blocks(keys=keys, values=values, offsets=offsets, starts=starts, span=span)
     if "chosen" in tensors:
         store.selection = Selection(chosen=tensors["chosen"], fringe=tensors["fringe"])
     if "mid.starts" in tensors:

@@ -18,10 +18,10 @@ from torch import Tensor
 from kvtiers import events, slots
 from kvtiers.archive import Growing, Shelf
 from kvtiers.blocks import Blocks, Context, Extent, Form, Selection, run_of
-from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError
+from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.masks import causal, dropping
-from kvtiers.policy import Placement, Policy, Source, choose
+from kvtiers.policy import Placement, Policy, Source, SourceCompressor, choose
 from kvtiers.recall import MidTokens, Recalled, recall
 from kvtiers.rotary import Rotary
 
@@ -45,6 +45,11 @@ class LayerStore:
             raise RotaryError(
                 f"realigner {type(policy.realigner).__name__} rotates keys to their placed positions, but layer "
                 f"{layer} has no rotary embedding; use realigner='gaps'"
+            )
+        if geometry.causal and isinstance(policy.compressor, SourceCompressor):
+            raise SlotError(
+                f"compressor {type(policy.compressor).__name__} reduces the frames of a video before the model sees "
+                "them, and text has none; choose a compressor of keys and values, such as 'mean-pool'"
             )
         policy.check_budget(geometry)
         self.policy, self.geometry, self.layer = policy, geometry, layer
@@ -70,6 +75,8 @@ class LayerStore:
         self.mid_tokens = 0
         self.sink_slot = 0
         self.sink_shift = self.recent_shift = 0
+        self.reduced: dict[int, Blocks] = {}
+        """The reduced K/V of blocks that have not left recent yet, by their first step (video)."""
         self.shelves: dict[Form, Shelf] = {}
         self.digests, self.starts = Growing(2), Growing(0)
         self.state: Any = None
@@ -162,6 +169,53 @@ class LayerStore:
         self.draft(keys, values)
         self.settle()
 
+    def beside(
+        self,
+        query: Float[Tensor, "batch query_heads tokens head_dim"],
+        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+        offsets: Float[Tensor, "tokens axes"],
+        span: int,
+    ) -> tuple[Tensor, Context]:
+        """Hold the reduced K/V of the current block, its compressed form once it leaves recent.
+
+        query, keys, values: of the block's reduced tokens, which lie at `offsets` from its start; rotated by the model
+        under `gaps`, unrotated otherwise. Returns their placed queries, and what they attend: history and one another.
+        """
+        one = offsets.detach()[None, None, None]
+        self.reduced[self.settled] = Blocks(
+            keys=keys.detach()[:, :, None].clone(),
+            values=values.detach()[:, :, None].clone(),
+            offsets=one,
+            starts=torch.tensor([self.settled], device=keys.device),
+            span=span,
+        )
+        past = self.context()
+        where = offsets.double().clone()
+        where[:, 0] += self.settled + self.recent_shift
+        if self.rotates and self.rotary is not None:
+            table = self.rotary.table(where)
+            query, keys = self.rotary.apply(query, table), self.rotary.apply(keys, table)
+
+        def locate() -> tuple[Tensor, Tensor]:
+            own = offsets.double().clone()
+            own[:, 0] += self.settled
+            parts = zip(past.locate(), (own, where), strict=True)
+            both = [
+                torch.cat([old[..., : -past.current, :], new.to(old).expand(*old.shape[:-2], -1, -1)], -2)
+                for old, new in parts
+            ]
+            return both[0], both[1]
+
+        return query, Context(
+            keys=torch.cat([past.keys[:, :, : -past.current], keys], 2),
+            values=torch.cat([past.values[:, :, : -past.current], values], 2),
+            current=keys.shape[2],
+            mask=None,
+            causal=False,
+            locate=locate,
+        )
+
     def _retract(self) -> None:
         """Give up the current tokens."""
         self.tail -= self.current
@@ -248,6 +302,13 @@ class LayerStore:
         if self.settled == self.seen:
             return
         timeline = self.timeline if self.geometry.causal else self.policy.extended(self.timeline, self.seen)
+        if timeline.sink > self.settled:
+            self.reduced.pop(self.settled, None)  # an anchor stays as it is
+        elif isinstance(self.policy.compressor, SourceCompressor) and self.settled not in self.reduced:
+            raise SlotError(
+                f"layer {self.layer} got no reduced tokens for the block at step {self.settled}, which "
+                f"{type(self.policy.compressor).__name__} archives; commit through an integration that projects them"
+            )
         now = timeline.recent_start(self.seen)
         if now > max(self.aged_to, timeline.sink):
             self._age(timeline.blocks(max(self.aged_to, timeline.sink), now))
@@ -279,6 +340,9 @@ class LayerStore:
         first, span, count = run[0].start, run[0].steps, len(run)
         where = slice(slot, slot + count * span * self.geometry.tokens_per_step)
         keys = raw[:, :, where]
+        reduced = None
+        if isinstance(self.policy.compressor, SourceCompressor):
+            reduced = _joined([self.reduced[block.start] for block in run])
         blocks = run_of(
             keys,
             stored[:, :, where],
@@ -286,18 +350,37 @@ class LayerStore:
             positions=self.geometry.positions(first, first + count * span, raw.device),
             first=first,
             span=span,
-            rotated=self._turn(keys, first) if self.rotates else keys,
+            rotated=(self._turn(keys, first) if self.rotates else keys) if reduced is None else None,
+            reduced=reduced,
         )
         kept, state = self._forms(blocks)
         if not kept:
             self.state, self.dropped = state, self.dropped + count * span
             return
-        digest = self.policy.retriever.digest(blocks) if self.policy.retriever.needs_digests else None
+        digest = self._digest(kept) if self.policy.retriever.needs_digests else None
         self._shelve(kept)
         if digest is not None:
             self.digests.append(digest)
         self.starts.append(blocks.starts)
         self.state = state
+        for block in run:
+            self.reduced.pop(block.start, None)
+
+    def _digest(self, kept: dict[Form, Blocks]) -> Tensor:
+        """The digests of blocks that are archived in these forms."""
+        retriever = self.policy.retriever
+        blocks = kept[retriever.digests] if retriever.digests in kept else next(iter(kept.values()))
+        if blocks.rotated is None:
+            blocks = attrs.evolve(blocks, rotated=self._rotated(blocks))
+        return retriever.digest(blocks)
+
+    def _rotated(self, blocks: Blocks) -> Tensor:
+        """The keys of `blocks` at their original positions."""
+        if not self.rotates or self.rotary is None:
+            return blocks.keys
+        positions = blocks.offsets.double().expand(*blocks.offsets.shape[:2], blocks.count, -1, -1).clone()
+        positions[..., 0] += blocks.starts[:, None]
+        return self.rotary.rotate(blocks.keys, positions)
 
     def _forms(self, blocks: Blocks) -> tuple[dict[Form, Blocks], Any]:
         """The forms in which the policy wants `blocks` archived, none if the compressor drops them."""
@@ -535,3 +618,14 @@ class LayerStore:
 def _runs(blocks: Sequence[Extent]) -> list[list[Extent]]:
     """Consecutive blocks of equal length together."""
     return [list(run) for _, run in groupby(blocks, key=lambda block: block.steps)]
+
+
+def _joined(blocks: Sequence[Blocks]) -> Blocks:
+    """Blocks of one size and shape as one run."""
+    first = blocks[0]
+    return attrs.evolve(
+        first,
+        keys=torch.cat([block.keys for block in blocks], 2),
+        values=torch.cat([block.values for block in blocks], 2),
+        starts=torch.cat([block.starts for block in blocks]),
+    )

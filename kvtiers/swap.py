@@ -36,10 +36,11 @@ def check(store: LayerStore, policy: Policy) -> None:
             "change would move it; start a new cache"
         )
     digests = store.archived and policy.retriever != old.retriever and policy.retriever.needs_digests
-    if digests and "full" not in store.shelves and not old.compressor.keeps:
+    form = policy.retriever.digests
+    if digests and form not in store.shelves and not old.compressor.keeps:
         raise SwapError(
-            f"layer {store.layer} no longer has the full keys that {type(policy.retriever).__name__} digests; "
-            "use recall='full' from the start, or start a new cache"
+            f"layer {store.layer} no longer has the {form} keys that {type(policy.retriever).__name__} digests; "
+            f"have them archived from the start (recall={form!r}), or start a new cache"
         )
     if store.archived and policy.fringe and "compressed" not in store.shelves:
         raise SwapError(
@@ -74,7 +75,7 @@ def apply(store: LayerStore, policy: Policy) -> None:
 
 def _digest_again(store: LayerStore) -> None:
     """Digest every archived block for the new retriever."""
-    shelf = store.shelves.get("full") or store.shelves["compressed"]
+    shelf = store.shelves.get(store.policy.retriever.digests) or next(iter(store.shelves.values()))
     store.digests = Growing(2)
     shape = (store.geometry.batch, store.geometry.kv_heads)
     starts = store.starts.data

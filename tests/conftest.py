@@ -9,7 +9,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
-install_import_hook(["kvtiers", "kvtiers_policies", "kvtiers_transformers", "kvtiers_diffusers"], "beartype.beartype")
+install_import_hook(
+    ["kvtiers", "kvtiers_policies", "kvtiers_packforcing", "kvtiers_transformers", "kvtiers_diffusers"],
+    "beartype.beartype",
+)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from kvtiers.blocks import Context
 from kvtiers.cache import TieredCache
 from kvtiers.geometry import Geometry
 from kvtiers.plugins import registry
-from kvtiers.policy import SLOTS, Policy
+from kvtiers.policy import SLOTS, Policy, SourceCompressor
 from kvtiers.presets import build
 from kvtiers.presets import policy as preset
 from kvtiers.rotary import Rotary
@@ -76,9 +76,14 @@ def unchecked() -> Iterator[None]:
 
 @cache
 def names(slot: str) -> tuple[str, ...]:
-    """What is installed for `slot`."""
+    """What is installed for `slot` and works on keys and values alone."""
     with unchecked():
-        return registry().names(slot)
+        return tuple(name for name in registry().names(slot) if not _reduces(build(slot, name)))
+
+
+def _reduces(made: Any) -> bool:
+    """Whether this compresses what a video model is given, which no layer by itself can."""
+    return isinstance(made.compressor if isinstance(made, Policy) else made, SourceCompressor)
 
 
 @cache

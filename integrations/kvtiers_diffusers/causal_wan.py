@@ -12,9 +12,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 import kvtiers
-from kvtiers import Geometry, GeometryError, Held, Policy, TieredCache, UnsupportedModelError
+from kvtiers import (
+    Geometry,
+    GeometryError,
+    Held,
+    Policy,
+    Reduced,
+    Reducer,
+    SourceCompressor,
+    TieredCache,
+    UnsupportedModelError,
+)
 from kvtiers_diffusers.processors import Pass, disable, enable
 from kvtiers_diffusers.rope import rotary_of
+from kvtiers_diffusers.streaming_vae import StreamingDecoder
 
 
 class CausalWan:
@@ -22,6 +33,7 @@ class CausalWan:
 
     transformer: a `WanTransformer3DModel` as diffusers ships it; `close()` gives it back as it was.
     policy: a preset's name, the path of a .toml file, or a `kvtiers.Policy`; changes as for `kvtiers_transformers`.
+    vae: its `AutoencoderKLWan`, for a policy that compresses through pixels.
     block_frames: latent frames of a block; none: those of the first block. even: whether all blocks are of that length,
         which makes the bound exact; otherwise it is the most.
     check: refuse keys and values that are not finite.
@@ -35,6 +47,7 @@ class CausalWan:
         transformer: WanTransformer3DModel,
         policy: str | Path | Policy = "full",
         *,
+        vae: Any = None,
         block_frames: int | None = None,
         even: bool = True,
         check: bool = False,
@@ -61,6 +74,13 @@ class CausalWan:
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._committed: weakref.ref[Tensor] | None = None
         self._unfinished = False
+        self._reduced: tuple[weakref.ref[Tensor], Reduced] | None = None
+        self._decoder = None if vae is None else StreamingDecoder(vae)
+        compressor = self.policies[0].compressor
+        self.reducer: Reducer | None = None
+        """What compresses blocks before the model sees them, if the policy does."""
+        if isinstance(compressor, SourceCompressor):
+            self.reducer = compressor.bind(self.transformer, vae)
         self._switch = enable(transformer)
         self._closed = False
 
@@ -76,14 +96,20 @@ class CausalWan:
 
         timestep: 0 to 1,000, one for all rows or one each. text: the encoder's embedding of the prompt.
         """
+        self._admit(block, text)
+        self._finish()
         return self._forward(block, timestep, text)
 
     def commit(
         self,
         block: Float[Tensor, "batch channels frames height width"],
         text: Float[Tensor, "#batch words text_dim"],
+        pixels: Float[Tensor, "batch 3 pixel_frames pixel_height pixel_width"] | None = None,
     ) -> Float[Tensor, "batch channels frames height width"]:
         """Run the clean block once more, at timestep 0, and remember its keys and values. Returns that pass's flow.
+
+        pixels: what was streamed of this block, from -1 to 1, if it was decoded; a policy that compresses through
+            pixels decodes it otherwise.
 
         If an archive is full, `ArchiveFullError` is raised once the block is written: nothing is lost, and the next
         call archives what this one could not.
@@ -92,10 +118,24 @@ class CausalWan:
             raise GeometryError(
                 "this block is committed already; denoise the next one, or give a copy if the same frames come again"
             )
-        flow = self._forward(block, 0.0, text)
-        self._committed, self._unfinished = weakref.ref(block), True
+        self._admit(block, text)
+        self._finish()
+        flow = self._forward(block, 0.0, text, self._reduce(block, pixels))
+        self._committed, self._unfinished, self._reduced = weakref.ref(block), True, None
         self._finish()
         return flow
+
+    def _reduce(self, block: Tensor, pixels: Tensor | None) -> Reduced | None:
+        """The reduced tokens of a clean block, if the policy compresses before the model."""
+        if self.reducer is None:
+            return None
+        if self._reduced is not None and self._reduced[0]() is block:
+            return self._reduced[1]  # the clean pass failed; branches with a memory must not see a block twice
+        if pixels is None and self.reducer.needs_pixels and self._decoder is not None:
+            pixels = self._decoder.decode(block)
+        reduced = self.reducer.reduce(block, pixels)
+        self._reduced = (weakref.ref(block), reduced)
+        return reduced
 
     def _finish(self) -> None:
         """Make what was committed history, in every layer."""
@@ -103,14 +143,12 @@ class CausalWan:
             self._filled.settle()
             self._unfinished = False
 
-    def _forward(self, block: Tensor, timestep: float | Tensor, text: Tensor) -> Tensor:
-        self._admit(block, text)
-        self._finish()
+    def _forward(self, block: Tensor, timestep: float | Tensor, text: Tensor, reduced: Reduced | None = None) -> Tensor:
         self._remember_prompt(text)
         times = torch.as_tensor(timestep, device=block.device, dtype=torch.float32).expand(block.shape[0])
         words = text.expand(block.shape[0], -1, -1)
         with self._switch.lock:
-            self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt)
+            self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt, reduced)
             try:
                 flow: Tensor = self.transformer(block, times, words, return_dict=False)[0]
             finally:
@@ -208,9 +246,12 @@ class CausalWan:
 
     def reset(self) -> None:
         """Forget the video and its prompt; the next block begins another."""
-        self.cache, self._committed, self._text = None, None, None
+        self.cache, self._committed, self._text, self._reduced = None, None, None, None
         self._unfinished = False
         self._prompt.clear()
+        for part in (self.reducer, self._decoder):
+            if part is not None:
+                part.reset()
 
     def close(self) -> None:
         """Give the transformer back as it was. Harmless if that is done."""

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from kvtiers import Rotary, TieredCache, UnsupportedModelError
+from kvtiers import Reduced, Rotary, TieredCache, UnsupportedModelError
 
 
 @attrs.define(eq=False)
@@ -21,6 +21,8 @@ class Pass:
     grid: tuple[int, ...]
     text: dict[int, tuple[Tensor, Tensor]]
     """Keys and values of the prompt, by layer; filled by the first forward that needs them."""
+    reduced: Reduced | None = None
+    """Tokens that pass through the model behind the block's own (the clean pass)."""
 
 
 @attrs.define(eq=False)
@@ -58,6 +60,16 @@ class TieredSelfAttention:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (_heads(x, attn.heads) for x in (attn.norm_q(query), attn.norm_k(key), value))
+        beside = 0 if now.reduced is None else now.reduced.tokens.shape[1]
+        own = key.shape[2] - beside
+        out = self._full(now, *(x[:, :, :own] for x in (query, key, value)))
+        if now.reduced is not None:
+            rest = self._reduced(now, now.reduced, *(x[:, :, own:] for x in (query, key, value)))
+            out = torch.cat([out, rest], 1)
+        return _result(attn.to_out[1](attn.to_out[0](out.type_as(hidden_states))))
+
+    def _full(self, now: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The block's own tokens attend the context and one another."""
         cache, layer = now.cache, self.layer
         if not cache.policies[layer].realigner.rotates:
             steps = key.shape[2] // cache.geometries[layer].tokens_per_step
@@ -66,8 +78,18 @@ class TieredSelfAttention:
         cache.draft(layer, key, value)
         cache.select(layer, query)
         context = cache.context(layer)
-        out = _attend(self, cache.place_query(layer, query), context.keys, context.values)
-        return _result(attn.to_out[1](attn.to_out[0](out.type_as(hidden_states))))
+        return _attend(self, cache.place_query(layer, query), context.keys, context.values)
+
+    def _reduced(self, now: Pass, reduced: Reduced, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The block's reduced tokens attend the context and one another, and are kept for when the block has aged."""
+        cache, layer = now.cache, self.layer
+        if not cache.policies[layer].realigner.rotates:
+            where = reduced.offsets.double().clone()
+            where[:, 0] += cache.settled
+            table = now.rotary.table(where)
+            query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
+        placed, context = cache.beside(layer, query, key, value, reduced.offsets, reduced.span)
+        return _attend(self, placed, context.keys, context.values)
 
 
 class PromptAttention:
@@ -137,10 +159,34 @@ def _result(x: Any) -> Tensor:
     return out
 
 
+def _append(switch: Switch) -> Any:
+    """Before the first block of the model: reduced tokens go along behind the full ones."""
+
+    def hook(_module: Any, args: tuple[Any, ...]) -> Any:
+        now = switch.serving
+        if now is None or now.reduced is None:
+            return None
+        hidden, *others = args
+        return (torch.cat([hidden, now.reduced.tokens.to(hidden)], 1), *others)
+
+    return hook
+
+
+def _strip(switch: Switch) -> Any:
+    """After the last block of the model: they have left their keys and values everywhere."""
+
+    def hook(_module: Any, _args: tuple[Any, ...], hidden: Tensor) -> Any:
+        now = switch.serving
+        return None if now is None or now.reduced is None else hidden[:, : -now.reduced.tokens.shape[1]]
+
+    return hook
+
+
 @attrs.define(eq=False)
 class _Installed:
     own: dict[str, Any]
     switch: Switch
+    handles: list[Any]
     count: int = 1
 
 
@@ -162,7 +208,11 @@ def enable(transformer: Any) -> Switch:
                 key = f"blocks.{layer}.{name}.processor"
                 ours[key] = kind(layer, own[key], switch)
         transformer.set_attn_processor(ours)
-        _installed[transformer] = _Installed(own, switch)
+        handles = [
+            transformer.blocks[0].register_forward_pre_hook(_append(switch)),
+            transformer.blocks[-1].register_forward_hook(_strip(switch)),
+        ]
+        _installed[transformer] = _Installed(own, switch, handles)
         return switch
 
 
@@ -175,4 +225,6 @@ def disable(transformer: Any) -> None:
         state.count -= 1
         if state.count == 0:
             transformer.set_attn_processor(dict(state.own))
+            for handle in state.handles:
+                handle.remove()
             del _installed[transformer]

@@ -15,7 +15,7 @@ from attrs import validators as v
 from jaxtyping import Float
 from torch import Tensor
 
-from kvtiers.blocks import Blocks
+from kvtiers.blocks import Blocks, Form
 from kvtiers.errors import SlotError
 from kvtiers.policy import Retriever
 from kvtiers_policies.digests import groups, query_groups, spread
@@ -35,6 +35,7 @@ class Affinity(Retriever):
         block which one query needs is not outvoted by blocks that many queries like a little.
     digest_tokens: keys that one digest covers; none: the whole block.
     rows: `each` row of a batch chooses for itself, or by the `mean` over the batch (the paper's).
+    form: whether the `full` or the `compressed` keys of a block are digested (the paper's: compressed).
     queries: how many evenly spaced queries are looked at; none: all. A query of zeros (a pad) changes no ranking.
     """
 
@@ -43,7 +44,12 @@ class Affinity(Retriever):
     combine: Literal["sum", "max"] = attrs.field(default="sum", validator=v.in_(("sum", "max")))
     digest_tokens: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
     rows: Literal["each", "mean"] = attrs.field(default="each", validator=v.in_(("each", "mean")))
+    form: Form = attrs.field(default="full", validator=v.in_(("full", "compressed")))
     queries: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
+
+    @property
+    def digests(self) -> Form:
+        return self.form
 
     def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests head_dim"]:
         """The float32 sum of each group's keys; their mean for `softmax`, where the last group may be smaller."""

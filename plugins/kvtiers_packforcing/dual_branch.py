@@ -1,0 +1,156 @@
+"""Compressor `dual-branch`: a block of frames becomes 1/32 of its tokens, before the model sees them.
+
+Source: PackForcing (arXiv 2603.25730) section 3.2. HR: 3D convolutions over the latents. LR: the pixels, pooled and
+encoded again. Their sum are input tokens of the transformer, which projects them in every layer like any others.
+Deviations: the paper gives no kernels, no initial weights and no positions for compressed tokens; here kernels are 4
+wide on strided axes, the last layer of HR starts at zero, and `positions` names the choice.
+"""
+
+from typing import Any, Literal
+
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
+
+from kvtiers import PolicyError, Reduced, Reducer, SourceCompressor
+
+_SPACE, _TIME = 4, 2
+"""Tokens (height and width) and frames that become one."""
+
+
+@attrs.frozen(kw_only=True)
+class DualBranch(SourceCompressor):
+    """Reduce frames 2 times in time and tokens 4 times in height and in width.
+
+    branches: `both`, or one alone: `hr` needs trained weights, `lr` a VAE.
+    positions: where a reduced token lies in the cell of tokens that it stands for: its `center`, its first `corner`, or
+        `unit` steps, as if the reduced block were a block of its own grid (it then occupies half the time).
+    weights: a folder or hub id that `save_pretrained` of the network wrote; none: zeros in its last layer, so that an
+        untrained `both` is `lr` alone.
+    """
+
+    branches: Literal["both", "hr", "lr"] = attrs.field(default="both", validator=v.in_(("both", "hr", "lr")))
+    positions: Literal["center", "corner", "unit"] = attrs.field(
+        default="center", validator=v.in_(("center", "corner", "unit"))
+    )
+    weights: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
+
+    def cells(self, steps: int, grid: tuple[int, ...]) -> tuple[int, int, int]:
+        """Reduced frames, height and width of a block of `steps` frames of `grid` tokens."""
+        if len(grid) != 2 or steps < _TIME or min(grid) < _SPACE:
+            raise PolicyError(
+                f"dual-branch reduces blocks of at least {_TIME} frames of {_SPACE} x {_SPACE} tokens, got {steps} "
+                f"frames of {' x '.join(map(str, grid)) or '1'}; commit longer blocks, or choose compressor='mean-pool'"
+            )
+        return steps // _TIME, grid[0] // _SPACE, grid[1] // _SPACE
+
+    def reduced_tokens(self, steps: int, grid: tuple[int, ...]) -> int:
+        frames, height, width = self.cells(steps, grid)
+        return frames * height * width
+
+    def offsets(self, steps: int, grid: tuple[int, ...]) -> Float[Tensor, "tokens 3"]:
+        """Positions of the reduced tokens, from the start of their block."""
+        cells = self.cells(steps, grid)
+        sizes = (1, 1, 1) if self.positions == "unit" else (steps / cells[0], _SPACE, _SPACE)
+        inset = 0.5 if self.positions == "center" else 0.0
+        axes = [
+            (torch.arange(count, dtype=torch.float64) + inset) * size - inset
+            for count, size in zip(cells, sizes, strict=True)
+        ]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+
+    def span(self, steps: int) -> int:
+        """Steps that a reduced block occupies when it is placed."""
+        return steps // _TIME if self.positions == "unit" else steps
+
+    def bind(self, model: Any, vae: Any) -> Reducer:
+        return DualBranchReducer(self, model, vae)
+
+
+class DualBranchReducer:
+    """`DualBranch` for one Wan model. `network` is the HR branch (none for `lr` alone); it can be trained."""
+
+    def __init__(self, settings: DualBranch, model: Any, vae: Any) -> None:
+        if settings.branches != "hr" and vae is None:
+            raise PolicyError(
+                f"dual-branch with branches={settings.branches!r} encodes pooled frames with the model's autoencoder, "
+                "and there is none; give vae=..., or branches='hr' with trained weights"
+            )
+        self.settings, self.model, self.vae = settings, model, vae
+        self.needs_pixels = settings.branches != "hr"
+        self.network = None if settings.branches == "lr" else self._network()
+        self.reset()
+
+    def _network(self) -> Any:
+        from kvtiers_packforcing.network import HighResolution
+
+        weights, config = self.settings.weights, self.model.config
+        channels, width = config.in_channels, config.num_attention_heads * config.attention_head_dim
+        if weights is None:
+            network = HighResolution(channels=channels, width=width)
+        else:
+            network = HighResolution.from_pretrained(weights)
+        made = (network.config.channels, network.config.width)
+        if made != (channels, width):
+            raise PolicyError(
+                f"the compressor of {weights!r} reduces {made[0]} channels to a width of {made[1]}, and this model has "
+                f"{channels} and {width}; train or load one for this model"
+            )
+        return network.to(device=self.model.device, dtype=self.model.dtype)
+
+    def reset(self) -> None:
+        self._last: Tensor | None = None
+
+    def reduce(
+        self,
+        latents: Float[Tensor, "batch channels frames height width"],
+        pixels: Float[Tensor, "batch 3 pixel_frames pixel_height pixel_width"] | None,
+    ) -> Reduced:
+        high, wide = self.model.config.patch_size[1:]
+        steps, grid = latents.shape[2], (latents.shape[3] // high, latents.shape[4] // wide)
+        cells = self.settings.cells(steps, grid)
+        parts = []
+        if self.network is not None:
+            parts.append(self.network(latents.to(self.network.dtype)))
+        if self.needs_pixels:
+            if pixels is None:
+                raise PolicyError("dual-branch was given no pixels of this block; give them, or choose branches='hr'")
+            parts.append(self._low_resolution(pixels, cells[0]))
+        for part in parts:
+            if part.shape[2:] != cells:
+                raise PolicyError(
+                    f"a branch of dual-branch made {tuple(part.shape[2:])} cells of a block of {steps} frames of "
+                    f"{grid} tokens, expected {cells}; give pixels of exactly this block"
+                )
+        tokens = sum(parts[1:], parts[0]).flatten(2).transpose(1, 2)
+        return Reduced(
+            tokens=tokens,
+            offsets=self.settings.offsets(steps, grid).to(latents.device),
+            span=self.settings.span(steps),
+        )
+
+    def _low_resolution(self, pixels: Tensor, frames: int) -> Tensor:
+        """The pixels, pooled 4 times in height and width and 2 in time, encoded and embedded.
+
+        The encoder is causal and makes one latent of its first frame alone: the last frame before the block is put in
+        front, and that latent left out. The first block has none before it and begins with such a frame itself.
+        """
+        small = (pixels.shape[-2] // 4, pixels.shape[-1] // 4)
+        if self._last is None:
+            before, body = adaptive_avg_pool3d(pixels[:, :, :1], (1, *small)), pixels[:, :, 1:]
+        else:
+            before, body = self._last, pixels
+        self._last = adaptive_avg_pool3d(pixels[:, :, -1:], (1, *small)).detach()
+        pooled = torch.cat([before, adaptive_avg_pool3d(body, (4 * frames, *small))], 2)
+        with torch.no_grad():
+            latents = self.vae.encode(pooled.to(self.vae.dtype)).latent_dist.mode()[:, :, 1:]
+            shape = (1, -1, 1, 1, 1)
+            mean, deviation = (
+                torch.tensor(numbers, device=latents.device, dtype=latents.dtype).view(shape)
+                for numbers in (self.vae.config.latents_mean, self.vae.config.latents_std)
+            )
+            embedded: Tensor = self.model.patch_embedding(((latents - mean) / deviation).to(self.model.dtype))
+        return embedded

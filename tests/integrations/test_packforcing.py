@@ -1,0 +1,482 @@
+"""PackForcing on an unmodified Wan: reduced tokens beside the full ones, chosen by exact digests, placed as named."""
+
+import atexit
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
+
+import torch
+from diffusers import AutoencoderKLWan
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kvtiers
+from kvtiers import Geometry, LayerStore, PolicyError, SlotError
+from kvtiers_diffusers import CausalWan, tiered
+from kvtiers_diffusers.processors import Pass
+from kvtiers_diffusers.streaming_vae import StreamingDecoder
+from kvtiers_packforcing import DualBranch
+from kvtiers_packforcing.network import HighResolution
+from tiny_wan import blocks, build, prompt
+
+SMALL: dict[str, Any] = {"sink": 4, "recent": 4, "top_k": 2}
+LOW: dict[str, Any] = {"compressor": ("dual-branch", {"branches": "lr"})}
+SHORT: dict[str, Any] = {"sink": 2, "recent": 2, "top_k": 2}
+SQUARE = {"frames": 2, "high": 8, "wide": 8}  # 64 x 64 pixels, for what goes through an autoencoder
+FRAMES = {"frames": 4, "high": 16, "wide": 24}  # 8 x 12 tokens a frame, 2 x 2 x 3 cells a block
+
+
+def vae() -> Any:
+    """A small autoencoder of Wan's kind, with random weights."""
+    torch.manual_seed(0)
+    made = AutoencoderKLWan(
+        base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return made.eval()
+
+
+@cache
+def weights() -> str:
+    """A folder with a narrow HR branch whose last layer is not zero."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    torch.manual_seed(0)
+    network = HighResolution(channels=16, width=48, widths=(8, 8, 8, 8))
+    for part in (network.layers[-1].weight, network.layers[-1].bias):
+        torch.nn.init.normal_(part, std=0.5)
+    network.save_pretrained(folder.name)
+    return folder.name
+
+
+def hr(**changes: Any) -> dict[str, Any]:
+    return {"compressor": ("dual-branch", {"branches": "hr", "weights": weights(), **changes})}
+
+
+# ---------------------------------------------------------------- shapes and positions
+
+
+@pytest.mark.parametrize(
+    ("steps", "grid", "cells"),
+    [
+        pytest.param(4, (30, 52), (2, 7, 13), id="the paper's: 182 tokens"),
+        pytest.param(3, (30, 52), (1, 7, 13), id="blocks of three"),
+        pytest.param(2, (15, 9), (1, 3, 2), id="odd sizes"),
+        pytest.param(5, (7, 4), (2, 1, 1), id="odd length"),
+    ],
+)
+def test_the_branch_makes_as_many_cells_as_are_counted(
+    steps: int, grid: tuple[int, int], cells: tuple[int, int, int]
+) -> None:
+    assert DualBranch().cells(steps, grid) == cells
+    assert DualBranch().reduced_tokens(steps, grid) == cells[0] * cells[1] * cells[2]
+    network = HighResolution(channels=16, width=8, widths=(4, 4, 4, 4))
+    made = network(torch.zeros(1, 16, steps, 2 * grid[0], 2 * grid[1]))
+    assert made.shape == (1, 8, *cells)
+    assert not made.any()
+
+
+def test_the_published_geometry_attends_as_many_tokens_as_the_paper_says() -> None:
+    found = kvtiers.policy("packforcing")
+    geometry = Geometry(kv_heads=12, head_dim=128, grid=(30, 52), steps_per_commit=4, causal=False)
+    assert found.block_tokens(geometry, "compressed") == 182
+    assert found.bound(geometry) == 27_872
+    held = (27_872 - 6_240) * 30 * 2 * 1536 * 2
+    assert round(held / 1e9, 2) == 3.99
+    uneven = kvtiers.policy("packforcing", sink=7, recent=5)
+    assert uneven.bound(geometry) == (8 + 8 + 4) * 1560 + 16 * 182
+
+
+@pytest.mark.parametrize(
+    ("positions", "times", "rows", "span"),
+    [
+        ("center", {0.5, 2.5}, {1.5, 5.5}, 4),
+        ("corner", {0.0, 2.0}, {0.0, 4.0}, 4),
+        ("unit", {0.0, 1.0}, {0.0, 1.0}, 2),
+    ],
+)
+def test_reduced_tokens_lie_where_their_name_says(
+    positions: Any, times: set[float], rows: set[float], span: int
+) -> None:
+    found = DualBranch(positions=positions)
+    offsets = found.offsets(4, (8, 12))
+    assert offsets.shape == (12, 3)
+    assert set(offsets[:, 0].tolist()) == times
+    assert set(offsets[:, 1].tolist()) == rows
+    assert offsets[:, 2].max() == max(rows) + (1 if positions == "unit" else 4)
+    assert found.span(4) == span
+    assert offsets[0, 0] == offsets[5, 0] < offsets[6, 0]
+
+
+# ---------------------------------------------------------------- one pass for both resolutions
+
+
+def separately(wan: CausalWan, block: Tensor, text: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """The reduced K/V of one layer as a forward of the reduced tokens alone makes them, by hand."""
+    model, cache = wan.transformer, wan.cache
+    assert cache is not None
+    assert wan.reducer is not None
+    reduced = wan.reducer.reduce(block, None)
+    _, time, words, _ = model.condition_embedder(torch.zeros(1), text, None, timestep_seq_len=None)
+    time, hidden = time.unflatten(1, (6, -1)), reduced.tokens
+    for number, part in enumerate(model.blocks):
+        store = cache.layers[number].stores()[0]
+        shift, scale, gate, *_ = (part.scale_shift_table + time.float()).chunk(6, dim=1)
+        inner = part.norm1(hidden.float()) * (1 + scale) + shift
+        attn = part.attn1
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for x in (attn.norm_q(attn.to_q(inner)), attn.norm_k(attn.to_k(inner)), attn.to_v(inner))
+        )
+        if number == layer:
+            return key, value
+        where = reduced.offsets.clone()
+        where[:, 0] += store.settled + store.recent_shift
+        turned = [wan.rotary.rotate(x, where) for x in (query, key)]
+        history = slice(store.begin, store.tail - store.current)
+        assert store.keys is not None
+        assert store.values is not None
+        keys = torch.cat([store.keys[:, :, history], turned[1]], 2)
+        values = torch.cat([store.values[:, :, history], value], 2)
+        out = torch.nn.functional.scaled_dot_product_attention(turned[0], keys, values)
+        hidden = hidden + attn.to_out[0](out.transpose(1, 2).flatten(2)) * gate
+        hidden = hidden + part.attn2.processor.own(part.attn2, part.norm2(hidden.float()), words)
+        _, _, _, shift, scale, gate = (part.scale_shift_table + time.float()).chunk(6, dim=1)
+        hidden = hidden + part.ffn(part.norm3(hidden.float()) * (1 + scale) + shift) * gate
+    raise AssertionError(layer)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
+def test_the_reduced_keys_are_those_of_a_forward_of_the_reduced_tokens_alone(layer: int) -> None:
+    model, text, clips = build(), prompt(), blocks(6, **FRAMES)
+    with tiered(model, "packforcing", **SMALL, **hr()) as wan:
+        for clip in clips[:5]:
+            wan.commit(clip, text)
+        wan.denoise(clips[5], 900.0, text)
+        keys, values = separately(wan, clips[5], text, layer)
+        wan.commit(clips[5], text)
+        assert wan.cache is not None
+        held = wan.cache.layers[layer].stores()[0].reduced[20]
+        assert (held.keys[:, :, 0] - keys).abs().max() < 1e-5
+        assert (held.values[:, :, 0] - values).abs().max() < 1e-5
+        assert keys.abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_reduced_tokens_change_nothing_of_the_full_ones() -> None:
+    """The clean pass with them gives the flow that it gives without."""
+    model, text, clips = build(), prompt(), blocks(5, **FRAMES)
+    with tiered(model, "packforcing", **SMALL, **hr()) as wan:
+        for clip in clips[:4]:
+            wan.commit(clip, text)
+        want = wan.denoise(clips[4], 0.0, text)
+        assert (wan.commit(clips[4], text) - want).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_anchors_are_not_compressed_and_what_has_aged_is() -> None:
+    model, text = build(), prompt()
+    with tiered(model, "packforcing", **SMALL, **hr()) as wan:
+        for number, clip in enumerate(blocks(8, **FRAMES)):
+            wan.commit(clip, text)
+            assert wan.cache is not None
+            store = wan.cache.layers[0].stores()[0]
+            assert set(store.reduced) == {4 * number} - {0}
+            assert store.archived == max(0, number - 1)
+        wan.denoise(clip, 500.0, text)
+        assert max(wan.attended()) == wan.policies[0].bound(wan.cache.geometries[0]) == (4 + 4 + 4) * 96 + 2 * 12
+        compressed = next(iter(store.shelves.values()))
+        assert (set(store.shelves), compressed.tokens, compressed.span) == ({"compressed"}, 12, 4)
+
+
+@pytest.mark.parametrize("realigner", ["gaps", "anchored", "incremental"])
+@pytest.mark.parametrize("positions", ["center", "corner", "unit"])
+@torch.no_grad()
+def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realigner: str, positions: str) -> None:
+    model, text, clips = build(), prompt(), blocks(8, **FRAMES)
+    with tiered(model, "packforcing", **SMALL, realigner=realigner, **hr(positions=positions)) as wan:
+        for clip in clips[:7]:
+            wan.commit(clip, text)
+        wan.denoise(clips[7], 500.0, text)
+        assert wan.cache is not None
+        for layer in (0, 1):
+            store, context = wan.cache.layers[layer].stores()[0], wan.cache.context(layer)
+            origins, placed = (part.expand(1, 2, -1, 3) for part in (context.origins.double(), context.placed.double()))
+            assert torch.equal(origins[..., 1:], placed[..., 1:])
+            times = placed[0, 0, :, 0].unique()
+            mid = 1 if positions == "unit" else 2
+            want = {"gaps": 32, "anchored": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
+            assert times.max() == want - 1
+            buffers = store._buffers()
+            raw = buffers[1][:, :, store.begin : store.tail]
+            if realigner != "gaps":
+                assert (wan.rotary.rotate(raw, placed) - context.keys).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_untrained_compressor_is_the_low_resolution_branch_alone() -> None:
+    model, text, clips = build(), prompt(), blocks(6, **SQUARE)
+    found = []
+    for branches in ("both", "lr"):
+        with tiered(
+            model, "packforcing", vae=vae(), compressor=("dual-branch", {"branches": branches}), **SHORT
+        ) as wan:
+            for clip in clips:
+                flow = wan.commit(clip, text)
+            found.append(flow)
+            assert wan.cache is not None
+            assert wan.cache.layers[0].stores()[0].archived == 4
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_pixels_that_were_streamed_are_used_and_else_the_block_is_decoded() -> None:
+    model, text, clips, autoencoder = build(), prompt(), blocks(5, **SQUARE), vae()
+    decoder, flows = StreamingDecoder(autoencoder), []
+    for give in (True, False):
+        with tiered(model, "packforcing", vae=autoencoder, **SHORT, **LOW) as wan:
+            for clip in clips:
+                flow = wan.commit(clip.clone(), text, decoder.decode(clip) if give else None)
+            flows.append(flow)
+    assert torch.equal(*flows)
+
+
+@torch.no_grad()
+def test_a_clean_pass_that_failed_can_be_repeated() -> None:
+    """The branches remember the block before; they must not see one twice."""
+    model, text, clips, autoencoder = build(), prompt(), blocks(5, **SQUARE), vae()
+    flows = []
+    for fails in (False, True):
+        with tiered(model, "packforcing", vae=autoencoder, **SHORT, **LOW) as wan:
+            for clip in clips:
+                if fails:
+                    handle = model.blocks[1].ffn.register_forward_pre_hook(_fail)
+                    with pytest.raises(RuntimeError, match="out of luck"):
+                        wan.commit(clip, text)
+                    handle.remove()
+                flow = wan.commit(clip, text)
+            flows.append(flow)
+            assert wan.frames == 10
+            wan.reset()
+            for clip in clips:
+                flow = wan.commit(clip, text)
+            assert torch.equal(flow, flows[-1])
+    assert torch.equal(*flows)
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("out of luck")
+
+
+# ---------------------------------------------------------------- what is chosen
+
+
+@given(
+    data=st.data(),
+    archived=st.integers(1, 7),
+    top_k=st.integers(1, 8),
+    rows=st.integers(1, 2),
+    heads=st.sampled_from([1, 2, 3, 4]),
+    samples=st.none() | st.integers(1, 5),
+)
+def test_digests_choose_what_the_formula_chooses(
+    data: st.DataObject, archived: int, top_k: int, rows: int, heads: int, samples: int | None
+) -> None:
+    """PackForcing section 3.3, brute force: every sampled query against every key of every block, half the heads."""
+    frames, grid, cells = 2, (4, 4), 1
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    geometry = Geometry(
+        kv_heads=heads, head_dim=12, grid=grid, steps_per_commit=frames, causal=False, batch=rows, dtype=dtype
+    )
+    rotary = kvtiers.Rotary(
+        [torch.tensor([1.0, 0.1]), torch.tensor([0.7, 0.1]), torch.tensor([0.5, 0.2])], layout="interleaved"
+    )
+    found = kvtiers.policy(
+        "packforcing",
+        sink=0,
+        recent=frames,
+        top_k=top_k,
+        retriever=("affinity", {"form": "compressed", "queries": samples}),
+        **hr(),
+    )
+    store, random = (
+        LayerStore(found, geometry, rotary=rotary),
+        torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
+    )
+    shape = (rows, heads, frames * 16)
+    reduced = DualBranch(branches="hr").offsets(frames, grid)
+    kept = []
+    for _ in range(archived + 1):
+        store.draft(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)))
+        store.select(torch.randn(*shape, 12, generator=random).to(dtype))
+        small = [torch.randn(rows, heads, cells, 12, generator=random).to(dtype) for _ in range(3)]
+        store.beside(*small, reduced, frames)
+        kept.append(small[1])
+        store.settle()
+    query = torch.randn(*shape, 12, generator=random).to(dtype)
+    store.draft(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)))
+    store.select(query)
+    positions = geometry.positions(store.settled, store.settled + frames)
+    half = max(1, heads // 2)
+    turned = rotary.rotate(query, positions).double()[:, :half]
+    count = turned.shape[2]
+    at = (
+        range(count)
+        if samples is None or samples >= count
+        else [(2 * i + 1) * count // (2 * samples) for i in range(samples)]
+    )
+    scores = torch.zeros(rows, archived, dtype=torch.float64)
+    for number in range(archived):
+        where = reduced.clone()
+        where[:, 0] += number * frames
+        keys = rotary.rotate(kept[number], where).double()[:, :half]
+        for i in at:
+            scores[:, number] += (turned[:, :, i : i + 1] * keys).sum((1, 2, 3)) / 12**0.5 / half
+    assert store.selection is not None
+    chosen = store.selection.chosen
+    assert chosen.shape == (rows, heads, min(top_k, archived))
+    for row in range(rows):
+        best = set(scores[row].topk(min(top_k, archived)).indices.tolist())
+        margin = scores[row].sort().values.diff().min() if archived > 1 else torch.tensor(1.0)
+        for head in range(heads):
+            assert set(chosen[row, head].tolist()) == best or margin < 1e-4
+    digests = store.digests.data
+    assert digests is not None
+    assert digests.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"compressor": "mean-pool"}, id="compressor"),
+        pytest.param(hr(), id="branches"),
+        pytest.param({"retriever": "recency"}, id="retriever"),
+        pytest.param({"realigner": "gaps"}, id="realigner"),
+        pytest.param({"realigner": "incremental"}, id="incremental"),
+        pytest.param({"sink": 0}, id="sink"),
+        pytest.param({"archive": "device"}, id="archive"),
+    ],
+)
+@torch.no_grad()
+def test_every_ablation_is_one_word(change: dict[str, Any]) -> None:
+    model, text = build(), prompt()
+    with tiered(model, "packforcing", **{**SMALL, **hr(), **change}) as wan:
+        for clip in blocks(6, **FRAMES):
+            wan.denoise(clip, 900.0, text)
+            flow = wan.commit(clip, text)
+        assert flow.isfinite().all()
+        assert wan.cache is not None
+        assert max(wan.attended()) <= wan.policies[0].bound(wan.cache.geometries[0])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("moved", ["host", "disk", "fork", "file"])
+@torch.no_grad()
+def test_memory_elsewhere_or_copied_continues_bit_for_bit(moved: str, tmp_path: Path) -> None:
+    model, text, clips = build(), prompt(), blocks(9, **FRAMES)
+    flows = []
+    for place in ("device", moved):
+        archive = place if place in ("device", "host", "disk") else "device"
+        with tiered(model, "packforcing", archive=archive, **SMALL, **hr()) as wan:
+            for number, clip in enumerate(clips):
+                wan.denoise(clip, 900.0, text)
+                flow = wan.commit(clip, text)
+                if number == 5 and place == "fork":
+                    assert wan.cache is not None
+                    wan.cache = wan.cache.fork()
+                if number == 5 and place == "file":
+                    assert wan.cache is not None
+                    wan.cache.save(tmp_path / "video.safetensors")
+                    geometry = wan.cache.geometries[0]
+                    wan.cache = kvtiers.TieredCache(wan.policies, [geometry] * 2, rotaries=[wan.rotary] * 2)
+                    wan.cache.load(tmp_path / "video.safetensors")
+            flows.append(flow)
+    assert torch.equal(*flows)
+
+
+# ---------------------------------------------------------------- decoding block by block
+
+
+@pytest.mark.parametrize("cuts", [[4, 4, 1], [1, 3, 5], [9]])
+@torch.no_grad()
+def test_a_streamed_decode_equals_the_whole(cuts: list[int]) -> None:
+    autoencoder = vae()
+    latents = torch.randn(1, 16, 9, 6, 8, generator=torch.Generator().manual_seed(1))
+    mean, deviation = (
+        torch.tensor(numbers).view(1, -1, 1, 1, 1)
+        for numbers in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
+    )
+    whole = autoencoder.decode(latents * deviation + mean).sample
+    decoder = StreamingDecoder(autoencoder)
+    for _ in range(2):
+        pieces = [decoder.decode(part) for part in latents.split(cuts, 2)]
+        assert pieces[0].shape[2] == 4 * cuts[0] - 3
+        assert torch.allclose(torch.cat(pieces, 2), whole, atol=1e-5)
+        decoder.reset()
+
+
+# ---------------------------------------------------------------- weights, and what is refused
+
+
+def test_weights_survive_being_saved_and_those_of_another_width_are_refused(tmp_path: Path) -> None:
+    network = HighResolution(channels=16, width=48, widths=(4, 4, 4, 4))
+    torch.nn.init.normal_(network.layers[-1].weight)
+    network.save_pretrained(tmp_path)
+    wan = CausalWan(build(), "packforcing", **hr(weights=str(tmp_path)))
+    assert torch.equal(wan.reducer.network.layers[-1].weight, network.layers[-1].weight)  # type: ignore[union-attr]
+    wan.close()
+    wider = build(heads=3)
+    own = dict(wider.attn_processors)
+    with pytest.raises(PolicyError, match="to a width of 48, and this model has 16 and 72"):
+        CausalWan(wider, "packforcing", **hr(weights=str(tmp_path)))
+    assert wider.attn_processors == own
+
+
+def _text_store() -> object:
+    return LayerStore(
+        kvtiers.policy("packforcing"), Geometry(kv_heads=1, head_dim=8), rotary=kvtiers.Rotary([torch.ones(1)])
+    )
+
+
+def _without_reduced() -> object:
+    geometry = Geometry(kv_heads=1, head_dim=8, grid=(4, 4), steps_per_commit=2, causal=False)
+    store = LayerStore(kvtiers.policy("packforcing", sink=0), geometry, rotary=kvtiers.Rotary([torch.ones(1)]))
+    return store.commit(torch.zeros(1, 1, 32, 8), torch.zeros(1, 1, 32, 8))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(lambda: CausalWan(build(), "packforcing"), PolicyError, "give vae=", id="no autoencoder"),
+        pytest.param(_text_store, SlotError, "text has none; choose a compressor of keys and values", id="text"),
+        pytest.param(_without_reduced, SlotError, "got no reduced tokens for the block at step 0", id="no reduced K/V"),
+        pytest.param(lambda: DualBranch().cells(1, (30, 52)), PolicyError, "commit longer blocks", id="one frame"),
+        pytest.param(lambda: DualBranch().cells(4, (3, 52)), PolicyError, "of 3 x 52; commit", id="small frames"),
+        pytest.param(
+            lambda: kvtiers.policy("packforcing", recall="full"),
+            PolicyError,
+            "let it digest the full form",
+            id="digests",
+        ),
+        pytest.param(lambda: kvtiers.policy("packforcing", top_k=0), PolicyError, "top_k must be", id="top_k"),
+        pytest.param(
+            lambda: kvtiers.policy("packforcing", compressor=("dual-branch", {"branches": "hlr"})),
+            PolicyError,
+            "branches",
+            id="branches",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(attempt: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attempt()
+
+
+def test_a_pass_without_reduced_tokens_is_the_usual_one() -> None:
+    assert Pass(cache=None, rotary=None, grid=(), text={}).reduced is None  # type: ignore[arg-type]
