@@ -32,6 +32,8 @@ class Ragged:
                 patterns[key] = len(patterns)
                 self.columns.append(row.nonzero()[:, 0].to(valid.device))
             self.pattern_of_row.append(patterns[key])
+        self.tokens = int(host.sum())
+        """Real tokens of all rows."""
 
     @staticmethod
     def of(valid: Bool[Tensor, "batch steps"] | None) -> "Ragged | None":
@@ -64,10 +66,16 @@ class Lane:
 class Layer:
     """One layer: its lanes. A batch without padding is one lane."""
 
-    def __init__(self, make: Callable[[int], LayerStore], index: int) -> None:
+    def __init__(self, make: Callable[[int], LayerStore], number: int) -> None:
         self._make = make
-        self.index = index
+        self.number = number
+        """The model's number for this layer."""
         self.lanes: list[Lane] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen by all rows together."""
+        return sum(lane.store.seen * lane.store.geometry.batch for lane in self.lanes)
 
     @property
     def seen(self) -> int:
@@ -88,7 +96,7 @@ class Layer:
         """Raise `GeometryError` unless a forward of `batch` rows can go on from here."""
         if self.seen and self.batch != batch:
             raise GeometryError(
-                f"layer {self.index} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by "
+                f"layer {self.number} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by "
                 "itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
             )
 
@@ -140,10 +148,15 @@ class Layer:
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was."""
+        if rows.numel() == 0 or rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise GeometryError(
+                f"rows to keep are named by their numbers, got a tensor {tuple(rows.shape)} of {rows.dtype}; "
+                "name at least one row, or reset() the cache"
+            )
         if self.batch is not None and (rows.device.type == "cpu" or len(self.lanes) > 1):
             absent = sorted({row for row in rows.tolist() if not 0 <= row < self.batch})
             if absent:  # rows on a GPU are not looked at, which would wait for it
-                raise GeometryError(f"layer {self.index} holds rows 0 to {self.batch - 1} and no row {absent[0]}")
+                raise GeometryError(f"layer {self.number} holds rows 0 to {self.batch - 1} and no row {absent[0]}")
         if len(self.lanes) == 1:
             session.take(self.lanes[0].store, rows)
             self.lanes[0].rows = None
@@ -188,7 +201,9 @@ class TieredCache:
     """What a transformer remembers: one `Layer` per layer of the model.
 
     policies: one for all layers, or one each. geometries: one per layer (their `batch` is taken from the first tokens).
-    rotaries: how each layer rotates, or none where it does not. observe: told of every `kvtiers.events.Event`.
+    rotaries: how each layer rotates, or none where it does not.
+    numbers: what the model calls these layers, for messages and events (none: 0, 1, ...).
+    observe: told of every `kvtiers.events.Event`.
     check: refuse keys or values that are not finite (looks at every token, so it costs a wait on a GPU).
     """
 
@@ -198,6 +213,7 @@ class TieredCache:
         geometries: Sequence[Geometry],
         *,
         rotaries: Sequence[Rotary | None] | None = None,
+        numbers: Sequence[int] | None = None,
         observe: Observe | None = None,
         check: bool = False,
     ) -> None:
@@ -212,6 +228,7 @@ class TieredCache:
                 f"for {count} layers"
             )
         self.policies, self.geometries, self.rotaries = each, list(geometries), rotary
+        self.numbers = list(range(count)) if numbers is None else list(numbers)
         self.observe, self.check = observe, check
         for index in range(count):
             self._store(index, 1)
@@ -221,14 +238,14 @@ class TieredCache:
         return LayerStore(
             self.policies[index],
             attrs.evolve(self.geometries[index], batch=batch),
-            layer=index,
+            layer=self.numbers[index],
             rotary=self.rotaries[index],
             observe=self.observe,
             check=self.check,
         )
 
     def _layer(self, index: int) -> Layer:
-        return Layer(lambda batch: self._store(index, batch), index)
+        return Layer(lambda batch: self._store(index, batch), self.numbers[index])
 
     # ------------------------------------------------------------------ the three verbs
 
@@ -353,7 +370,12 @@ class TieredCache:
     def fork(self) -> "TieredCache":
         """An independent copy that continues exactly from here."""
         other = TieredCache(
-            self.policies, self.geometries, rotaries=self.rotaries, observe=self.observe, check=self.check
+            self.policies,
+            self.geometries,
+            rotaries=self.rotaries,
+            numbers=self.numbers,
+            observe=self.observe,
+            check=self.check,
         )
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.adopt([(lane.rows, session.fork(lane.store)) for lane in mine.lanes])
@@ -361,24 +383,27 @@ class TieredCache:
 
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
         """Go on under another policy. What would need tokens that are gone raises `SwapError` and changes nothing."""
-        each = [policies] * len(self.layers) if isinstance(policies, Policy) else list(policies)
-        if isinstance(policies, str) or len(each) != len(self.layers):
+        each: Any = [policies] * len(self.layers) if isinstance(policies, Policy) else policies
+        listed = isinstance(each, Sequence) and len(each) == len(self.layers)
+        if not listed or not all(isinstance(policy, Policy) for policy in each):
             raise SwapError(
-                f"swap takes one Policy, or one for each of {len(self.layers)} layers, got "
-                f"{policies if isinstance(policies, str) else len(each)!r}; make one with kvtiers.policy(...)"
+                f"swap takes one Policy, or one for each of {len(self.layers)} layers, got {policies!r}; "
+                "make one with kvtiers.policy(...)"
             )
         for policy, geometry in zip(each, self.geometries, strict=True):
             policy.check_budget(geometry)
-        for store in self.stores():
-            swap.check(store, each[store.layer])
+        for layer, policy in zip(self.layers, each, strict=True):
+            for store in layer.stores():
+                swap.check(store, policy)
         rotates = [policy.realigner.rotates for policy in (*self.policies, *each)]
         if any(rotates) != all(rotates):
             raise SwapError(
                 "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
             )
-        for store in self.stores():
-            swap.apply(store, each[store.layer])
-        self.policies = each
+        for layer, policy in zip(self.layers, each, strict=True):
+            for store in layer.stores():
+                swap.apply(store, policy)
+        self.policies = list(each)
 
     def save(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Write everything to one safetensors file, whole or not at all. `extra` is plain data to keep beside it."""

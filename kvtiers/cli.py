@@ -88,10 +88,13 @@ def policies(as_json: bool) -> None:
         click.echo(json.dumps({"policies": presets, "slots": choices}, indent=2))
         return
     console = Console()
-    table = _table("policy", "settings", "distribution", "what it does")
+    table = _table("policy", "what it does, its slots and settings", "distribution")
     for preset in presets:
-        settings = preset["error"] or "\n".join(f"{key} = {_brief(value)}" for key, value in preset["settings"].items())
-        table.add_row(preset["name"], settings, preset["distribution"], preset["about"])
+        said = preset["settings"].items()
+        slots = "; ".join(f"{key} = {_brief(value)}" for key, value in said if key in SLOTS)
+        sizes = ", ".join(f"{key} = {value}" for key, value in said if key not in SLOTS and value is not None)
+        settings = preset["error"] or f"{slots}\n{sizes}"
+        table.add_row(preset["name"], f"{preset['about']}\n{settings}", preset["distribution"])
     console.print(table)
     table = _table("slot", "name", "distribution", "what it does")
     for choice in choices:
@@ -147,5 +150,5 @@ def _choice(kind: str, name: str) -> dict[str, Any]:
 def _brief(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
-    options = ", ".join(f"{key}={option}" for key, option in value.items() if key != "name")
+    options = ", ".join(f"{key}={option}" for key, option in value.items() if key != "name" and option is not None)
     return f"{value['name']} ({options})" if options else str(value["name"])

@@ -278,9 +278,10 @@ class Policy:
                 "the retriever digests the compressed form of blocks, which recall = 'full' and fringe = 0 never make; "
                 "add recall='compressed' or fringe=n, or let it digest the full form"
             )
-        if self.budget is not None and self.recent is not None and self.sink + self.recent > self.budget:
+        sink = self.sink_steps
+        if self.budget is not None and self.recent is not None and sink + self.recent > self.budget:
             raise BudgetError(
-                f"sink + recent = {self.sink} + {self.recent} = {self.sink + self.recent} steps is more than "
+                f"sink + recent = {sink} + {self.recent} = {sink + self.recent} steps is more than "
                 f"budget = {self.budget}; lower sink or recent, or raise budget"
             )
 

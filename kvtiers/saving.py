@@ -27,11 +27,11 @@ def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
     """Write `cache` to `path`."""
     tensors: dict[str, Tensor] = {}
     layers: list[list[dict[str, Any]]] = []
-    for layer in cache.layers:
+    for index, layer in enumerate(cache.layers):
         lanes = []
         for number, lane in enumerate(layer.lanes):
             own, numbers = session.dump(lane.store)
-            tensors |= {f"{layer.index}.{number}.{name}": part.contiguous() for name, part in own.items()}
+            tensors |= {f"{index}.{number}.{name}": part.contiguous() for name, part in own.items()}
             lanes.append({"rows": None if lane.rows is None else lane.rows.tolist(), "numbers": numbers})
         layers.append(lanes)
     about = json.dumps({"policies": _descriptions(cache), "layers": layers, "extra": extra}, sort_keys=True)
@@ -44,9 +44,10 @@ def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
     try:
         save_file(tensors, temporary, metadata=metadata)
         Path(temporary).replace(path)
-    except BaseException:
+    except IsADirectoryError as error:
+        raise SavedCacheError(f"{path} is a folder; give the path of a file") from error
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load(cache: "TieredCache", path: Path, device: torch.device, expect: Mapping[str, Any]) -> dict[str, Any]:

@@ -294,7 +294,8 @@ class LayerStore:
         if self.check and not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
             raise NotFiniteError(
                 f"layer {self.layer} was given keys or values with NaN or infinity at steps "
-                f"{self.seen} to {self.seen + keys.shape[2] // geometry.tokens_per_step}; nothing was stored"
+                f"{self.seen} to {self.seen + keys.shape[2] // geometry.tokens_per_step}; this layer "
+                "stored nothing of them, the layers before it did: go on from a fork(), or reset() the cache"
             )
 
     def settle(self) -> None:

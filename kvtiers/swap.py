@@ -23,7 +23,8 @@ def check(store: LayerStore, policy: Policy) -> None:
     if fixed:
         raise SwapError(
             f"layer {store.layer} is filled, so {', '.join(fixed)} cannot change any more; "
-            f"these can: {', '.join(sorted(_FREE))}, and an archive's limit_bytes. Otherwise start a new cache"
+            f"these can: {', '.join(sorted(_FREE))}, and an archive's limit_bytes (to no less than it holds). "
+            "Otherwise start a new cache"
         )
     if old.realigner.rotates != policy.realigner.rotates:
         raise SwapError(

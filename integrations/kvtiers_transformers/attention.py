@@ -32,6 +32,8 @@ class Forward:
 
 
 running: ContextVar[Forward | None] = ContextVar("kvtiers_forward", default=None)
+own_backend: dict[int, str] = {}
+"""The own attention implementation of the configurations that are turned to kvtiers' now, by their id."""
 
 
 def _own_attention(module: nn.Module, backend: str) -> Callable[..., Any]:
@@ -138,11 +140,12 @@ def tiered_attention(
 def tiered_mask(**kwargs: Any) -> Any:
     """The mask of the layers that stay the model's own; tiered layers own theirs, so theirs is never made."""
     forward = running.get()
-    if forward is None:
+    if forward is not None:
+        return None if kwargs.get("local_size") is None else ALL_MASK_ATTENTION_FUNCTIONS[forward.backend](**kwargs)
+    backend = own_backend.get(id(kwargs.get("config")))
+    if backend is None:
         raise UnsupportedModelError("mask 'kvtiers' was asked for outside an enabled model; use kvtiers' tiered(...)")
-    if kwargs.get("local_size") is None:
-        return None
-    return ALL_MASK_ATTENTION_FUNCTIONS[forward.backend](**kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[backend](**kwargs)  # another thread is in a forward of this model
 
 
 AttentionInterface.register(NAME, tiered_attention)

@@ -53,6 +53,8 @@ class TieredLayer(CacheLayerMixin):
     def __init__(self, owner: "TransformersCache", layer: Layer) -> None:
         super().__init__()
         self.owner, self.layer = owner, layer
+        self.held_before = 0
+        """Tokens of all rows before the forward that is running."""
         self.columns = 0
         """Columns of the batch seen, padding included: what transformers calls the sequence length."""
         self.ragged_until = 0
@@ -120,6 +122,7 @@ class TransformersCache(Cache):
         self.core, self.outline = core, outline
         self.device = torch.device(device)
         self._started: list[int] | None = None
+        self._coming = 0
         tiers = iter(core.layers)
         count = len(core.layers) + len(own)
         super().__init__(layers=[own[i] if i in own else TieredLayer(self, next(tiers)) for i in range(count)])
@@ -128,8 +131,10 @@ class TransformersCache(Cache):
     def tiered_layers(self) -> list[TieredLayer]:
         return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
 
-    def start(self) -> None:
-        """A forward begins. Raises `InterruptedForwardError` if an earlier one stopped after changing the cache.
+    def start(self, tokens: int) -> None:
+        """A forward over `tokens` real tokens, of all rows together, begins.
+
+        Raises `InterruptedForwardError` if an earlier one stopped after changing the cache.
 
         Blocks that left recent are archived here, for all layers, before any layer takes new tokens: an archive that is
         full stops the forward before it began, and the same tokens can be fed again once there is room.
@@ -137,10 +142,20 @@ class TransformersCache(Cache):
         self._check_whole()
         for store in self.core.stores():
             store.settle()
-        self._started = self._progress()
+        for layer in self.tiered_layers:
+            layer.held_before = layer.layer.tokens
+        self._started, self._coming = self._progress(), tokens
 
     def finish(self) -> None:
-        """The forward that began has passed every layer."""
+        """The forward that began has passed every layer. Raises `UnsupportedModelError` if one did not take part."""
+        for layer in self.tiered_layers:
+            missed = layer.held_before + self._coming - layer.layer.tokens
+            if missed:
+                raise UnsupportedModelError(
+                    f"layer {layer.layer.number} took {self._coming - missed} tokens of {self._coming}: its attention "
+                    "does not go through transformers' attention interface once per forward, so tiers cannot serve it; "
+                    "use a model whose attention does"
+                )
         self._started = None
 
     def _progress(self) -> list[int]:

@@ -1,6 +1,7 @@
 """`tiered(model, policy)`: serve an unmodified model from tiers, and restore it on every path."""
 
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
 from kvtiers import Geometry, GeometryError, Policy, Ragged, TieredCache, UnsupportedModelError
-from kvtiers_transformers.attention import NAME, Forward, running
+from kvtiers_transformers.attention import NAME, Forward, own_backend, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
 from kvtiers_transformers.rope import rotary_of
 
@@ -25,13 +26,15 @@ from kvtiers_transformers.rope import rotary_of
 class _Switch:
     """Turns the configurations of a model to kvtiers' attention for the length of one forward.
 
-    The configurations belong to all threads, so the forwards of one enabled model wait for one another.
+    The configurations belong to all threads, so the forwards of one enabled model wait for one another. Ctrl-C skips
+    the hook that ends a forward; whoever comes next finds that out and puts everything back.
     """
 
+    decoder: "weakref.ref[nn.Module]"
     configs: list[Any]
-    lock: Any = attrs.field(factory=threading.RLock)
-    """Held from the beginning of a forward to its end."""
-    _inside: bool = False
+    _lock: Any = attrs.field(factory=threading.Lock)
+    _owner: int | None = None
+    """The thread whose forward is running."""
     _before: tuple[list[str], Forward | None] | None = None
 
     @property
@@ -41,17 +44,19 @@ class _Switch:
 
     def begin(self) -> None:
         """A forward of the model begins."""
-        self.lock.acquire()
-        if self._inside:  # Ctrl-C cut this thread's last forward short
+        if self._owner == threading.get_ident():
             self.end()
-        self._inside = True
+        while not self._lock.acquire(timeout=_PATIENCE_SECONDS):
+            self.recover()
+        self._owner = threading.get_ident()
 
     def on(self, ragged: Ragged | None, cache: TransformersCache) -> None:
         """Attend through `cache` until the forward ends."""
         backends = [config._attn_implementation for config in self.configs]
         self._before = (backends, running.get())
         running.set(Forward(backend=backends[0], ragged=ragged, cache=cache))
-        for config in self.configs:
+        for config, backend in zip(self.configs, backends, strict=True):
+            own_backend[id(config)] = backend
             config._attn_implementation = NAME
 
     def end(self) -> None:
@@ -60,11 +65,26 @@ class _Switch:
             backends, outer = self._before
             for config, backend in zip(self.configs, backends, strict=True):
                 config._attn_implementation = backend
-            running.set(outer)
+                own_backend.pop(id(config), None)
+            if self._owner == threading.get_ident():
+                running.set(outer)
             self._before = None
-        if self._inside:
-            self._inside = False
-            self.lock.release()
+        if self._owner is not None:
+            self._owner = None
+            self._lock.release()
+
+    def recover(self) -> None:
+        """End a forward that was cut short: its thread is gone, or is not in the model any more."""
+        owner = self._owner
+        if owner is None:
+            return
+        frame = sys._current_frames().get(owner)
+        while frame is not None:
+            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.decoder():
+                return
+            frame = frame.f_back
+        if self._owner == owner:
+            self.end()
 
 
 @attrs.define(eq=False)
@@ -76,6 +96,8 @@ class _Installed:
 
 _installed: "weakref.WeakKeyDictionary[nn.Module, _Installed]" = weakref.WeakKeyDictionary()
 """By decoder, so that a model and the decoder inside it are one."""
+_PATIENCE_SECONDS = 1.0
+"""How long a forward waits before it looks whether the one before it still runs."""
 _installing = threading.Lock()
 """Held while hooks are installed or removed."""
 
@@ -98,7 +120,10 @@ def _attentions(module: nn.Module) -> dict[int, nn.Module]:
         index = getattr(child, "layer_idx", None)
         if isinstance(index, int) and name.rsplit(".", 1)[-1] in ("self_attn", "attention", "attn", "self_attention"):
             kinds = [p.kind for p in inspect.signature(child.forward).parameters.values()]
-            if inspect.Parameter.VAR_KEYWORD in kinds:
+            served = hasattr(sys.modules[type(child).__module__], "ALL_ATTENTION_FUNCTIONS") and hasattr(
+                child, "config"
+            )
+            if inspect.Parameter.VAR_KEYWORD in kinds and served:
                 found[index] = child
     return found
 
@@ -112,6 +137,8 @@ def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
     outline = _outline(decoder)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not switch.decoder():
+            return  # a copy of the model, with copies of the hooks
         switch.begin()
         cache = _cache_in((*args, *kwargs.values()))
         if cache is None:
@@ -122,11 +149,13 @@ def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
         if inputs is None:
             return  # the model has its own words for that
         mask = given.get("attention_mask")
+        rows, columns = inputs.shape[:2]
         _check_model(outline, cache)
-        _check_mask(cache, mask, inputs.shape[1])
-        cache.core.layers[0].check_batch(inputs.shape[0])
-        cache.start()
-        ragged = None if mask is None else Ragged.of(mask[:, -inputs.shape[1] :].bool())
+        _check_dtype(module, cache, inputs.device)
+        _check_mask(cache, mask, rows, columns)
+        cache.core.layers[0].check_batch(rows)
+        ragged = None if mask is None else Ragged.of(mask[:, -columns:].bool())
+        cache.start(rows * columns if ragged is None else ragged.tokens)
         if cache.rotates:
             _check_positions(given.get("position_ids"), mask)
         switch.on(ragged, cache)
@@ -158,7 +187,19 @@ def _check_model(wanted: Outline, cache: TransformersCache) -> None:
         )
 
 
-def _check_mask(cache: TransformersCache, mask: Any, columns: int) -> None:
+def _check_dtype(decoder: nn.Module, cache: TransformersCache, device: torch.device) -> None:
+    """Refuse what would give keys of another dtype, before any layer takes them."""
+    held = {geometry.dtype for geometry in cache.core.geometries}
+    made = next(p.dtype for p in decoder.parameters() if p.is_floating_point())
+    if held != {made} or torch.is_autocast_enabled(device.type):
+        now = f"{made}, under torch.autocast" if torch.is_autocast_enabled(device.type) else str(made)
+        raise GeometryError(
+            f"this cache holds {', '.join(map(str, held))}, and the model computes in {now}; make a cache for the "
+            "model as it is, and instead of torch.autocast load it in the dtype that would be cast to"
+        )
+
+
+def _check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) -> None:
     """Refuse a mask that is not one of padding, or that hides what the cache already holds."""
     if mask is None:
         return
@@ -167,8 +208,13 @@ def _check_mask(cache: TransformersCache, mask: Any, columns: int) -> None:
             f"a tiered cache takes a padding mask of shape [batch, tokens], got {type(mask).__name__} of shape "
             f"{tuple(getattr(mask, 'shape', ()))}; a custom 4D mask names slots that a tiered context does not have"
         )
-    past = mask.shape[1] - columns
-    if past != cache.get_seq_length() or (columns == 1 and mask.device.type != "cpu"):
+    past, length = mask.shape[1] - columns, cache.get_seq_length()
+    if mask.shape[0] != rows or past not in (0, length):
+        raise UnsupportedModelError(
+            f"attention_mask is {tuple(mask.shape)} for {rows} rows of {columns} tokens after {length}; "
+            f"give one of {(rows, length + columns)}, or of {(rows, columns)} for these tokens alone"
+        )
+    if past == 0 or (columns == 1 and mask.device.type != "cpu"):
         return  # while decoding on a GPU nobody waits for a mask
     seen = mask[:, :past].bool().sum(1).tolist()
     held = cache.core.layers[0].seen_by_row()
@@ -224,6 +270,8 @@ def _before_attention(switch: _Switch) -> Callable[..., Any]:
 
 def _after_model(switch: _Switch) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is not switch.decoder():
+            return
         forward = running.get() if switch.is_on else None
         switch.end()
         if forward is not None and output is not None and isinstance(forward.cache, TransformersCache):
@@ -244,7 +292,9 @@ def enable(model: PreTrainedModel) -> None:
 
 def _install(decoder: nn.Module) -> _Installed:
     attentions = _attentions(decoder)
-    switch = _Switch(list({id(m.config): m.config for m in (decoder, *attentions.values())}.values()))
+    switch = _Switch(
+        weakref.ref(decoder), list({id(m.config): m.config for m in (decoder, *attentions.values())}.values())
+    )
     handles: list[Any] = []
     try:
         handles.append(decoder.register_forward_pre_hook(_before_model(decoder, switch), with_kwargs=True))
@@ -271,9 +321,7 @@ def disable(model: PreTrainedModel) -> None:
         del _installed[decoder]
         for handle in state.handles:
             handle.remove()
-        if state.switch.lock.acquire(blocking=False):  # else a forward without a tiered cache is under way elsewhere
-            state.switch.end()
-            state.switch.lock.release()
+        state.switch.recover()
 
 
 def new_cache(
@@ -292,6 +340,8 @@ def new_cache(
     check: refuse keys and values that are not finite.
     """
     decoder = _decoder(model)
+    if decoder in _installed:
+        _installed[decoder].switch.recover()
     attentions = _attentions(decoder)
     config: Any = decoder.config
     kinds, _ = get_layer_types_and_kwargs(config)
@@ -316,6 +366,7 @@ def new_cache(
         policies,
         [attrs.evolve(_geometry(config, attentions[i]), dtype=model.dtype) for i in tiers],
         rotaries=rotaries,
+        numbers=tiers,
         observe=observe,
         check=check,
     )

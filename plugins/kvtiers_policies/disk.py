@@ -24,7 +24,7 @@ from torch import Tensor
 from kvtiers.archive import Archive, Shelf
 from kvtiers.blocks import Blocks, Place
 from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError
-from kvtiers_policies.ledger import Ledger, ledger, limit_bytes
+from kvtiers_policies.ledger import Ledger, fits, ledger, limit_bytes
 
 
 class Folder:
@@ -60,7 +60,11 @@ class File:
             raise ArchiveFullError(
                 f"archive 'disk' cannot write {self.nbytes:,} bytes to {str(folder.path)!r}: "
                 f"{error.strerror or error}; "
-                "free some space or choose another directory. Nothing was lost: the blocks are still recent"
+                + (
+                    "free some space or choose another directory. Nothing was lost: the blocks are still recent"
+                    if folder.path.is_dir()
+                    else "the folder was removed by another program, and with it the blocks archived so far"
+                )
             ) from error
         weakref.finalize(self, self.path.unlink, missing_ok=True)
 
@@ -250,7 +254,8 @@ class DiskArchive(Archive):
         return DiskShelf(self._shared.folder(self.directory), ledger=self._ledger, limit_bytes=self.limit_bytes)
 
     def adopts(self, other: Archive) -> bool:
-        return isinstance(other, DiskArchive) and other.directory == self.directory
+        same = isinstance(other, DiskArchive) and other.directory == self.directory
+        return same and (self == other or fits(other, self.limit_bytes))
 
     def adopt(self, shelf: Shelf) -> None:
         if isinstance(shelf, DiskShelf):

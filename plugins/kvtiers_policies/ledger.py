@@ -27,6 +27,10 @@ class Ledger:
         """Count `holder` from now on."""
         self._held.add(holder)
 
+    def leave(self, holder: Holds) -> None:
+        """Count `holder` no more."""
+        self._held.discard(holder)
+
     @property
     def nbytes(self) -> int:
         return sum(holder.nbytes for holder in self._held)
@@ -49,3 +53,9 @@ def limit_bytes() -> Any:
 def ledger() -> Any:
     """The attrs field of an archive's ledger: private, and no part of its value."""
     return attrs.field(init=False, factory=Ledger, eq=False, repr=False)
+
+
+def fits(archive: Any, limit_bytes: int | None) -> bool:
+    """Whether what the shelves of `archive` hold is within `limit_bytes`."""
+    held: int = archive._ledger.nbytes
+    return limit_bytes is None or held <= limit_bytes

@@ -5,7 +5,7 @@ import torch
 
 from kvtiers.archive import Archive, Shelf, TensorShelf
 from kvtiers.blocks import Blocks, Place
-from kvtiers_policies.ledger import Ledger, ledger, limit_bytes
+from kvtiers_policies.ledger import Ledger, fits, ledger, limit_bytes
 
 
 class MemoryShelf(TensorShelf):
@@ -15,10 +15,12 @@ class MemoryShelf(TensorShelf):
         self, place: Place, *, ledger: Ledger, limit_bytes: int | None, device: torch.device | None, pinned: bool
     ) -> None:
         super().__init__(place, device, pinned=pinned)
-        self.under(ledger, limit_bytes)
+        self._ledger, self._limit = ledger, limit_bytes
+        ledger.enter(self)
 
     def under(self, ledger: Ledger, limit_bytes: int | None) -> None:
-        """Count what is held here in `ledger`, up to `limit_bytes`."""
+        """Count what is held here in `ledger` instead, up to `limit_bytes`."""
+        self._ledger.leave(self)
         self._ledger, self._limit = ledger, limit_bytes
         ledger.enter(self)
 
@@ -55,7 +57,7 @@ class MemoryArchive(Archive):
     _ledger: Ledger = ledger()
 
     def adopts(self, other: Archive) -> bool:
-        return type(self) is type(other)
+        return type(self) is type(other) and (self == other or fits(other, self.limit_bytes))
 
     def adopt(self, shelf: Shelf) -> None:
         if isinstance(shelf, MemoryShelf):

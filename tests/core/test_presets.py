@@ -93,7 +93,7 @@ BAD = [
     pytest.param("full", {"recent": 1.5}, PolicyError, "recent", id="fraction"),
     pytest.param("full", {"recent": True}, PolicyError, "recent", id="true is no number"),
     pytest.param("full", {"refresh": "often"}, PolicyError, "refresh", id="refresh"),
-    pytest.param("full", {"sink": 8, "recent": 8, "budget": 15}, BudgetError, "8 \\+ 8 = 16", id="budget"),
+    pytest.param("streaming", {"sink": 8, "recent": 8, "budget": 15}, BudgetError, "8 \\+ 8 = 16", id="budget"),
     pytest.param(
         "full", {"retriever": Every()}, SlotError, "'retriever' takes a Retriever, got Every", id="wrong kind"
     ),

@@ -10,7 +10,19 @@ from kvtiers import testing
 from kvtiers.errors import ArchiveFullError, BudgetError, SwapError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
-from strategies import STEPS, Setting, copied, cuts, extents, feed, policies, rotary, settings_of, small_presets
+from strategies import (
+    STEPS,
+    Setting,
+    copied,
+    cuts,
+    extents,
+    feed,
+    policies,
+    rotary,
+    settings_of,
+    small_presets,
+    unchecked,
+)
 
 FREE = ("retriever", "realigner", "top_k", "fringe", "refresh", "chunk_size")
 
@@ -117,6 +129,31 @@ def test_a_full_archive_goes_on_with_a_larger_limit(archive, limit):
         testing.conservation(trial)
         testing.contents(trial, context)
     assert trial.policy.archive._ledger.nbytes > limit
+
+
+@pytest.mark.parametrize("given", ["archive", ["archive"], None, [None]], ids=str)
+def test_what_is_no_policy_is_refused(given):
+    trial = filled()
+    with pytest.raises(SwapError, match="swap takes one Policy, or one for each of 1 layers"), unchecked():
+        trial.cache.swap(given)
+    assert trial.cache.policies == [trial.policy]
+
+
+@pytest.mark.parametrize("archive", ["device", "host", "disk"])
+def test_a_limit_below_what_is_held_is_refused(archive):
+    trial = filled(archive=archive)
+    with pytest.raises(SwapError, match="to no less than it holds"):
+        trial.cache.swap(attrs.evolve(trial.policy, archive=build("archive", (archive, {"limit_bytes": 100}))))
+
+
+def test_a_fork_that_moved_to_another_limit_is_not_counted_any_more():
+    trial = filled(archive=("host", {"limit_bytes": 100_000}))
+    archive = trial.policy.archive
+    before = archive._ledger.nbytes
+    fork = trial.cache.fork()
+    assert archive._ledger.nbytes == 2 * before
+    fork.swap(attrs.evolve(trial.policy, archive=build("archive", ("host", {"limit_bytes": 200_000}))))
+    assert archive._ledger.nbytes == before
 
 
 def test_an_empty_cache_takes_any_policy_that_rotates_alike():

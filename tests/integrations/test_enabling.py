@@ -1,7 +1,9 @@
 """An enabled model without a tiered cache is itself, bit for bit; it is restored on every path; and what is refused."""
 
+import copy
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_causal_mask
 
 from kvtiers import (
     ArchiveFullError,
@@ -264,6 +268,94 @@ def test_threads_share_a_model_and_have_a_cache_each() -> None:
     assert is_untouched(model)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_forward_that_another_thread_broke_off_does_not_block_the_model(error: type[BaseException]) -> None:
+    model, ids = build(), tokens(12)
+    enable(model)
+
+    def stop(*_: object) -> None:
+        raise error
+
+    def broken_off() -> None:
+        with suppress(BaseException):
+            feed(model, ids, new_cache(model, "full"), ())
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+    thread = threading.Thread(target=broken_off)
+    thread.start()
+    thread.join()
+    handle.remove()
+    with torch.no_grad():
+        assert distance(feed(model, ids, new_cache(model, "streaming"), ()), plain(model, ids)) < 1e-5
+    disable(model)
+    assert is_untouched(model)
+
+
+def test_after_ctrl_c_a_new_cache_can_be_made_at_once() -> None:
+    model, ids = build(), tokens(12)
+    enable(model)
+    with pytest.raises(KeyboardInterrupt):
+        _cut_short(model, ids)
+    cache = new_cache(model, "streaming")
+    assert model.config._attn_implementation == "eager"
+    assert distance(feed(model, ids, cache, ()), plain(model, ids)) < 1e-5
+    disable(model)
+
+
+def _cut_short(model: Any, ids: Tensor) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+    try:
+        feed(model, ids, new_cache(model, "full"), ())
+    finally:
+        handle.remove()
+
+
+def test_a_mask_made_beside_a_forward_of_another_thread_is_the_models_own() -> None:
+    """`generate` makes masks for a static cache outside of any forward."""
+    model, ids = build(attention="sdpa"), tokens(8)
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    found = []
+
+    def beside(*_: object) -> None:
+        if not found:
+            found.append(None)
+            thread = threading.Thread(target=lambda: found.append(_causal_mask(model, ids)))
+            thread.start()
+            thread.join()
+
+    own = _causal_mask(model, ids)
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(beside)
+    with tiered(model, "full") as cache:
+        feed(model, ids, cache, ())
+        handle.remove()
+        again = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert torch.equal(found[1], own)
+    assert torch.equal(again, wanted)
+
+
+def _causal_mask(model: Any, ids: Tensor) -> Any:
+    embedded = model.model.embed_tokens(ids)
+    padding = torch.ones_like(ids)
+    padding[:, 0] = 0
+    return create_causal_mask(
+        config=model.config, inputs_embeds=embedded, attention_mask=padding, past_key_values=None, position_ids=None
+    )
+
+
+def test_a_copy_of_an_enabled_model_is_a_model_of_its_own() -> None:
+    model, ids = build(), tokens(12)
+    with tiered(model, "full") as cache:
+        other = copy.deepcopy(model)
+        with pytest.raises(UnsupportedModelError, match="not enabled for it"):
+            feed(other, ids, new_cache(other, "full"), ())
+        assert torch.equal(plain(other, ids), plain(model, ids))
+        with tiered(other, "full") as second:
+            assert torch.equal(feed(other, ids, second, (5,)), feed(model, ids, cache, (5,)))
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -337,6 +429,49 @@ def test_a_mask_that_hides_what_the_cache_holds_is_refused() -> None:
             model(tokens(1), attention_mask=late[:, :13], past_key_values=cache)
 
 
+@pytest.mark.parametrize("shape", [(1, 15), (1, 25), (2, 20), (1, 3)], ids=str)
+def test_a_mask_of_another_size_is_refused_and_changes_nothing(shape: tuple[int, int]) -> None:
+    model, ids = build(), tokens(12)
+    with tiered(model, "full") as cache, torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(UnsupportedModelError, match=r"give one of \(1, 20\), or of \(1, 8\)"):
+            model(tokens(8), attention_mask=torch.ones(shape), past_key_values=cache)
+        model(tokens(8), attention_mask=torch.ones(1, 8), past_key_values=cache)
+        assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("prefix", ["GPTJ", "DiffLlama"])
+def test_a_model_whose_attention_is_its_own_is_refused(prefix: str) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{prefix}Config")(**sizes, intermediate_size=64, rotary_dim=4, n_positions=64)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with pytest.raises(UnsupportedModelError, match="attention interface"), tiered(model, "full") as cache:
+        feed(model, tokens(12), cache, ())
+    assert hooks(model) == 0
+
+
+def test_an_attention_that_skips_the_tiers_is_noticed() -> None:
+    model, ids = build(), tokens(12)
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with (
+        tiered(model, "full") as cache,
+        pytest.raises(UnsupportedModelError, match="layer 1 took 0 tokens of 12: its attention does not go through"),
+    ):
+        feed(model, ids, cache, ())
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(0, dtype=torch.long), torch.tensor([]), torch.tensor([[0]])], ids=str)
+def test_rows_that_are_none_are_refused_and_nothing_is_lost(rows: Tensor) -> None:
+    model, ids = build(), tokens(12, rows=2)
+    with tiered(model, "full") as cache:
+        feed(model, ids, cache, ())
+        with pytest.raises(GeometryError, match="name at least one row"), unchecked():
+            cache.reorder_cache(rows)
+        with pytest.raises(GeometryError, match="name at least one row"):
+            cache.batch_repeat_interleave(0)
+        assert torch.equal(feed(model, ids, cache, ()), plain(model, torch.cat([ids, ids], 1), (12,))[:, 12:])
+
+
 def test_positions_that_jump_cannot_be_realigned() -> None:
     model, ids = build(), tokens(12)
     positions = torch.arange(12)[None].clone()
@@ -372,8 +507,7 @@ def test_checking_names_the_layer_that_is_not_finite(layer: int, family: str) ->
     model, ids = build(family), tokens(12)
     with torch.no_grad():
         model.model.layers[layer].self_attn.v_proj.weight[0, 0] = torch.nan
-    index = 0 if family == "gemma3" else layer
-    with tiered(model, "full", check=True) as cache, pytest.raises(NotFiniteError, match=f"layer {index} was given"):
+    with tiered(model, "full", check=True) as cache, pytest.raises(NotFiniteError, match=f"layer {layer} was given"):
         feed(model, ids, cache, ())
     with tiered(model, "full") as cache:
         feed(model, ids, cache, ())
@@ -443,10 +577,21 @@ def test_autocast_is_refused_with_what_to_do_instead() -> None:
     with (
         tiered(model, "full") as cache,
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(GeometryError, match=r"instead of torch.autocast in the dtype"),
+        pytest.raises(GeometryError, match=r"computes in torch.float32, under torch.autocast; .*load it in the dtype"),
     ):
         feed(model, tokens(12), cache, ())
     assert is_untouched(model)
+
+
+def test_another_dtype_is_refused_before_anything_is_stored() -> None:
+    model, ids = build(), tokens(12)
+    with tiered(model, "full") as cache:
+        feed(model, ids, cache, ())
+        with pytest.raises(GeometryError, match=r"holds torch.float32, and the model computes in torch.bfloat16"):
+            feed(model.bfloat16(), ids, cache, ())
+        model.float()
+        feed(model, ids, cache, ())
+        assert cache.get_seq_length() == 24
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
