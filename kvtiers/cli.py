@@ -9,20 +9,24 @@ from importlib import metadata
 from typing import Any
 
 import attrs
+import torch
 
-from kvtiers.errors import MissingExtraError, PluginError
+from kvtiers.errors import MissingExtraError, PluginError, PolicyError
+from kvtiers.planning import Shape, cost
 from kvtiers.plugins import Plugin, explain, registry
-from kvtiers.policy import SLOTS
+from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import describe, policy
 
 try:
     import click
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
     raise MissingExtraError(f"the command line needs {error.name}; pip install 'kvtiers[cli]'") from error
 
-COMMANDS = "kvtiers.commands"
+COMMANDS, MODELS = "kvtiers.commands", "kvtiers.models"
+"""Entry-point groups: commands, and functions that tell the `kvtiers.planning.Shape` of a model by its name."""
 
 
 class Commands(click.Group):
@@ -100,6 +104,77 @@ def policies(as_json: bool) -> None:
     for choice in choices:
         table.add_row(choice["slot"], choice["name"], choice["distribution"], choice["error"] or choice["about"])
     console.print(table)
+
+
+@main.command()
+@click.option("--model", required=True, help="A Wan (wan2.1-t2v-1.3b, a folder) or a language model (hub id, folder).")
+@click.option("--size", default="832x480", show_default=True, help="Video: width x height, in pixels.")
+@click.option("--seconds", default=120.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--fps", default=16, show_default=True, type=click.IntRange(min=1), help="Video: frames a second.")
+@click.option("--block-frames", default=4, show_default=True, type=click.IntRange(min=1), help="Video: a block's.")
+@click.option("--tokens", default=32_768, show_default=True, type=click.IntRange(min=1), help="Text: tokens read.")
+@click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.argument("policies", nargs=-1)
+def plan(model: str, policies: tuple[str, ...], dtype: str, **wanted: Any) -> None:
+    """What each policy costs for a model, computed from its shape before anything is loaded.
+
+    POLICIES are names, or name:setting=value,... (none: every preset).
+    """
+    shape = _shape(model, dtype=getattr(torch, dtype), **wanted)
+    table = Table(title=shape.name, box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("policy", overflow="fold")
+    for name in (
+        "tokens\nattended", "KV cached\nGB", "on device\nGB, at most", "archived\nelsewhere",
+        f"archive per\n{shape.growth_unit}", "attention\nwork",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for spec in policies or _presets_for(shape):
+        found = cost(parse(spec), shape)
+        sizes = (found.cached_bytes, found.device_bytes, found.archive_bytes, found.growth_bytes)
+        table.add_row(spec, f"{found.attended:,}", *(f"{size / 1e9:.2f}" for size in sizes), f"{found.work:.1%}")
+    console = Console()
+    console.print(table)
+    console.print(
+        "KV cached: of the attended history, as papers count it. On device: with current slots, unrotated copies and "
+        "digests. Attention work: beside attending everything, at the end."
+    )
+
+
+def _presets_for(shape: Shape) -> list[str]:
+    """The presets for a model of this shape: for text those that cut a long forward into chunks, and `full`."""
+    found = {name: policy(name) for name in registry().names("policy")}
+    text = {name for name, made in found.items() if made.chunk_size is not None}
+    return [name for name in found if name == "full" or (name in text) == shape.geometry.causal]
+
+
+def _shape(model: str, **wanted: Any) -> Shape:
+    """What the installed integrations know of `model`."""
+    reasons = []
+    for entry in metadata.entry_points(group=MODELS):
+        try:
+            found = entry.load()(model, **wanted)
+        except MissingExtraError as error:
+            reasons.append(str(error))
+            continue
+        if isinstance(found, Shape):
+            return found
+    raise PolicyError(
+        f"no installed integration knows a model {model!r}; give wan2.1-t2v-1.3b, a hub id, or a folder with a "
+        f"config.json. {' '.join(reasons)}".rstrip()
+    )
+
+
+def parse(spec: str) -> Policy:
+    """`name` or `name:setting=value,...`, as in `archive:top_k=8,retriever=recency`."""
+    name, _, settings = spec.partition(":")
+    changes: dict[str, Any] = {}
+    for part in filter(None, settings.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
+        number = value.strip().lstrip("-").isdigit()
+        changes[key.strip()] = int(value) if number else None if value.strip() == "none" else value.strip()
+    return policy(name, **changes)
 
 
 def _table(*columns: str) -> Table:

@@ -15,7 +15,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvtiers import Policy, PolicyError, bytes_in, resolve
+from kvtiers import Policy, bytes_in
+from kvtiers.cli import parse
 from kvtiers_transformers.document import read_document
 from kvtiers_transformers.reading import answer, encoder, narrow_table, needle, read
 from kvtiers_transformers.smollm2 import load_model
@@ -44,18 +45,6 @@ document_option = click.option(
 @click.group()
 def bench() -> None:
     """Measure speed and memory on this machine."""
-
-
-def parse(spec: str) -> Policy:
-    """`name` or `name:setting=value,...`, as in `archive:top_k=8,retriever=recency`."""
-    name, _, settings = spec.partition(":")
-    changes: dict[str, Any] = {}
-    for part in filter(None, settings.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
-        changes[key.strip()] = int(value) if value.strip().lstrip("-").isdigit() else value.strip()
-    return resolve(name, layers=[0], **changes)[0]
 
 
 @attrs.frozen(kw_only=True)

@@ -167,7 +167,7 @@ def _outline(decoder: nn.Module) -> Outline:
     """What a cache must be made like to serve `decoder`."""
     config: Any = decoder.config
     attentions = _attentions(decoder)
-    tiers, own = _tiers(config)
+    tiers, own = tiers_of(config)
     shapes = [_shape(_geometry(config, attentions[i])) for i in tiers if i in attentions]
     return Outline(
         family=str(config.model_type),
@@ -345,7 +345,7 @@ def new_cache(
     attentions = _attentions(decoder)
     config: Any = decoder.config
     kinds, _ = get_layer_types_and_kwargs(config)
-    tiers, own = _tiers(config)
+    tiers, own = tiers_of(config)
     if not tiers:
         raise UnsupportedModelError(
             f"every layer of {type(model).__name__} is a {', '.join(sorted(set(kinds)))} layer and keeps its own "
@@ -373,7 +373,7 @@ def new_cache(
     return TransformersCache(core, own, _outline(decoder), model.device)
 
 
-def _tiers(config: Any) -> tuple[list[int], dict[int, Any]]:
+def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
     """The layers that are tiered, and those that stay transformers' own with an empty cache for each."""
     layers = DynamicCache(config=config).layers
     own = {i: layer for i, layer in enumerate(layers) if type(layer) is not DynamicLayer}

@@ -1,16 +1,20 @@
-"""PackForcing for video (arXiv 2603.25730): its compressor and its preset. The other policies are kvtiers_policies'."""
+"""PackForcing for video (arXiv 2603.25730): its compressor and presets. The other policies are kvtiers_policies'."""
 
 from collections.abc import Callable, Mapping
 
 from kvtiers import Compressor, Policy, hookimpl
 from kvtiers_packforcing.dual_branch import DualBranch
-from kvtiers_packforcing.preset import packforcing
+from kvtiers_packforcing.presets import packforcing, rolling_window, sink_rolling_window
 
 
 @hookimpl
 def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
-    """The preset for video."""
-    return {"packforcing": packforcing}
+    """The presets for video."""
+    return {
+        "packforcing": packforcing,
+        "rolling-window": rolling_window,
+        "sink-rolling-window": sink_rolling_window,
+    }
 
 
 @hookimpl

@@ -1,0 +1,74 @@
+"""What a policy costs for a model before anyone runs it: tokens, bytes and attention work, computed from shapes."""
+
+import attrs
+
+from kvtiers.geometry import Geometry
+from kvtiers.policy import Policy
+
+
+@attrs.frozen(kw_only=True)
+class Shape:
+    """A model and how much of it is wanted.
+
+    layers: how many are tiered; geometry: of each. steps: history wanted, in steps of the time axis.
+    growth_steps, growth_unit: the stretch for which the growth of the archive is told, as in 960 frames, "minute".
+    """
+
+    name: str
+    layers: int
+    geometry: Geometry
+    steps: int
+    growth_steps: int
+    growth_unit: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps."""
+        return self.steps * self.geometry.tokens_per_step
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self.layers * self.geometry.token_bytes
+
+
+@attrs.frozen(kw_only=True)
+class Cost:
+    """What one policy costs.
+
+    attended: tokens that one attention call sees at the end.
+    cached_bytes: keys and values of the attended history, without the block (or chunk) that attends, as papers count.
+    device_bytes: the most that is allocated there, with current slots, unrotated copies, digests, and an archive on the
+        device. archive_bytes: archived elsewhere.
+    growth_bytes: what the archive grows by in `Shape.growth_steps`, wherever it is.
+    work: multiplications of attention, relative to attending everything.
+    """
+
+    attended: int
+    cached_bytes: int
+    device_bytes: int
+    archive_bytes: int
+    growth_bytes: int
+    work: float
+
+
+def cost(policy: Policy, shape: Shape) -> Cost:
+    """What `policy` costs for `shape`, at its end."""
+    geometry, block = shape.geometry, policy.block_steps(shape.geometry)
+    current = block if not geometry.causal else min(policy.chunk_size or 1, shape.steps)
+    bound = policy.bound(geometry)
+    attended = shape.tokens if bound is None else min(bound, shape.tokens)
+    archives = policy.recent is not None and not policy.compressor.drops and not policy.in_place
+    aged = 0 if policy.recent is None else max(0, shape.steps - policy.anchors(geometry) - policy.recent)
+    blocks = aged // block if archives else 0
+    of_block = sum(policy.block_tokens(geometry, form) for form in policy.forms) * shape.token_bytes
+    allocated = policy.bound_bytes(geometry, blocks)
+    full = shape.tokens * shape.token_bytes
+    return Cost(
+        attended=attended,
+        cached_bytes=full if bound is None else (attended - current * geometry.tokens_per_step) * shape.token_bytes,
+        device_bytes=full if allocated is None else allocated * shape.layers,
+        archive_bytes=0 if policy.archive.place == "device" else blocks * of_block,
+        growth_bytes=shape.growth_steps // block * of_block if archives else 0,
+        work=attended / shape.tokens,
+    )

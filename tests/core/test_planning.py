@@ -1,0 +1,62 @@
+"""What a policy will cost, computed from shapes: the paper's own numbers, and what a cache then holds."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtiers.accounting import bytes_in
+from kvtiers.geometry import Geometry
+from kvtiers.planning import Shape, cost
+from kvtiers.presets import policy
+from strategies import any_policy, settings_of
+
+WAN = Shape(
+    name="Wan 2.1 1.3B, 120 s",
+    layers=30,
+    geometry=Geometry(kv_heads=12, head_dim=128, grid=(30, 52), steps_per_commit=4, causal=False, dtype=torch.bfloat16),
+    steps=480,
+    growth_steps=240,
+    growth_unit="minute",
+)
+"""PackForcing (arXiv 2603.25730) section 4.1."""
+
+
+def test_the_paper_s_numbers_come_out_of_its_geometry():
+    full, packed = cost(policy("full"), WAN), cost(policy("packforcing"), WAN)
+    assert full.attended == 748_800
+    assert round(full.cached_bytes / 1e9) == 138
+    assert packed.attended == 27_872
+    assert round(packed.cached_bytes / 1e9, 2) == 3.99
+    assert packed.growth_bytes == 60 * 182 * 30 * 2 * 1536 * 2
+    assert packed.archive_bytes == 117 * 182 * 30 * 2 * 1536 * 2
+    assert packed.work == pytest.approx(27_872 / 748_800)
+    of_three = attrs.evolve(WAN, geometry=attrs.evolve(WAN.geometry, steps_per_commit=3))
+    window = cost(policy("rolling-window"), of_three)
+    assert window.attended == 21 * 1560 == 32_760
+    anchored = cost(policy("sink-rolling-window"), of_three)
+    assert anchored.attended == 32_760
+    assert (window.archive_bytes, window.growth_bytes) == (0, 0)
+
+
+@given(data=st.data(), steps=st.integers(1, 48))
+def test_what_is_planned_covers_what_is_then_held_and_attended(data, steps):
+    setting = data.draw(settings_of(any_policy()))
+    shape = Shape(name="", layers=1, geometry=setting.geometry, steps=steps, growth_steps=1, growth_unit="step")
+    planned, cache, tokens = cost(setting.policy, shape), setting.cache(), setting.tokens
+    for turn in cache.layers[0].turns(*(x[:, :, :steps] for x in (tokens.query, tokens.keys, tokens.values))):
+        assert turn.context.keys.shape[2] <= planned.attended
+    cache.settle()
+    if setting.policy.bound(setting.geometry) is not None:
+        assert bytes_in(cache.held(), "device") <= planned.device_bytes
+    blocks = sum(max((shelf.count for shelf in store.shelves.values()), default=0) for store in cache.stores())
+    of_block = cost(setting.policy, attrs.evolve(shape, growth_steps=setting.policy.block_size)).growth_bytes
+    if setting.policy.archive.place != "device":
+        assert planned.archive_bytes == blocks * of_block
+
+
+def test_a_short_text_is_attended_whole():
+    shape = attrs.evolve(WAN, geometry=Geometry(kv_heads=2, head_dim=4), steps=100)
+    for name in ("full", "streaming", "archive", "packforcing-lm"):
+        assert cost(policy(name), shape).attended == 100
