@@ -10,6 +10,19 @@ except ImportError as error:
     ) from error
 
 from kvtiers_diffusers.causal_wan import CausalWan, tiered
+from kvtiers_diffusers.checkpoints import load_causal_checkpoint
+from kvtiers_diffusers.pipeline import CausalWanPipeline
 from kvtiers_diffusers.processors import disable, enable
+from kvtiers_diffusers.streaming_vae import StreamingDecoder
+from kvtiers_diffusers.video_file import write_video
 
-__all__ = ["CausalWan", "disable", "enable", "tiered"]
+__all__ = [
+    "CausalWan",
+    "CausalWanPipeline",
+    "StreamingDecoder",
+    "disable",
+    "enable",
+    "load_causal_checkpoint",
+    "tiered",
+    "write_video",
+]

@@ -89,7 +89,7 @@ class CausalWan:
     def denoise(
         self,
         block: Float[Tensor, "batch channels frames height width"],
-        timestep: float | Tensor,
+        timestep: float | int | Tensor,
         text: Float[Tensor, "#batch words text_dim"],
     ) -> Float[Tensor, "batch channels frames height width"]:
         """The flow that the model predicts for a noisy block, given what it remembers. Changes nothing that is stored.
@@ -143,7 +143,9 @@ class CausalWan:
             self._filled.settle()
             self._unfinished = False
 
-    def _forward(self, block: Tensor, timestep: float | Tensor, text: Tensor, reduced: Reduced | None = None) -> Tensor:
+    def _forward(
+        self, block: Tensor, timestep: float | int | Tensor, text: Tensor, reduced: Reduced | None = None
+    ) -> Tensor:
         self._remember_prompt(text)
         times = torch.as_tensor(timestep, device=block.device, dtype=torch.float32).expand(block.shape[0])
         words = text.expand(block.shape[0], -1, -1)
@@ -235,6 +237,11 @@ class CausalWan:
     def frames(self) -> int:
         """Latent frames committed."""
         return 0 if self.cache is None else self.cache.settled
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether a commit looks at the block's pixels; it decodes them if none are given."""
+        return self.reducer is not None and self.reducer.needs_pixels
 
     def held(self) -> list[Held]:
         """Bytes held per tier and place."""

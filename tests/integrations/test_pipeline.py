@@ -1,0 +1,273 @@
+"""The pipeline: a video of blocks equals the loop by hand, is streamed, changes prompts, goes on from a clip."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
+
+import av
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvtiers import GeometryError, PolicyError, UnsupportedModelError
+from kvtiers_diffusers import CausalWanPipeline, StreamingDecoder, load_causal_checkpoint, tiered, write_video
+from kvtiers_diffusers.schedule import clean, noised, warped
+from tiny_wan import GOLDENS, blocks, build, golden, prompt
+
+SMALL: dict[str, Any] = {
+    "height": 64,
+    "width": 64,
+    "block_frames": 2,
+    "timesteps": (1000, 500),
+    "policy": "sink-rolling-window",
+    "sink": 2,
+    "recent": 2,
+}
+
+
+def vae() -> Any:
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+
+
+def pipeline(**parts: Any) -> CausalWanPipeline:
+    made = {"vae": vae(), "transformer": build(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0), **parts}
+    found = CausalWanPipeline(**made)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_schedule_is_the_published_one() -> None:
+    assert warped([1000, 750, 500, 250], 5.0) == pytest.approx([1000, 937.5, 833.3333, 625])
+    block, noise = torch.randn(2, 1, 3, 1, 4, 4, generator=seeded()).unbind(0)
+    assert torch.allclose(clean(noised(block, noise, 625.0), noise - block, 625.0), block, atol=1e-5)
+    for wrong in ([], [500, 750], [1001], [500, 0], [500, 500]):
+        with pytest.raises(PolicyError, match="timesteps fall from at most 1000 to more than 0"):
+            warped(wrong, 5.0)
+
+
+@torch.no_grad()
+def test_a_video_is_the_loop_of_blocks_and_is_streamed_as_it_is_decoded() -> None:
+    made, text, random = pipeline(), prompt(), seeded()
+    streamed = list(made.stream(prompt_embeds=text, num_frames=21, generator=seeded(), output_type="pt", **SMALL))
+    decoder, flows = StreamingDecoder(made.vae), []
+    with tiered(made.transformer, "sink-rolling-window", sink=2, recent=2) as wan:
+        for _ in range(3):
+            noises = [torch.randn(1, 16, 2, 8, 8, generator=random) for _ in range(2)]
+            block = clean(noises[0], wan.denoise(noises[0], 1000.0, text), 1000.0)
+            timestep = warped([500], 5.0)[0]
+            noisy = noised(block, noises[1], timestep)
+            block = clean(noisy, wan.denoise(noisy, timestep, text), timestep)
+            wan.commit(block, text)
+            flows.append(decoder.decode(block))
+    assert [clip.shape[1] for clip in streamed] == [5, 8, 8]
+    for mine, theirs in zip(streamed, flows, strict=True):
+        assert torch.allclose(mine, (theirs.transpose(1, 2) / 2 + 0.5), atol=1e-5)
+    whole = made(prompt_embeds=text, num_frames=21, generator=seeded(), output_type="np", **SMALL).frames
+    assert np.allclose(whole, torch.cat(streamed, 1).permute(0, 1, 3, 4, 2).numpy(), atol=1e-5)
+    assert not any(type(p).__module__.startswith("kvtiers") for p in made.transformer.attn_processors.values())
+
+
+@pytest.mark.parametrize(("length", "frames"), [({"num_frames": 1}, 1), ({"num_frames": 10}, 10), ({"seconds": 1}, 16)])
+def test_a_video_is_as_long_as_was_asked(length: dict[str, Any], frames: int) -> None:
+    made = pipeline()
+    for kind, axis in (("np", 1), ("pt", 1)):
+        found = made(prompt_embeds=prompt(), generator=seeded(), output_type=kind, **length, **SMALL).frames
+        assert found.shape[axis] == frames
+    pictures = made(prompt_embeds=prompt(), generator=seeded(), output_type="pil", **length, **SMALL).frames
+    assert [len(row) for row in pictures] == [frames]
+    latents = made(
+        prompt_embeds=prompt(), generator=seeded(), output_type="latent", return_dict=False, **length, **SMALL
+    )
+    assert latents[0].shape == (1, 16, 1 + -(-(frames - 1) // 4), 8, 8)
+
+
+def test_a_stopped_stream_gives_the_model_back() -> None:
+    made = pipeline()
+    own = dict(made.transformer.attn_processors)
+    clips = made.stream(prompt_embeds=prompt(), seconds=600, generator=seeded(), **SMALL)
+    next(clips)
+    assert made.transformer.attn_processors != own
+    clips.close()
+    assert made.transformer.attn_processors == own
+
+
+def test_a_prompt_may_change_and_the_blocks_before_stay() -> None:
+    made, first, second = pipeline(), prompt(seed=1), prompt(seed=2)
+    options = {"num_frames": 29, "output_type": "latent", **SMALL}
+    one = made(prompt_embeds=first, generator=seeded(), **options).frames
+    changed = made(prompt_embeds={0: first, 1.0: second}, generator=seeded(), **options).frames
+    assert torch.equal(changed[:, :, :4], one[:, :, :4])
+    assert not torch.equal(changed[:, :, 4:6], one[:, :, 4:6])
+
+
+def test_a_video_goes_on_from_a_clip() -> None:
+    """With its own first blocks as the clip and the same noise, it is the video it was."""
+    made, random = pipeline(), seeded()
+    options = {"output_type": "latent", "prompt_embeds": prompt(), **SMALL}
+    whole = made(num_frames=29, generator=random, **options).frames
+    random = seeded()
+    for _ in range(2 * 2):
+        torch.randn(1, 16, 2, 8, 8, generator=random)
+    rest = made(num_frames=13, generator=random, clip=whole[:, :, :4], **options).frames
+    assert torch.allclose(rest, whole[:, :, 4:], atol=1e-5)
+
+
+def test_a_callback_sees_every_step_and_may_change_the_block() -> None:
+    made, seen = pipeline(), []
+
+    def callback(_: Any, step: int, timestep: float, held: dict[str, Any]) -> dict[str, Any]:
+        seen.append((held["block"], step, round(timestep)))
+        return {"latents": torch.zeros_like(held["latents"])}
+
+    found = made(
+        prompt_embeds=prompt(), num_frames=13, callback_on_step_end=callback, output_type="latent", **SMALL
+    ).frames
+    assert seen == [(0, 0, 1000), (0, 1, 833), (1, 0, 1000), (1, 1, 833)]
+    assert not found.any()
+
+
+def test_packforcing_is_the_default_and_rows_have_prompts_of_their_own() -> None:
+    made = pipeline()
+    options = {**SMALL, "policy": "packforcing", "compressor": ("dual-branch", {"branches": "lr"}), "top_k": 2}
+    texts = torch.cat([prompt(seed=1), prompt(seed=2)])
+    both = made(prompt_embeds=texts, num_frames=45, generator=[seeded(1), seeded(2)], output_type="latent", **options)
+    for row in (0, 1):
+        alone = made(
+            prompt_embeds=texts[row : row + 1],
+            num_frames=45,
+            generator=seeded(row + 1),
+            output_type="latent",
+            **options,
+        )
+        assert torch.allclose(both.frames[row], alone.frames[0], atol=1e-4)
+
+
+def test_a_video_file_has_the_frames_that_were_written(tmp_path: Path) -> None:
+    made = pipeline()
+    clips = made.stream(prompt_embeds=prompt(), num_frames=13, generator=seeded(), **SMALL)
+    assert write_video(tmp_path / "video.mp4", clips, fps=8) == 13
+    with av.open(str(tmp_path / "video.mp4")) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert file.streams.video[0].average_rate == 8
+    assert [frame.shape for frame in frames] == [(64, 64, 3)] * 13
+    flat = torch.full((1, 4, 3, 16, 16), 0.25)
+    assert write_video(tmp_path / "flat.mp4", [flat]) == 4
+    with av.open(str(tmp_path / "flat.mp4")) as file:
+        found = next(file.decode(video=0)).to_ndarray(format="rgb24")
+    assert abs(found.astype(float).mean() - 64) < 4
+    with pytest.raises(GeometryError, match="even height and width, got 15 x 16"):
+        write_video(tmp_path / "odd.mp4", [torch.zeros(1, 1, 3, 15, 16)])
+
+
+def test_it_is_saved_and_loaded_as_any_pipeline(tmp_path: Path) -> None:
+    made = pipeline()
+    made.save_pretrained(tmp_path)
+    loaded = CausalWanPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    options = {"prompt_embeds": prompt(), "num_frames": 5, "output_type": "latent", **SMALL}
+    assert torch.equal(loaded(generator=seeded(), **options).frames, made(generator=seeded(), **options).frames)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def original(rename: str) -> dict[str, Tensor]:
+    """The published code's weights, with a prefix in front of every name."""
+    from safetensors.torch import load_file
+
+    found = load_file(GOLDENS / "causal_wan_full.safetensors")
+    weights = {k.removeprefix("weights.model."): part for k, part in found.items() if k.startswith("weights.")}
+    return {rename + key: part for key, part in weights.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model._fsdp_wrapped_module."])
+@pytest.mark.parametrize("inside", ["generator_ema", "generator", None])
+def test_published_checkpoints_load_into_an_unmodified_model(prefix: str, inside: str | None, tmp_path: Path) -> None:
+    wanted = golden("full").model
+    model = build(heads=2, head_dim=48, text_dim=32, freq_dim=64, ffn_dim=192, seed=1)
+    weights = original(prefix)
+    path = tmp_path / "model.pt"
+    other = {key: torch.zeros_like(part) for key, part in weights.items()}
+    torch.save({inside: weights, "critic": other} if inside else weights, path)
+    load_causal_checkpoint(model, path)
+    for name, part in wanted.state_dict().items():
+        assert torch.equal(model.state_dict()[name], part)
+    save_file({k: part.contiguous() for k, part in wanted.state_dict().items()}, tmp_path / "own.safetensors")
+    load_causal_checkpoint(model, tmp_path / "own.safetensors")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_its_keys_and_changes_nothing(tmp_path: Path) -> None:
+    model = build(heads=2, head_dim=48, text_dim=32, freq_dim=64, ffn_dim=192, seed=1)
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    weights = original("model.")
+    weights.pop("model.blocks.0.self_attn.q.weight")
+    weights["model.blocks.0.strange"] = torch.zeros(1)
+    weights["model.blocks.1.self_attn.k.bias"] = torch.zeros(3)
+    torch.save({"generator": weights}, tmp_path / "model.pt")
+    with pytest.raises(UnsupportedModelError) as caught:
+        load_causal_checkpoint(model, tmp_path / "model.pt")
+    message = str(caught.value)
+    assert "1 missing: blocks.0.attn1.to_q.weight" in message
+    assert "1 unexpected: blocks.0.strange" in message
+    assert "1 of another shape: blocks.1.attn1.to_k.bias (3,) for (96,)" in message
+    assert all(torch.equal(model.state_dict()[name], part) for name, part in before.items())
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(UnsupportedModelError, match="cannot be read as a checkpoint"):
+        load_causal_checkpoint(model, tmp_path / "text.pt")
+    torch.save({"generator": {"step": 3}}, tmp_path / "number.pt")
+    with pytest.raises(UnsupportedModelError, match="holds no weights under any of generator_ema, generator"):
+        load_causal_checkpoint(model, tmp_path / "number.pt")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        pytest.param({}, PolicyError, "give seconds or num_frames", id="no length"),
+        pytest.param({"seconds": 1, "num_frames": 5}, PolicyError, "give seconds or num_frames", id="two lengths"),
+        pytest.param({"num_frames": 0}, PolicyError, "at least one frame", id="nothing"),
+        pytest.param({"num_frames": 5, "height": 60}, GeometryError, "multiples of 16 pixels, got 60", id="height"),
+        pytest.param({"num_frames": 5, "timesteps": (500, 600)}, PolicyError, "timesteps fall", id="schedule"),
+        pytest.param({"num_frames": 5, "prompt": "a"}, PolicyError, "one of them", id="two prompts"),
+        pytest.param(
+            {"num_frames": 5, "prompt_embeds": None, "prompt": "a"}, PolicyError, "no text encoder", id="text"
+        ),
+        pytest.param(
+            {"num_frames": 5, "prompt_embeds": {3: prompt()}}, PolicyError, "from second 0, got .3", id="late"
+        ),
+        pytest.param(
+            {"num_frames": 5, "prompt_embeds": {0: prompt(), 1: prompt(rows=2)}}, GeometryError, "one batch", id="rows"
+        ),
+        pytest.param(
+            {"num_frames": 5, "clip": blocks(1, frames=3, high=8, wide=8)[0]}, GeometryError, "n x 2", id="clip"
+        ),
+        pytest.param({"num_frames": 5, "policy": "packforcng"}, PolicyError, "Did you mean", id="policy"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_and_the_model_is_whole(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    made = pipeline()
+    own = dict(made.transformer.attn_processors)
+    with pytest.raises(error, match=message):
+        made(**{"prompt_embeds": prompt(), **SMALL, **options})
+    assert made.transformer.attn_processors == own
+
+
+def test_a_second_transformer_is_refused() -> None:
+    with pytest.raises(PolicyError, match="a causal model is one transformer"):
+        pipeline(tokenizer=None, text_encoder=None, transformer_2=build())
