@@ -358,7 +358,9 @@ class LayerStore:
         if not kept:
             self.state, self.dropped = state, self.dropped + count * span
             return
-        digest = self._digest(kept) if self.policy.retriever.needs_digests else None
+        digest = None
+        if self.policy.retriever.needs_digests:
+            digest = self._digest(kept["compressed"] if self.policy.retriever.digests == "compressed" else blocks)
         self._shelve(kept)
         if digest is not None:
             self.digests.append(digest)
@@ -367,13 +369,11 @@ class LayerStore:
         for block in run:
             self.reduced.pop(block.start, None)
 
-    def _digest(self, kept: dict[Form, Blocks]) -> Tensor:
-        """The digests of blocks that are archived in these forms."""
-        retriever = self.policy.retriever
-        blocks = kept[retriever.digests] if retriever.digests in kept else next(iter(kept.values()))
+    def _digest(self, blocks: Blocks) -> Tensor:
+        """The digests of `blocks`, of their keys as attention saw them."""
         if blocks.rotated is None:
             blocks = attrs.evolve(blocks, rotated=self._rotated(blocks))
-        return retriever.digest(blocks)
+        return self.policy.retriever.digest(blocks)
 
     def _rotated(self, blocks: Blocks) -> Tensor:
         """The keys of `blocks` at their original positions."""

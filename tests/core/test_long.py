@@ -1,5 +1,6 @@
 """100,000 tokens through a tiny layer: attended tokens and device bytes stay within what each preset promises."""
 
+import attrs
 import pytest
 import torch
 
@@ -15,7 +16,10 @@ BOUNDED = [name for name in names("policy") if policy(name).bound(GEOMETRY) is n
 
 
 def test_which_presets_are_bounded():
-    assert set(names("policy")) - set(BOUNDED) == {"full"}
+    """Those for video are bounded by their blocks; as text, in one chunk of any length, they are not."""
+    assert set(names("policy")) - set(BOUNDED) == {"full", "rolling-window", "sink-rolling-window"}
+    video = attrs.evolve(GEOMETRY, causal=False, steps_per_commit=3)
+    assert all(policy(name).bound(video) == 21 for name in ("rolling-window", "sink-rolling-window"))
 
 
 def runs() -> list:

@@ -184,7 +184,7 @@ def _attended(cache: TransformersCache, masks: Sequence[Tensor], start: int, sto
     """Note in `masks`, [rows, heads, tokens, tokens], what the tokens of this forward were given, layer by layer."""
     for mask, layer in zip(masks, cache.core.layers, strict=True):
         group = mask.shape[1] // 2  # two KV heads
-        for rows, context in cache.core.contexts(layer.index):
+        for rows, context in cache.core.contexts(layer.number):
             numbers = range(mask.shape[0]) if rows is None else rows.tolist()
             origins = context.origins[..., 0].long().expand(len(numbers), 2, -1)
             for at, row in enumerate(numbers):
