@@ -1,6 +1,7 @@
 """Attention processors that serve an unmodified Wan from tiers, and are the model's own while none asks for that."""
 
 import weakref
+from abc import ABC, abstractmethod
 from threading import RLock
 from typing import Any
 
@@ -33,8 +34,8 @@ class Switch:
     serving: Pass | None = None
 
 
-class TieredSelfAttention:
-    """Self-attention of one layer: the block's tokens attend sink, selected mid, recent and one another."""
+class _Processor(ABC):
+    """Serves one attention of one layer while a pass runs, and is the model's own processor otherwise."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -51,22 +52,46 @@ class TieredSelfAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        """What diffusers calls. [batch, tokens, channels] in and out."""
         now = self.switch.serving
         if now is None:
-            return _result(self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb))
-        _refuse_parallel(self)
+            own: Tensor = self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            return own
+        if self._parallel_config is not None:
+            raise UnsupportedModelError(
+                "a tiered cache holds whole sequences and all heads, and this model splits them over devices "
+                "(context parallelism); load it without enable_parallelism()"
+            )
+        attended = self._serve(now, attn, hidden_states, encoder_hidden_states)
+        out: Tensor = attn.to_out[1](attn.to_out[0](attended.type_as(hidden_states)))
+        return out
+
+    @abstractmethod
+    def _serve(self, now: Pass, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:
+        """What the tokens of `hidden` attend, [batch, tokens, channels], before the output projection."""
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention by the backend that diffusers dispatches to; [batch, heads, tokens, head_dim] in."""
+        query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+        out: Tensor = dispatch_attention_fn(query, keys, values, backend=self._attention_backend, parallel_config=None)
+        return out.flatten(2, 3)
+
+
+class TieredSelfAttention(_Processor):
+    """Self-attention of one layer: the block's tokens attend sink, selected mid, recent and one another."""
+
+    def _serve(self, now: Pass, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:
         if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query, key, value = attn.to_qkv(hidden).chunk(3, dim=-1)
         else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+            query, key, value = attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
         query, key, value = (_heads(x, attn.heads) for x in (attn.norm_q(query), attn.norm_k(key), value))
-        beside = 0 if now.reduced is None else now.reduced.tokens.shape[1]
-        own = key.shape[2] - beside
-        out = self._full(now, *(x[:, :, :own] for x in (query, key, value)))
-        if now.reduced is not None:
-            rest = self._reduced(now, now.reduced, *(x[:, :, own:] for x in (query, key, value)))
-            out = torch.cat([out, rest], 1)
-        return _result(attn.to_out[1](attn.to_out[0](out.type_as(hidden_states))))
+        if now.reduced is None:
+            return self._full(now, query, key, value)
+        own = key.shape[2] - now.reduced.tokens.shape[1]
+        full = self._full(now, *(x[:, :, :own] for x in (query, key, value)))
+        rest = self._reduced(now, now.reduced, *(x[:, :, own:] for x in (query, key, value)))
+        return torch.cat([full, rest], 1)
 
     def _full(self, now: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's own tokens attend the context and one another."""
@@ -78,7 +103,7 @@ class TieredSelfAttention:
         cache.draft(layer, key, value)
         cache.select(layer, query)
         context = cache.context(layer)
-        return _attend(self, cache.place_query(layer, query), context.keys, context.values)
+        return self._attend(cache.place_query(layer, query), context.keys, context.values)
 
     def _reduced(self, now: Pass, reduced: Reduced, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's reduced tokens attend the context and one another, and are kept for when the block has aged."""
@@ -89,39 +114,19 @@ class TieredSelfAttention:
             table = now.rotary.table(where)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
         placed, context = cache.beside(layer, query, key, value, reduced.offsets, reduced.span)
-        return _attend(self, placed, context.keys, context.values)
+        return self._attend(placed, context.keys, context.values)
 
 
-class PromptAttention:
+class PromptAttention(_Processor):
     """Cross-attention of one layer: the prompt's keys and values are worked out once."""
 
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __init__(self, layer: int, own: Any, switch: Switch) -> None:
-        self.layer, self.own, self.switch = layer, own, switch
-        self._attention_backend = own._attention_backend
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        now = self.switch.serving
-        if now is None or encoder_hidden_states is None:
-            return _result(self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb))
-        _refuse_parallel(self)
+    def _serve(self, now: Pass, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:
         found = now.text.get(self.layer)
         if found is None:
-            found = self._project(attn, encoder_hidden_states)
+            found = self._project(attn, hidden if text is None else text)
             if not found[0].requires_grad:
                 now.text[self.layer] = found
-        query = _heads(attn.norm_q(attn.to_q(hidden_states)), attn.heads)
-        out = _attend(self, query, *found)
-        return _result(attn.to_out[1](attn.to_out[0](out.type_as(hidden_states))))
+        return self._attend(_heads(attn.norm_q(attn.to_q(hidden)), attn.heads), *found)
 
     @staticmethod
     def _project(attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,27 +141,6 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     """[batch, tokens, heads * head_dim] as [batch, heads, tokens, head_dim]."""
     split: Tensor = x.unflatten(2, (heads, -1))
     return split.transpose(1, 2)
-
-
-def _attend(processor: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention by the backend that diffusers dispatches to; [batch, heads, ...] in, [batch, tokens, channels] out."""
-    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
-    out: Tensor = dispatch_attention_fn(query, keys, values, backend=processor._attention_backend, parallel_config=None)
-    return out.flatten(2, 3)
-
-
-def _refuse_parallel(processor: Any) -> None:
-    if processor._parallel_config is not None:
-        raise UnsupportedModelError(
-            "a tiered cache holds whole sequences and all heads, and this model splits them over devices "
-            "(context parallelism); load it without enable_parallelism()"
-        )
-
-
-def _result(x: Any) -> Tensor:
-    """What a processor returns, for the type checker."""
-    out: Tensor = x
-    return out
 
 
 def _append(switch: Switch) -> Any:
