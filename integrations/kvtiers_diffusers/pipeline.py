@@ -18,12 +18,15 @@ from kvtiers_diffusers.streaming_vae import StreamingDecoder
 
 _PIXEL_FRAMES = 4
 """Frames that a latent frame becomes; the first of a video becomes one."""
+_WORDS = 512
+"""Tokens of a prompt, padded with zeros, that Wan was trained with."""
 
 
 class CausalWanPipeline(WanPipeline):
     """diffusers' `WanPipeline` with a causal model's few-step schedule and a memory that does not grow.
 
-    Takes what `WanPipeline` takes; tokenizer and text_encoder may be none if embeddings are given. The transformer
+    Takes what `WanPipeline` takes; tokenizer and text_encoder may be none if embeddings are given, and the scheduler is
+    kept for others: a causal model is distilled to a schedule of its own, which `stream` is given. The transformer
     stays diffusers' own and is given back as it was when a video ends, however it ends.
 
     Source: PackForcing (arXiv 2603.25730) section 4.1; the recipe is Self-Forcing's (arXiv 2506.08009).
@@ -92,6 +95,7 @@ class CausalWanPipeline(WanPipeline):
         policy: str | Path | Policy = "packforcing",
         block_frames: int = 4,
         timesteps: Sequence[float | int] = TIMESTEPS,
+        shift: float = 5.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         clip: Tensor | None = None,
         callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None = None,
@@ -102,7 +106,7 @@ class CausalWanPipeline(WanPipeline):
 
         prompt (or prompt_embeds, [batch, words, text_dim]): one, or `{second: prompt}` if it changes during the video.
         seconds or num_frames: how long; whole blocks are made and the last is cut. height, width: in pixels.
-        policy, changes: what is remembered. timesteps: of the schedule, before it is shifted.
+        policy, changes: what is remembered. timesteps: of the schedule, before the shift.
         clip: normalised latents [batch, channels, frames, height, width] of whole blocks, with which the video begins;
             they are committed first, and their frames are not yielded.
         callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": x0, "block": number})` after
@@ -111,7 +115,7 @@ class CausalWanPipeline(WanPipeline):
         """
         frames = self._length(seconds, num_frames, fps)
         texts = self._texts(prompt, prompt_embeds)
-        schedule = warped(timesteps, float(self.scheduler.config.shift))
+        schedule = warped(timesteps, shift)
         blocks = ceil((1 + ceil((frames - 1) / _PIXEL_FRAMES)) / block_frames)
         rows = next(iter(texts.values())).shape[0]
         scale = self.vae_scale_factor_spatial
@@ -198,7 +202,9 @@ class CausalWanPipeline(WanPipeline):
             texts = {float(second): text.to(device, dtype) for second, text in sorted(each.items())}
         else:
             texts = {
-                float(second): self._get_t5_prompt_embeds(prompt=text, device=device, dtype=dtype)
+                float(second): self._get_t5_prompt_embeds(
+                    prompt=text, max_sequence_length=_WORDS, device=device, dtype=dtype
+                )
                 for second, text in sorted(each.items())
             }
         rows = {text.shape[0] for text in texts.values()}

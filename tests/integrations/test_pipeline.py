@@ -13,7 +13,9 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
 
+import tiny_chat
 from kvtiers import GeometryError, PolicyError, UnsupportedModelError
 from kvtiers_diffusers import CausalWanPipeline, StreamingDecoder, load_causal_checkpoint, tiered, write_video
 from kvtiers_diffusers.schedule import clean, noised, warped
@@ -110,6 +112,23 @@ def test_a_prompt_may_change_and_the_blocks_before_stay() -> None:
     changed = made(prompt_embeds={0: first, 1.0: second}, generator=seeded(), **options).frames
     assert torch.equal(changed[:, :, :4], one[:, :, :4])
     assert not torch.equal(changed[:, :, 4:6], one[:, :, 4:6])
+
+
+def test_words_go_through_the_text_encoder_once_a_prompt() -> None:
+    torch.manual_seed(0)
+    words = tiny_chat.tokenizer()
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 4}
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(words), **sizes)).eval()
+    made = pipeline(tokenizer=words, text_encoder=encoder)
+    calls: list[int] = []
+    encoder.register_forward_hook(lambda *_: calls.append(1))
+    options = {"num_frames": 13, "output_type": "latent", **SMALL}
+    found = made(["a ship", "a lighthouse"], generator=[seeded(1), seeded(2)], **options).frames
+    assert len(calls) == 1
+    again = made({0: "a ship", 0.3: "a lighthouse"}, generator=seeded(1), **options).frames
+    assert len(calls) == 3
+    assert torch.allclose(again[0, :, :2], found[0, :, :2], atol=1e-5)
+    assert not torch.allclose(again[0, :, 2:], found[0, :, 2:], atol=1e-3)
 
 
 def test_a_video_goes_on_from_a_clip() -> None:
