@@ -564,6 +564,17 @@ class LayerStore:
             locate=self._locate,
         )
 
+    def settled_at(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """The rotation to where the current block of `tokens` tokens is placed, if its selection holds for further
+        drafts of it (video); none if the next draft must go through the store."""
+        if not self.drafted or self.stale or tokens != self.current or self.policy.refresh == "chunk":
+            return None
+        if self.rotary is None:
+            return None
+        shift = self.recent_shift if self.rotates else 0
+        steps = tokens // self.geometry.tokens_per_step
+        return self.rotary.run(self.settled + shift, steps, self.geometry.grid, self._buffers()[0].device)
+
     def place_query(
         self, query: Float[Tensor, "batch query_heads tokens head_dim"]
     ) -> Float[Tensor, "batch query_heads tokens head_dim"]:

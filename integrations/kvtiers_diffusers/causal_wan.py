@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +23,17 @@ from kvtiers import (
     TieredCache,
     UnsupportedModelError,
 )
-from kvtiers_diffusers.processors import Pass, disable, enable
+from kvtiers_diffusers.processors import Pass, Steady, disable, enable
 from kvtiers_diffusers.rope import rotary_of
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 
 
 class CausalWan:
     """A video of any length from a Wan transformer whose self-attention reads a tiered cache.
+
+    The transformer may be compiled (`transformer.compile(fullgraph=True)`): the first step of a block, which chooses
+    what is attended, and its clean pass run as they are, the other steps compiled, and blocks do not recompile once
+    what is attended has its full length. (Without gradients.)
 
     transformer: a `WanTransformer3DModel` as diffusers ships it; `close()` gives it back as it was.
     policy: a preset's name, the path of a .toml file, or a `kvtiers.Policy`; changes as for `kvtiers_transformers`.
@@ -120,7 +124,7 @@ class CausalWan:
             )
         self._admit(block, text)
         self._finish()
-        flow = self._forward(block, 0.0, text, self._reduce(block, pixels))
+        flow = self._forward(block, 0.0, text, self._reduce(block, pixels), clean=True)
         self._committed, self._unfinished, self._reduced = weakref.ref(block), True, None
         self._finish()
         return flow
@@ -144,18 +148,43 @@ class CausalWan:
             self._unfinished = False
 
     def _forward(
-        self, block: Tensor, timestep: float | int | Tensor, text: Tensor, reduced: Reduced | None = None
+        self,
+        block: Tensor,
+        timestep: float | int | Tensor,
+        text: Tensor,
+        reduced: Reduced | None = None,
+        *,
+        clean: bool = False,
     ) -> Tensor:
         self._remember_prompt(text)
         times = torch.as_tensor(timestep, device=block.device, dtype=torch.float32).expand(block.shape[0])
         words = text.expand(block.shape[0], -1, -1)
-        with self._switch.lock:
-            self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt, reduced)
+        steady = None if reduced is not None or clean else self._steady(block)
+        with self._switch.lock, nullcontext() if steady is not None else self._eager():
+            self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt, reduced, steady)
             try:
                 flow: Tensor = self.transformer(block, times, words, return_dict=False)[0]
             finally:
                 self._switch.serving = None
         return flow
+
+    def _steady(self, block: Tensor) -> list[Steady] | None:
+        """What further denoise steps of a block read and write, if its first one was made; none otherwise."""
+        if torch.is_grad_enabled():
+            return None
+        found = []
+        for layer, store in enumerate(self._filled.stores()):
+            table = store.settled_at(block.shape[2] * store.geometry.tokens_per_step)
+            if table is None or layer not in self._prompt:
+                return None
+            context = store.context()
+            found.append(Steady(context.keys, context.values, table))
+        return found if len(found) == len(self.policies) else None
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """A pass that asks the store cannot be compiled: it runs as it is, in a model that is."""
+        compiled = any(module._compiled_call_impl is not None for module in self.transformer.modules())
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     # ------------------------------------------------------------------ what comes in
 

@@ -14,6 +14,19 @@ from kvtiers import Reduced, Rotary, TieredCache, UnsupportedModelError
 
 
 @attrs.define(eq=False)
+class Steady:
+    """What a further denoise step of a block needs of one layer: tensors alone, so that it can be compiled.
+
+    keys, values: [batch, heads, tokens, head_dim], the context with the block's own slots at its end, written in place.
+    table: the rotation to where the block is placed.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: tuple[Tensor, Tensor]
+
+
+@attrs.define(eq=False)
 class Pass:
     """One forward of a `CausalWan` over a block."""
 
@@ -24,6 +37,8 @@ class Pass:
     """Keys and values of the prompt, by layer; filled by the first forward that needs them."""
     reduced: Reduced | None = None
     """Tokens that pass through the model behind the block's own (the clean pass)."""
+    steady: list[Steady] | None = None
+    """By layer, once a block's selection is made; then the store is not asked."""
 
 
 @attrs.define(eq=False)
@@ -95,6 +110,11 @@ class TieredSelfAttention(_Processor):
 
     def _full(self, now: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's own tokens attend the context and one another."""
+        if now.steady is not None:
+            steady, tokens = now.steady[self.layer], key.shape[2]
+            steady.keys[:, :, -tokens:] = now.rotary.apply(key, steady.table)
+            steady.values[:, :, -tokens:] = value
+            return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values)
         cache, layer = now.cache, self.layer
         if not cache.policies[layer].realigner.rotates:
             steps = key.shape[2] // cache.geometries[layer].tokens_per_step

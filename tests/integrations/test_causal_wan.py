@@ -1,5 +1,8 @@
 """An unmodified Wan from tiers, block by block: the published code's rollouts, and what a step may change."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -295,6 +298,31 @@ def test_a_full_archive_loses_nothing_and_the_video_goes_on_once_there_is_room()
         for clip in clips:
             wan.commit(clip, text)
         assert torch.equal(wan.denoise(clips[0], 500.0, text), flow)
+
+
+def test_a_compiled_model_makes_the_same_video_and_does_not_recompile_between_blocks() -> None:
+    """In a process of its own, because the checks of shapes that tests install cannot be traced."""
+    program = Path(__file__).parent.parent / "compiled_wan.py"
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["archive/anchored", "archive/gaps", "sink-rolling-window/gaps"]
+    for name, error, *counts in rows:
+        assert float(error) == 0.0, name
+        assert 0 < int(counts[0]) <= int(counts[-1]) <= 4, name
+        assert len(set(counts[-6:])) == 1, f"{name}: the last six blocks recompiled: {counts}"
+
+
+@torch.no_grad()
+def test_further_steps_of_a_block_are_what_they_would_be_if_the_store_were_asked() -> None:
+    model, text, clips = build(), prompt(), blocks(6)
+    flows = []
+    for asked in (False, True):
+        with tiered(model, "packforcing-lm", **ROLLING) as wan:
+            if asked:
+                wan._steady = lambda _: None  # type: ignore[method-assign]
+            flows.append(video(wan, clips, text, steps=3))
+    assert all(torch.equal(a, b) for a, b in zip(*flows, strict=True))
 
 
 # ---------------------------------------------------------------- what is refused
