@@ -66,7 +66,7 @@ DROPPING: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     ),
     "archive-none": (
         "archive",
-        {"sink": 4, "recent": 100, "retriever": "none", "chunk_size": 1},
+        {"sink": 4, "recent": 100, "block_size": 32, "retriever": "none", "chunk_size": 1},
         {"sink": 4, "recent": 100, "block": 32},
     ),
 }
