@@ -564,7 +564,7 @@ class LayerStore:
             locate=self._locate,
         )
 
-    def settled_at(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+    def draft_table(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         """The rotation to where the current block of `tokens` tokens is placed, if its selection holds for further
         drafts of it (video); none if the next draft must go through the store."""
         if not self.drafted or self.stale or tokens != self.current or self.policy.refresh == "chunk":

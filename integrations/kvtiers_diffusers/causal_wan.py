@@ -174,7 +174,7 @@ class CausalWan:
             return None
         found = []
         for layer, store in enumerate(self._filled.stores()):
-            table = store.settled_at(block.shape[2] * store.geometry.tokens_per_step)
+            table = store.draft_table(block.shape[2] * store.geometry.tokens_per_step)
             if table is None or layer not in self._prompt:
                 return None
             context = store.context()
@@ -256,8 +256,9 @@ class CausalWan:
 
     def _remember_prompt(self, text: Tensor) -> None:
         """Forget the keys and values of another prompt."""
-        if self._text is not text or self._text_version != text._version:
-            self._text, self._text_version = text, text._version
+        version = 0 if text.is_inference() else text._version  # inference tensors do not count their changes
+        if self._text is not text or self._text_version != version:
+            self._text, self._text_version = text, version
             self._prompt.clear()
 
     # ------------------------------------------------------------------ as a whole

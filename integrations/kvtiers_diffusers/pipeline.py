@@ -17,7 +17,7 @@ from kvtiers_diffusers.schedule import TIMESTEPS, clean, noised, warped
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 
 _PIXEL_FRAMES = 4
-"""Frames that a latent frame becomes; the first of a video becomes one."""
+"""Frames that a latent frame becomes; the first of a video, which a clip has made, becomes one."""
 _WORDS = 512
 """Tokens of a prompt, padded with zeros, that Wan was trained with."""
 
@@ -116,7 +116,7 @@ class CausalWanPipeline(WanPipeline):
         frames = self._length(seconds, num_frames, fps)
         texts = self._texts(prompt, prompt_embeds)
         schedule = warped(timesteps, shift)
-        blocks = ceil((1 + ceil((frames - 1) / _PIXEL_FRAMES)) / block_frames)
+        latents = ceil(frames / _PIXEL_FRAMES) if clip is not None else 1 + ceil((frames - 1) / _PIXEL_FRAMES)
         rows = next(iter(texts.values())).shape[0]
         scale = self.vae_scale_factor_spatial
         if height % (2 * scale) or width % (2 * scale):
@@ -124,7 +124,7 @@ class CausalWanPipeline(WanPipeline):
         shape = (rows, self.transformer.config.in_channels, block_frames, height // scale, width // scale)
         given = [] if clip is None else self._blocks_of(clip, shape)
         return self._stream(
-            texts, schedule, blocks, shape, given, frames, fps, generator, callback_on_step_end, output_type,
+            texts, schedule, latents, shape, given, frames, fps, generator, callback_on_step_end, output_type,
             dict(policy=policy, block_frames=block_frames, **changes),
         )  # fmt: skip
 
@@ -133,7 +133,7 @@ class CausalWanPipeline(WanPipeline):
         self,
         texts: Mapping[float, Tensor],
         schedule: Sequence[float | int],
-        blocks: int,
+        latents: int,
         shape: tuple[int, ...],
         given: Sequence[Tensor],
         frames: int,
@@ -144,8 +144,8 @@ class CausalWanPipeline(WanPipeline):
         options: dict[str, Any],
     ) -> Iterator[Any]:
         device, dtype = self._execution_device, self.transformer.dtype
-        decoder, left, latents_left = StreamingDecoder(self.vae), frames, 1 + ceil((frames - 1) / _PIXEL_FRAMES)
-        made = len(given)
+        decoder, left, latents_left = StreamingDecoder(self.vae), frames, latents
+        made, blocks = len(given), ceil(latents / shape[2])
         with (
             tiered(self.transformer, vae=self.vae, **options) as wan,
             self.progress_bar(total=blocks * (len(schedule) + 1)) as progress,

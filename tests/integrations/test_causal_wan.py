@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import kvtiers
@@ -27,8 +28,10 @@ def published(rollout: Golden, **changes: Any) -> Policy:
     if config["window_frames"] < 0:
         return kvtiers.policy("full", **changes)
     recent = config["window_frames"] - config["sink_frames"] - config["frames_per_block"]
-    settings = {"realigner": "gaps", "sink": config["sink_frames"], "recent": recent}
-    return kvtiers.policy("streaming", **{**settings, **changes})
+    if not config["sink_frames"] and "sink" not in changes:
+        return kvtiers.policy("rolling-window", **{"recent": recent, **changes})
+    settings = {"sink": config["sink_frames"], "recent": recent}
+    return kvtiers.policy("sink-rolling-window", **{**settings, **changes})
 
 
 @torch.no_grad()
@@ -202,6 +205,25 @@ def test_blocks_of_different_length_make_one_video_where_none_is_archived() -> N
         assert wan.frames == sum(lengths)
         assert [extent.steps for extent, _ in wan.cache.layout()] == lengths
         assert wan.cache.census() == {"sink": 1, "mid": 0, "recent": 3, "current": 0, "dropped": 8}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_loaded_in_any_dtype_makes_a_video_in_either_mode(
+    mode: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    build().save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)  # keeps some weights in float32
+    with mode(), tiered(model, "packforcing-lm", **ROLLING) as wan:
+        text = prompt().to(dtype)
+        flows = video(wan, [clip.to(dtype) for clip in blocks(6)], text, steps=3)
+        assert all(flow.dtype == dtype and flow.isfinite().all() for flow in flows)
+        assert wan.cache is not None
+        assert {part.dtype for store in wan.cache.stores() for part in store._all_buffers()} == {dtype}
+    with torch.no_grad(), tiered(build(), "packforcing-lm", **ROLLING) as wan:
+        exact = video(wan, blocks(6), prompt(), steps=3)
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(flows[:6], exact[:6], strict=True))
+    assert worst < (1e-5 if dtype == torch.float32 else 0.1)
 
 
 # ---------------------------------------------------------------- the model

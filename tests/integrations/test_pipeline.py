@@ -139,8 +139,11 @@ def test_a_video_goes_on_from_a_clip() -> None:
     random = seeded()
     for _ in range(2 * 2):
         torch.randn(1, 16, 2, 8, 8, generator=random)
-    rest = made(num_frames=13, generator=random, clip=whole[:, :, :4], **options).frames
+    rest = made(num_frames=16, generator=random, clip=whole[:, :, :4], **options).frames
     assert torch.allclose(rest, whole[:, :, 4:], atol=1e-5)
+    options["output_type"] = "pt"
+    clips = list(made.stream(num_frames=16, generator=seeded(), clip=whole[:, :, :4], **options))
+    assert [clip.shape[1] for clip in clips] == [8, 8]
 
 
 def test_a_callback_sees_every_step_and_may_change_the_block() -> None:
