@@ -49,6 +49,8 @@ def crop_reason(store: LayerStore, steps: int) -> str | None:
         return f"blocks before step {store.aged_to} have left recent since then"
     if store.policy.compressor.prepares:
         return f"{type(store.policy.compressor).__name__} has already looked at the later queries"
+    if not store.geometry.causal:
+        return None  # every block of a video chooses anew
     renewed = store.archived and store.policy.retriever.needs_query and store.selected_at > steps
     if renewed and store.policy.refresh_steps > 1:
         return f"the selection was renewed at step {store.selected_at}, by queries that would be gone"

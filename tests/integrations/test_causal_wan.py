@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import kvtiers
-from kvtiers import ArchiveFullError, GeometryError, Policy, PolicyError, UnsupportedModelError
+from kvtiers import ArchiveFullError, CropError, GeometryError, Policy, PolicyError, UnsupportedModelError
 from kvtiers_diffusers import CausalWan, disable, enable, tiered
 from strategies import unchecked
 from tiny_wan import Golden, blocks, build, golden, prompt
@@ -205,6 +205,41 @@ def test_blocks_of_different_length_make_one_video_where_none_is_archived() -> N
         assert wan.frames == sum(lengths)
         assert [extent.steps for extent, _ in wan.cache.layout()] == lengths
         assert wan.cache.census() == {"sink": 1, "mid": 0, "recent": 3, "current": 0, "dropped": 8}
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes"), [("full", {}), ("streaming", {"sink": 2, "recent": 6}), ("packforcing-lm", ROLLING)]
+)
+@torch.no_grad()
+def test_a_video_rolls_back_to_the_end_of_a_block_and_its_rows_can_be_chosen(
+    policy: str, changes: dict[str, Any]
+) -> None:
+    model, text, clips = build(), prompt(rows=2), blocks(6, rows=2)
+    with tiered(model, policy, **changes) as wan:
+        video(wan, clips[:3], text)
+        wanted = video(wan, clips[4:], text)
+    with tiered(model, policy, **changes) as wan:
+        video(wan, clips[:3], text)
+        wan.denoise(clips[3], 500.0, text)
+        assert wan.cache is not None
+        with pytest.raises(CropError, match="step 5 is inside a block"):
+            wan.cache.crop(5)
+        wan.cache.crop(6)
+        if policy == "packforcing-lm":
+            fork = wan.cache.fork()
+            video(wan, clips[3:4], text)
+            with pytest.raises(CropError, match="have left recent since then"):
+                wan.cache.crop(6)
+            wan.cache = fork
+        else:
+            video(wan, clips[3:4], text)
+            wan.cache.crop(6)
+        assert wan.frames == 6
+        assert all(torch.equal(a, b) for a, b in zip(video(wan, clips[4:], text), wanted, strict=True))
+        plain = wan.denoise(clips[0], 500.0, text)
+        wan.cache.take(torch.tensor([1, 0]))
+        turned = wan.denoise(clips[0].flip(0), 500.0, text.flip(0))
+        assert torch.allclose(turned.flip(0), plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
