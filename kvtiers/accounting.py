@@ -32,6 +32,7 @@ def held_by(stores: Iterable[LayerStore]) -> list[Held]:
         for buffer in store._all_buffers():
             _split(store, buffer, total)
         parts = [store.digests.buffer, store.starts.buffer, store.state, *_parts(store.mid), *_parts(store.selection)]
+        parts += [part.table.buffer for part in store.lengths.values()]
         storages = [part.untyped_storage() for part in parts if isinstance(part, Tensor)]
         small |= {storage.data_ptr(): storage.nbytes() for storage in storages}  # rows that part ways share some
         for block in store.reduced.values():

@@ -82,8 +82,9 @@ class Context:
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
     current: int
-    mask: Bool[Tensor, "current tokens"] | None
-    """True where a current token may attend; none where every token may."""
+    mask: Bool[Tensor, "current tokens"] | Bool[Tensor, "batch kv_heads 1 tokens"] | None
+    """True where a current token may attend; none where every token may. It differs by row and KV head where blocks of
+    different length are attended (video): the shorter ones have padding behind them."""
     causal: bool
     """True when `mask` is none because plain causal order says it all (no history yet)."""
     banded: bool = False

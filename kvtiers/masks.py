@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvtiers.timeline import Timeline
 
@@ -25,3 +26,10 @@ def dropping(
     past = (now - (timeline.recent or 0) - timeline.sink).clamp(min=0)
     oldest = timeline.sink + past // timeline.block_size * timeline.block_size
     return (step <= now) & ((step < timeline.sink) | (step >= oldest))
+
+
+def padding(
+    own: Bool[Tensor, "batch kv_heads mid_tokens"], before: int, tokens: int
+) -> Bool[Tensor, "batch kv_heads 1 tokens"]:
+    """All of a context of `tokens` tokens, `before` of them before mid, less what stands behind shorter mid blocks."""
+    return pad(own, (before, tokens - before - own.shape[-1]), value=True)[:, :, None]

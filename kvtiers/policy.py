@@ -106,11 +106,14 @@ class Reducer(Protocol):
     """Whether `reduce` must be given the pixels."""
 
     def reduce(self, latents: Tensor, pixels: Tensor | None) -> Reduced:
-        """The reduced tokens of a clean block; called once per commit, in order.
+        """The reduced tokens of a clean block; called once per commit, in order, unless `skip` is.
 
         latents: [batch, channels, frames, height, width]. pixels: [batch, 3, frames, height, width] from -1 to 1, what
         was streamed of the block; none if nobody decoded it.
         """
+
+    def skip(self, latents: Tensor, pixels: Tensor | None) -> None:
+        """A clean block goes by that is an anchor in every layer, so that nobody will ask for its reduced tokens."""
 
     def reset(self) -> None:
         """Another video begins."""
@@ -156,7 +159,10 @@ class Retriever(ABC):
         return min(top_k, archived)
 
     def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests width"]:
-        """The small tensors that are kept hot for `blocks` (of the form that `digests` names), made of `rotated`."""
+        """The small tensors that are kept hot for `blocks` (of the form that `digests` names), made of `rotated`.
+
+        Where blocks differ in length, those that a shorter one has fewer of are zeros when `score` is given them.
+        """
         raise SlotError(f"{type(self).__name__} needs digests but defines no digest()")
 
     def digest_floats(self, tokens: int, head_dim: int) -> int:
@@ -395,12 +401,15 @@ class Policy:
             held += waiting * self.block_tokens(geometry, "compressed") * (geometry.token_bytes + 8 * 4)
         full = self.block_tokens(geometry, "full")
         digest = self.retriever.digest_floats(full, geometry.head_dim) * 4 * geometry.batch * geometry.kv_heads
-        hot = archived_blocks * (digest + 8)
+        length = 0 if geometry.even else 16 * len(self.forms)
+        hot = archived_blocks * (digest + 8 + length)
         if not self.compressor.drops:
             chosen = self.retriever.count(self.top_k, archived_blocks) + self.fringe
             axes = 1 + len(geometry.grid)
             tokens = max(self.block_tokens(geometry, form) for form in ("full", "compressed"))
-            held += chosen * geometry.batch * geometry.kv_heads * (3 * 8 + tokens * 8 * (axes + 1))
+            held += (
+                chosen * geometry.batch * geometry.kv_heads * (3 * 8 + tokens * (8 * (axes + 1) + (not geometry.even)))
+            )
         if self.archive.place == "device" and not self.compressor.drops:
             offsets = 4 * geometry.batch * geometry.kv_heads * (1 + len(geometry.grid))
             tokens = sum(self.block_tokens(geometry, form) for form in self.forms)

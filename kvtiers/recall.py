@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvtiers.archive import Shelf
 from kvtiers.blocks import Form, Selection
+from kvtiers.lengths import Lengths
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -17,12 +18,14 @@ class MidTokens:
 
     offsets: [batch | 1, kv_heads | 1, tokens, axes] from the start of each token's block; starts, placed: the blocks'
     original and placed first steps, in order; owner: each token's block (its rank), or none for runs of equal size.
+    own: [batch, kv_heads, tokens], false for the padding that stands behind a shorter block; none if there is none.
     """
 
     offsets: Tensor
     starts: Tensor
     placed: Tensor
     owner: Tensor | None
+    own: Tensor | None = None
 
     def at(self, starts: Tensor) -> Tensor:
         """Positions of the tokens when the blocks begin at `starts`."""
@@ -38,7 +41,7 @@ class MidTokens:
 
 @attrs.frozen(eq=False, kw_only=True)
 class Recalled:
-    """Recalled blocks as consecutive tokens, in order of origin; spans in steps, and their sum."""
+    """Recalled blocks as consecutive tokens, in order of origin; spans in steps, and the most that they sum up to."""
 
     keys: Tensor
     values: Tensor
@@ -50,29 +53,47 @@ class Recalled:
 
 
 def recall(
-    shelves: Mapping[Form, Shelf], selection: Selection, form: Form, starts: Int[Tensor, " archived"]
+    shelves: Mapping[Form, Shelf],
+    selection: Selection,
+    form: Form,
+    starts: Int[Tensor, " archived"],
+    lengths: Mapping[Form, Lengths],
 ) -> Recalled:
-    """Fetch the chosen blocks in `form`, and the fringe in compressed form; `starts` are all blocks' first steps."""
-    chosen = _fetch(shelves[form], selection.chosen, starts, whole=form == "full")
+    """Fetch the chosen blocks in `form`, and the fringe in compressed form.
+
+    starts: all blocks' first steps. lengths: how long they are, where they differ.
+    """
+    chosen = _fetch(shelves[form], selection.chosen, starts, lengths.get(form), whole=form == "full")
     if not selection.fringe.shape[-1]:
         return chosen
-    return _merge(chosen, _fetch(shelves["compressed"], selection.fringe, starts), selection)
+    fringe = _fetch(shelves["compressed"], selection.fringe, starts, lengths.get("compressed"))
+    merged = _merge(chosen, fringe, selection)
+    if not lengths:
+        return merged
+    count = selection.chosen.shape[-1] + selection.fringe.shape[-1]
+    return attrs.evolve(merged, total=max(part.most(count) for part in lengths.values()))
 
 
 def _fetch(
-    shelf: Shelf, index: Int[Tensor, "batch kv_heads chosen"], starts: Tensor, *, whole: bool = False
+    shelf: Shelf,
+    index: Int[Tensor, "batch kv_heads chosen"],
+    starts: Tensor,
+    lengths: Lengths | None,
+    *,
+    whole: bool = False,
 ) -> Recalled:
     keys, values, offsets = shelf.read(index)
     count = index.shape[-1]
     first = starts[index]
     wide = offsets.expand(*offsets.shape[:2], count, -1, -1).flatten(2, 3)
+    own = None if lengths is None else lengths.own(index, keys.shape[3])
     return Recalled(
         keys=keys.flatten(2, 3),
         values=values.flatten(2, 3),
-        where=MidTokens(offsets=wide, starts=first, placed=first, owner=None),
-        spans=torch.full_like(first, shelf.span),
-        total=count * shelf.span,
-        whole=whole,
+        where=MidTokens(offsets=wide, starts=first, placed=first, owner=None, own=own),
+        spans=torch.full_like(first, shelf.span) if lengths is None else lengths.spans_of(index),
+        total=count * shelf.span if lengths is None else lengths.most(count),
+        whole=whole and lengths is None,
     )
 
 
@@ -89,13 +110,24 @@ def _merge(chosen: Recalled, fringe: Recalled, selection: Selection) -> Recalled
     lead = index.shape[:2]
     offsets = torch.cat([part.where.offsets.expand(*lead, -1, -1) for part in (chosen, fringe)], 2)
     starts = torch.cat([chosen.where.starts, fringe.where.starts], -1).gather(-1, order)
+    own = None
+    if chosen.where.own is not None or fringe.where.own is not None:
+        parts = [_all_own(part) if part.where.own is None else part.where.own for part in (chosen, fringe)]
+        own = torch.cat(parts, -1).gather(-1, at)
     return Recalled(
         keys=_along_tokens(torch.cat([chosen.keys, fringe.keys], 2), at),
         values=_along_tokens(torch.cat([chosen.values, fringe.values], 2), at),
-        where=MidTokens(offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at)),
+        where=MidTokens(
+            offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at), own=own
+        ),
         spans=torch.cat([chosen.spans, fringe.spans], -1).gather(-1, order),
         total=chosen.total + fringe.total,
     )
+
+
+def _all_own(part: Recalled) -> Tensor:
+    """That no token of `part` is padding."""
+    return torch.ones(part.keys.shape[:3], dtype=torch.bool, device=part.keys.device)
 
 
 def _along_tokens(x: Float[Tensor, "batch kv_heads tokens width"], at: Int[Tensor, "batch kv_heads tokens"]) -> Tensor:

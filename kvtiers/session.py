@@ -12,6 +12,7 @@ from torch import Tensor
 from kvtiers.archive import Growing
 from kvtiers.blocks import Blocks, Selection
 from kvtiers.errors import CropError, SavedCacheError
+from kvtiers.lengths import Lengths
 from kvtiers.recall import MidTokens
 from kvtiers.store import LayerStore
 
@@ -33,7 +34,7 @@ _NUMBERS = (
 )
 _BUFFERS = ("keys", "raw", "values")
 _REDUCED = ("keys", "values", "offsets", "starts")
-_MID = ("offsets", "starts", "placed", "owner")
+_MID = ("offsets", "starts", "placed", "owner", "own")
 
 
 def crop_reason(store: LayerStore, steps: int) -> str | None:
@@ -131,6 +132,7 @@ def fork(store: LayerStore) -> LayerStore:
         buffer: Tensor | None = getattr(store, name)
         setattr(other, name, None if buffer is None else buffer.clone())
     other.shelves = {form: shelf.fork() for form, shelf in store.shelves.items()}
+    other.lengths = {form: part.fork() for form, part in store.lengths.items()}
     other.digests, other.starts = store.digests.fork(), store.starts.fork()
     other.reduced = dict(store.reduced)  # never written in place
     other.state = store.state.clone() if isinstance(store.state, Tensor) else copy.deepcopy(store.state)
@@ -181,6 +183,10 @@ def dump(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     shelves = {}
     for form, shelf in store.shelves.items():
         shelves[form] = {"count": shelf.count, "span": shelf.span}
+        lengths = store.lengths.get(form)
+        if lengths is not None and lengths.table.data is not None:
+            shelves[form]["padded"] = lengths.padded
+            tensors[f"lengths.{form}"] = lengths.table.data.clone()
         tensors |= {f"{form}.{name}": part.contiguous() for name, part in shelf.tensors().items()}
     numbers: dict[str, Any] = {name: getattr(store, name) for name in _NUMBERS}
     cuts = None if store.timeline.cuts is None else [store.timeline.sink, *store.timeline.cuts]
@@ -218,9 +224,12 @@ def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[s
             starts=tensors["mid.starts"],
             placed=tensors["mid.placed"],
             owner=tensors.get("mid.owner"),
+            own=tensors.get("mid.own"),
         )
     for form, about in numbers["shelves"].items():
         shelf = store.policy.archive.open()
         held = {name.removeprefix(f"{form}."): t for name, t in tensors.items() if name.startswith(f"{form}.")}
         shelf.restore(held, count=about["count"], span=about["span"])
         store.shelves[form] = shelf
+        if "padded" in about:
+            store.lengths[form] = Lengths.of(tensors[f"lengths.{form}"], padded=about["padded"])

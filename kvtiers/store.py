@@ -6,21 +6,22 @@ slice and history is never concatenated. Rows with other padding have a store of
 extents are then equal within a store, a context needs no validity mask, and a padded row is the same row alone.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kvtiers import events, slots
+from kvtiers import archiving, events, slots
 from kvtiers.archive import Growing, Shelf
-from kvtiers.blocks import Blocks, Context, Extent, Form, Selection, run_of
+from kvtiers.blocks import Blocks, Context, Form, Selection
 from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError, SlotError
 from kvtiers.geometry import Geometry
-from kvtiers.masks import causal, dropping
+from kvtiers.lengths import Lengths
+from kvtiers.masks import causal, dropping, padding
 from kvtiers.policy import Placement, Policy, Source, SourceCompressor, choose
 from kvtiers.recall import MidTokens, Recalled, recall
 from kvtiers.rotary import Rotary
@@ -78,6 +79,8 @@ class LayerStore:
         self.reduced: dict[int, Blocks] = {}
         """The reduced K/V of blocks that have not left recent yet, by their first step (video)."""
         self.shelves: dict[Form, Shelf] = {}
+        self.lengths: dict[Form, Lengths] = {}
+        """How long the archived blocks are, where they may differ (video)."""
         self.digests, self.starts = Growing(2), Growing(0)
         self.state: Any = None
         self.selection: Selection | None = None
@@ -191,6 +194,8 @@ class LayerStore:
             span=span,
         )
         past = self.context()
+        history = slice(0, past.keys.shape[2] - past.current)
+        mask = None if past.mask is None else pad(past.mask[..., history], (0, keys.shape[2]), value=True)
         where = offsets.double().clone()
         where[:, 0] += self.settled + self.recent_shift
         if self.rotates and self.rotary is not None:
@@ -202,16 +207,15 @@ class LayerStore:
             own[:, 0] += self.settled
             parts = zip(past.locate(), (own, where), strict=True)
             both = [
-                torch.cat([old[..., : -past.current, :], new.to(old).expand(*old.shape[:-2], -1, -1)], -2)
-                for old, new in parts
+                torch.cat([old[..., history, :], new.to(old).expand(*old.shape[:-2], -1, -1)], -2) for old, new in parts
             ]
             return both[0], both[1]
 
         return query, Context(
-            keys=torch.cat([past.keys[:, :, : -past.current], keys], 2),
-            values=torch.cat([past.values[:, :, : -past.current], values], 2),
+            keys=torch.cat([past.keys[:, :, history], keys], 2),
+            values=torch.cat([past.values[:, :, history], values], 2),
             current=keys.shape[2],
-            mask=None,
+            mask=mask,
             causal=False,
             locate=locate,
         )
@@ -312,113 +316,12 @@ class LayerStore:
             )
         now = timeline.recent_start(self.seen)
         if now > max(self.aged_to, timeline.sink):
-            self._age(timeline.blocks(max(self.aged_to, timeline.sink), now))
+            archiving.age(self, timeline.blocks(max(self.aged_to, timeline.sink), now))
         if not self.geometry.causal:
             self._tell_committed()
         self.timeline, self.settled = timeline, self.seen
         self.aged_to = max(self.aged_to, timeline.sink)
         self.drafted, self._live = False, None
-
-    def _age(self, blocks: Sequence[Extent]) -> None:
-        """Move `blocks`, the oldest of recent, out of it."""
-        start, stop = blocks[0].start, blocks[-1].stop
-        if self.policy.in_place:
-            self.mid_tokens += (stop - start) * self.geometry.tokens_per_step
-            self.aged_to = stop
-            return
-        if self.policy.compressor.drops:
-            self.dropped += stop - start
-            self.aged_to, self.mid_tokens = stop, 0
-            self._assemble(None)
-            return
-        for run in _runs(blocks):
-            self._archive(self.head, run)
-            self.aged_to, self.mid_tokens, self.stale = run[-1].stop, 0, True
-
-    def _archive(self, slot: int, run: Sequence[Extent]) -> None:
-        """Write blocks of one length, whose tokens begin at `slot`, to the archive. Changes nothing if refused."""
-        _, raw, stored = self._buffers()
-        first, span, count = run[0].start, run[0].steps, len(run)
-        where = slice(slot, slot + count * span * self.geometry.tokens_per_step)
-        keys = raw[:, :, where]
-        reduced = None
-        if isinstance(self.policy.compressor, SourceCompressor):
-            reduced = _joined([self.reduced[block.start] for block in run])
-        blocks = run_of(
-            keys,
-            stored[:, :, where],
-            count=count,
-            positions=self.geometry.positions(first, first + count * span, raw.device),
-            first=first,
-            span=span,
-            rotated=(self._turn(keys, first) if self.rotates else keys) if reduced is None else None,
-            reduced=reduced,
-        )
-        kept, state = self._forms(blocks)
-        if not kept:
-            self.state, self.dropped = state, self.dropped + count * span
-            return
-        digest = None
-        if self.policy.retriever.needs_digests:
-            digest = self._digest(kept["compressed"] if self.policy.retriever.digests == "compressed" else blocks)
-        self._shelve(kept)
-        if digest is not None:
-            self.digests.append(digest)
-        self.starts.append(blocks.starts)
-        self.state = state
-        for block in run:
-            self.reduced.pop(block.start, None)
-
-    def _digest(self, blocks: Blocks) -> Tensor:
-        """The digests of `blocks`, of their keys as attention saw them."""
-        if blocks.rotated is None:
-            blocks = attrs.evolve(blocks, rotated=self._rotated(blocks))
-        return self.policy.retriever.digest(blocks)
-
-    def _rotated(self, blocks: Blocks) -> Tensor:
-        """The keys of `blocks` at their original positions."""
-        if not self.rotates or self.rotary is None:
-            return blocks.keys
-        positions = blocks.offsets.double().expand(*blocks.offsets.shape[:2], blocks.count, -1, -1).clone()
-        positions[..., 0] += blocks.starts[:, None]
-        return self.rotary.rotate(blocks.keys, positions)
-
-    def _forms(self, blocks: Blocks) -> tuple[dict[Form, Blocks], Any]:
-        """The forms in which the policy wants `blocks` archived, none if the compressor drops them."""
-        wanted = self.policy.forms
-        kept: dict[Form, Blocks] = {"full": blocks} if "full" in wanted else {}
-        if "compressed" not in wanted:
-            return kept, self.state
-        if self.policy.compressor.keeps:
-            return kept | {"compressed": blocks}, self.state
-        compressed, state = self.policy.compressor.age(blocks, self.state)
-        if compressed is None:
-            return {}, state
-        if self.observe is not None:
-            before, after = (b.count * b.tokens for b in (blocks, compressed))
-            event = events.Compressed(layer=self.layer, blocks=blocks.count, tokens_before=before, tokens_after=after)
-            self.observe(event)
-        return kept | {"compressed": compressed}, state
-
-    def _shelve(self, kept: dict[Form, Blocks]) -> None:
-        """Write every form to its shelf, or none."""
-        shelves = {form: self.shelves.get(form) or self.policy.archive.open() for form in kept}
-        done: list[Form] = []
-        try:
-            for form, blocks in kept.items():
-                shelves[form].admit(blocks)
-                shelves[form].write(blocks)
-                done.append(form)
-        except BaseException:
-            for form in done:
-                shelves[form].drop_last(kept[form].count)
-            raise
-        self.shelves.update(shelves)
-        if self.observe is not None:
-            for blocks in kept.values():
-                size = blocks.keys.nbytes + blocks.values.nbytes
-                place = self.policy.archive.place
-                self.observe(events.Archived(layer=self.layer, blocks=blocks.count, place=place, bytes=size))
 
     # ------------------------------------------------------------------ select
 
@@ -505,20 +408,13 @@ class LayerStore:
         starts = self.starts.data
         if starts is None:
             raise SelectionError(f"layer {self.layer} has no archived blocks to select")
-        found = recall(self.shelves, selection, self.policy.recall, starts)
+        found = recall(self.shelves, selection, self.policy.recall, starts, self.lengths)
         if self.observe is not None:
             size = found.keys.nbytes + found.values.nbytes
             blocks = selection.chosen.numel() + selection.fringe.numel()
             place = self.policy.archive.place
             self.observe(events.Recalled(layer=self.layer, blocks=blocks, bytes=size, place=place))
         return found
-
-    def blocks_of(self, shelf: Shelf, index: Tensor, first: int) -> Blocks:
-        """An archived block, fetched; `index` [batch, kv_heads, 1] names it, `first` is its first step."""
-        keys, values, offsets = shelf.read(index)
-        starts = torch.tensor([first], device=keys.device)
-        rotated = self._turn(keys.flatten(2, 3), first).unflatten(2, (1, -1)) if self.rotates else keys
-        return Blocks(keys=keys, values=values, offsets=offsets, starts=starts, span=shelf.span, rotated=rotated)
 
     def _shift(self, placement: Placement) -> None:
         """Rotate sink and recent (with current) anew, from their unrotated keys, where their place has changed."""
@@ -588,6 +484,8 @@ class LayerStore:
 
     def _mask(self, current: int, tokens: int) -> Tensor | None:
         """What each current token may see, or none if that goes without saying."""
+        if self.mid is not None and self.mid.own is not None and self.mid_tokens:
+            return padding(self.mid.own, self.sink_tokens, tokens)
         if not self.geometry.causal or current <= 1:
             return None
         device = self._buffers()[0].device
@@ -625,19 +523,3 @@ class LayerStore:
             "current": self.seen - self.settled,
             "dropped": self.dropped,
         }
-
-
-def _runs(blocks: Sequence[Extent]) -> list[list[Extent]]:
-    """Consecutive blocks of equal length together."""
-    return [list(run) for _, run in groupby(blocks, key=lambda block: block.steps)]
-
-
-def _joined(blocks: Sequence[Blocks]) -> Blocks:
-    """Blocks of one size and shape as one run."""
-    first = blocks[0]
-    return attrs.evolve(
-        first,
-        keys=torch.cat([block.keys for block in blocks], 2),
-        values=torch.cat([block.values for block in blocks], 2),
-        starts=torch.cat([block.starts for block in blocks]),
-    )

@@ -1,9 +1,10 @@
 """Changing the policy of a filled cache: what may change, and what must then be made anew."""
 
 import attrs
-import torch
 
+from kvtiers import archiving
 from kvtiers.archive import Growing
+from kvtiers.blocks import Form
 from kvtiers.errors import SwapError
 from kvtiers.policy import Policy
 from kvtiers.store import LayerStore
@@ -63,6 +64,7 @@ def apply(store: LayerStore, policy: Policy) -> None:
         _digest_again(store)
     for form in set(store.shelves) - policy.forms:
         del store.shelves[form]
+        store.lengths.pop(form, None)
     for shelf in store.shelves.values():
         policy.archive.adopt(shelf)
     store.pending = policy.refresh_steps
@@ -76,12 +78,8 @@ def apply(store: LayerStore, policy: Policy) -> None:
 
 def _digest_again(store: LayerStore) -> None:
     """Digest every archived block for the new retriever."""
-    shelf = store.shelves.get(store.policy.retriever.digests) or next(iter(store.shelves.values()))
+    wanted: Form = store.policy.retriever.digests
+    form = wanted if wanted in store.shelves else next(iter(store.shelves))
     store.digests = Growing(2)
-    shape = (store.geometry.batch, store.geometry.kv_heads)
-    starts = store.starts.data
-    for number in range(shelf.count):
-        device = store._buffers()[0].device
-        index = torch.full((*shape, 1), number, device=device, dtype=torch.long)
-        first = 0 if starts is None else int(starts[number])
-        store.digests.append(store.policy.retriever.digest(store.blocks_of(shelf, index, first)))
+    for number in range(store.archived):
+        store.digests.append(archiving.digests(store, archiving.fetched(store, form, number)))

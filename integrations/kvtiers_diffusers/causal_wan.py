@@ -78,7 +78,7 @@ class CausalWan:
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._committed: weakref.ref[Tensor] | None = None
         self._unfinished = False
-        self._reduced: tuple[weakref.ref[Tensor], Reduced] | None = None
+        self._reduced: tuple[weakref.ref[Tensor], Reduced | None] | None = None
         self._decoder = None if vae is None else StreamingDecoder(vae)
         compressor = self.policies[0].compressor
         self.reducer: Reducer | None = None
@@ -137,9 +137,22 @@ class CausalWan:
             return self._reduced[1]  # the clean pass failed; branches with a memory must not see a block twice
         if pixels is None and self.reducer.needs_pixels and self._decoder is not None:
             pixels = self._decoder.decode(block)
-        reduced = self.reducer.reduce(block, pixels)
+        reduced = None
+        if self._is_anchor(block.shape[2]):
+            self.reducer.skip(block, pixels)
+        else:
+            reduced = self.reducer.reduce(block, pixels)
         self._reduced = (weakref.ref(block), reduced)
         return reduced
+
+    def _is_anchor(self, frames: int) -> bool:
+        """Whether a block of `frames` frames, committed now, is an anchor in every layer."""
+        cache, stop = self._filled, self.frames + frames
+        for policy, geometry, layer in zip(self.policies, cache.geometries, cache.layers, strict=True):
+            timeline = next((store.timeline for store in layer.stores()), policy.timeline(geometry))
+            if policy.extended(timeline, stop).sink != stop:
+                return False
+        return True
 
     def _finish(self) -> None:
         """Make what was committed history, in every layer."""
@@ -178,7 +191,7 @@ class CausalWan:
             if table is None or layer not in self._prompt:
                 return None
             context = store.context()
-            found.append(Steady(context.keys, context.values, table))
+            found.append(Steady(context.keys, context.values, table, context.mask))
         return found if len(found) == len(self.policies) else None
 
     def _eager(self) -> AbstractContextManager[Any]:

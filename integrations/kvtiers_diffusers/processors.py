@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
 from kvtiers import Reduced, Rotary, TieredCache, UnsupportedModelError
@@ -18,12 +18,13 @@ class Steady:
     """What a further denoise step of a block needs of one layer: tensors alone, so that it can be compiled.
 
     keys, values: [batch, heads, tokens, head_dim], the context with the block's own slots at its end, written in place.
-    table: the rotation to where the block is placed.
+    table: the rotation to where the block is placed. mask: what of the context may be attended, if not all.
     """
 
     keys: Tensor
     values: Tensor
     table: tuple[Tensor, Tensor]
+    mask: Tensor | None
 
 
 @attrs.define(eq=False)
@@ -85,10 +86,20 @@ class _Processor(ABC):
     def _serve(self, now: Pass, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:
         """What the tokens of `hidden` attend, [batch, tokens, channels], before the output projection."""
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention by the backend that diffusers dispatches to; [batch, heads, tokens, head_dim] in."""
+        if mask is not None and self._attention_backend is not None:
+            name = AttentionBackendName(self._attention_backend).value
+            if "varlen" in name:
+                raise UnsupportedModelError(
+                    "blocks of different length leave padding between archived ones, and attention backend "
+                    f"{name!r} takes no mask per head; choose another, such as set_attention_backend('native'), or "
+                    "blocks of one length"
+                )
         query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
-        out: Tensor = dispatch_attention_fn(query, keys, values, backend=self._attention_backend, parallel_config=None)
+        out: Tensor = dispatch_attention_fn(
+            query, keys, values, attn_mask=mask, backend=self._attention_backend, parallel_config=None
+        )
         return out.flatten(2, 3)
 
 
@@ -114,7 +125,7 @@ class TieredSelfAttention(_Processor):
             steady, tokens = now.steady[self.layer], key.shape[2]
             steady.keys[:, :, -tokens:] = now.rotary.apply(key, steady.table)
             steady.values[:, :, -tokens:] = value
-            return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values)
+            return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values, steady.mask)
         cache, layer = now.cache, self.layer
         if not cache.policies[layer].realigner.rotates:
             steps = key.shape[2] // cache.geometries[layer].tokens_per_step
@@ -123,7 +134,7 @@ class TieredSelfAttention(_Processor):
         cache.draft(layer, key, value)
         cache.select(layer, query)
         context = cache.context(layer)
-        return self._attend(cache.place_query(layer, query), context.keys, context.values)
+        return self._attend(cache.place_query(layer, query), context.keys, context.values, context.mask)
 
     def _reduced(self, now: Pass, reduced: Reduced, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's reduced tokens attend the context and one another, and are kept for when the block has aged."""
@@ -134,7 +145,7 @@ class TieredSelfAttention(_Processor):
             table = now.rotary.table(where)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
         placed, context = cache.beside(layer, query, key, value, reduced.offsets, reduced.span)
-        return self._attend(placed, context.keys, context.values)
+        return self._attend(placed, context.keys, context.values, context.mask)
 
 
 class PromptAttention(_Processor):

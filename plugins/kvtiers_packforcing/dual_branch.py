@@ -104,6 +104,10 @@ class DualBranchReducer:
     def reset(self) -> None:
         self._last: Tensor | None = None
 
+    def skip(self, latents: Tensor, pixels: Tensor | None) -> None:
+        if self.needs_pixels and pixels is not None:
+            self._last = self._newest(pixels)
+
     def reduce(
         self,
         latents: Float[Tensor, "batch channels frames height width"],
@@ -138,12 +142,12 @@ class DualBranchReducer:
         The encoder is causal and makes one latent of its first frame alone: the last frame before the block is put in
         front, and that latent left out. The first block has none before it and begins with such a frame itself.
         """
-        small = (pixels.shape[-2] // 4, pixels.shape[-1] // 4)
+        small = _small(pixels)
         if self._last is None:
             before, body = adaptive_avg_pool3d(pixels[:, :, :1], (1, *small)), pixels[:, :, 1:]
         else:
             before, body = self._last, pixels
-        self._last = adaptive_avg_pool3d(pixels[:, :, -1:], (1, *small)).detach()
+        self._last = self._newest(pixels)
         pooled = torch.cat([before, adaptive_avg_pool3d(body, (4 * frames, *small))], 2)
         with torch.no_grad():
             latents = self.vae.encode(pooled.to(self.vae.dtype)).latent_dist.mode()[:, :, 1:]
@@ -154,3 +158,12 @@ class DualBranchReducer:
             )
             embedded: Tensor = self.model.patch_embedding(((latents - mean) / deviation).to(self.model.dtype))
         return embedded
+
+    def _newest(self, pixels: Tensor) -> Tensor:
+        """The last frame, pooled: the encoder is to see it before the next block."""
+        return adaptive_avg_pool3d(pixels[:, :, -1:], (1, *_small(pixels))).detach()
+
+
+def _small(pixels: Tensor) -> tuple[int, int]:
+    """A quarter of the height and width."""
+    return pixels.shape[-2] // 4, pixels.shape[-1] // 4

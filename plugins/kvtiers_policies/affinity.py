@@ -18,7 +18,7 @@ from torch import Tensor
 from kvtiers.blocks import Blocks, Form
 from kvtiers.errors import SlotError
 from kvtiers.policy import Retriever
-from kvtiers_policies.digests import groups, query_groups, spread
+from kvtiers_policies.digests import absent, groups, query_groups, spread
 
 _OPTIONAL_COUNT = v.optional([v.instance_of(int), v.ge(1)])
 
@@ -88,6 +88,8 @@ class Affinity(Retriever):
         if self.normalise == "none" and self.combine == "sum":
             return torch.einsum("bkhd,bknd->bkhn", grouped.sum(3), digests.sum(3))
         logits = torch.einsum("bkhqd,bkmd->bkhqm", grouped, digests.flatten(2, 3))
+        if self.normalise == "softmax" or self.combine == "max":
+            logits = logits.masked_fill(absent(digests).flatten(2)[:, :, None, None], -torch.inf)
         shares: Tensor = logits.softmax(-1) if self.normalise == "softmax" else logits
         of_block = (shares.amax(3) if self.combine == "max" else shares.sum(3)).unflatten(-1, digests.shape[2:4])
         scores: Tensor = of_block.amax(-1) if self.combine == "max" else of_block.sum(-1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvtiers.blocks import Blocks
@@ -13,6 +13,13 @@ def groups(blocks: Blocks, size: int | None) -> Sequence[Float[Tensor, "batch kv
     keys = (blocks.keys if blocks.rotated is None else blocks.rotated).float()
     runs: Sequence[Tensor] = keys.split(size or keys.shape[-2], dim=-2)
     return runs
+
+
+def absent(
+    digests: Float[Tensor, "batch kv_heads blocks digests width"],
+) -> Bool[Tensor, "batch kv_heads blocks digests"]:
+    """Which digests are none: a block that is shorter than others may have fewer, and zeros in their place."""
+    return (digests == 0).all(-1)
 
 
 def query_groups(

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvtiers.blocks import Blocks
 from kvtiers.errors import SlotError
 from kvtiers.policy import Retriever
-from kvtiers_policies.digests import groups, query_groups
+from kvtiers_policies.digests import absent, groups, query_groups
 
 
 @attrs.frozen(kw_only=True)
@@ -44,5 +44,6 @@ class PageBounds(Retriever):
         grouped = query_groups(query.float(), digests.shape[1]).flatten(2, 3)
         bounds = torch.einsum("bkqd,bkngd->bkqng", grouped.clamp(min=0), greatest)
         bounds += torch.einsum("bkqd,bkngd->bkqng", grouped.clamp(max=0), least)
-        absent = (grouped == 0).all(-1)
-        return bounds.amax(-1).masked_fill(absent[..., None], -torch.inf).amax(2)
+        bounds = bounds.masked_fill(absent(digests)[:, :, None], -torch.inf)
+        pads = (grouped == 0).all(-1)
+        return bounds.amax(-1).masked_fill(pads[..., None], -torch.inf).amax(2)

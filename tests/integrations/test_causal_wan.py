@@ -11,6 +11,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch import Tensor
 
 import kvtiers
@@ -205,6 +206,54 @@ def test_blocks_of_different_length_make_one_video_where_none_is_archived() -> N
         assert wan.frames == sum(lengths)
         assert [extent.steps for extent, _ in wan.cache.layout()] == lengths
         assert wan.cache.census() == {"sink": 1, "mid": 0, "recent": 3, "current": 0, "dropped": 8}
+
+
+@pytest.mark.parametrize("policy", ["archive", "packforcing-lm"])
+@torch.no_grad()
+def test_an_uneven_video_of_which_everything_is_attended_is_that_of_full_history(policy: str) -> None:
+    model, text = build(), prompt()
+    clips = [blocks(1, frames=frames, seed=frames)[0] for frames in (1, 3, 2, 3, 1, 2)]
+    changes = {"sink": 1, "recent": 2, "top_k": 9, "recall": "full", "fringe": 0, "block_frames": 3, "even": False}
+    with tiered(model, "full", block_frames=3, even=False) as wan:
+        wanted = video(wan, clips, text)
+    with tiered(model, policy, realigner="anchored", **changes) as wan:
+        got = video(wan, clips, text)
+        assert wan.cache is not None
+        assert wan.cache.stores()[0].archived == 4
+        wan.denoise(clips[0], 500.0, text)
+        assert wan.cache.context(0).mask is not None
+    assert max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)) < 2e-5
+
+
+@pytest.mark.parametrize("even", [True, False])
+@torch.no_grad()
+def test_every_attention_backend_of_diffusers_that_runs_here_gives_the_same_video(even: bool) -> None:
+    model, text = build(), prompt()
+    clips = [blocks(1, frames=2 if even else 1 + n % 2, seed=n)[0] for n in range(7)]
+    flows = []
+    for backend in (None, "native", "_native_math"):
+        if backend is not None:
+            model.set_attention_backend(backend)
+        with tiered(model, "archive", block_frames=2, even=even, **ROLLING) as wan:
+            flows.append(video(wan, clips, text))
+            with attention_backend("_native_math"):
+                assert torch.allclose(wan.denoise(clips[1], 500.0, text), wan.denoise(clips[1], 500.0, text))
+    for other in flows[1:]:
+        assert max(float((a - b).abs().max()) for a, b in zip(other, flows[0], strict=True)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_backend_that_takes_no_mask_per_head_refuses_padding() -> None:
+    model, text, clips = build(), prompt(), [blocks(1, frames=1 + n % 2, seed=n)[0] for n in range(8)]
+    with tiered(model, "archive", block_frames=2, even=False, **ROLLING) as wan:
+        video(wan, clips[:6], text)
+        for processor in model.attn_processors.values():
+            processor._attention_backend = AttentionBackendName.FLASH_VARLEN
+        with pytest.raises(UnsupportedModelError, match="backend 'flash_varlen' takes no mask per head"):
+            wan.denoise(clips[6], 500.0, text)
+        for processor in model.attn_processors.values():
+            processor._attention_backend = None
+        wan.denoise(clips[6], 500.0, text)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,60 @@ def test_anchors_are_not_compressed_and_what_has_aged_is() -> None:
         assert (set(store.shelves), compressed.tokens, compressed.span) == ({"compressed"}, 12, 4)
 
 
+@pytest.mark.parametrize("positions", ["center", "unit"])
+@torch.no_grad()
+def test_blocks_of_different_length_are_compressed_and_attended_and_the_first_may_be_one_frame(positions: str) -> None:
+    model, text = build(), prompt()
+    lengths = [1, 3, 4, 2, 4, 5, 3, 2, 4, 5]
+    clips = [blocks(1, **{**FRAMES, "frames": n}, seed=n)[0] for n in lengths]
+    changes = {"sink": 1, "recent": 5, "top_k": 6, "block_frames": 5, "even": False}
+    with tiered(model, "packforcing", **changes, **hr(positions=positions)) as wan:
+        for clip in clips:
+            flow = wan.denoise(clip, 500.0, text)
+            assert torch.equal(wan.denoise(clip, 500.0, text), flow)
+            wan.commit(clip, text)
+            assert wan.cache is not None
+            assert max(wan.attended()) <= (wan.policies[0].bound(wan.cache.geometries[0]) or 0)
+        store = wan.cache.layers[0].stores()[0]
+        assert store.archived == 8
+        held = store.lengths["compressed"]
+        assert held.table.data is not None
+        assert held.table.data[:, 0].tolist() == [n // 2 * 6 for n in lengths[1:9]]
+        assert held.table.data[:, 1].tolist() == [n // 2 if positions == "unit" else n for n in lengths[1:9]]
+        wan.denoise(clips[3], 500.0, text)
+        context = wan.cache.context(0)
+        hidden = ~context.mask if context.mask is not None else torch.zeros(0)
+        assert hidden.any()
+        spoiled = store._buffers()
+        at = slice(store.begin, store.tail)
+        want = wan.denoise(clips[4], 500.0, text)
+        for part in (spoiled[0], spoiled[2]):  # whatever stands in the padding, nothing of it is seen
+            part[:, :, at][hidden[:, :, 0]] = 7.0
+        assert torch.equal(wan.denoise(clips[4], 500.0, text), want)
+
+
+@torch.no_grad()
+def test_an_anchor_passes_the_low_resolution_branch_by_which_remembers_its_last_frame() -> None:
+    model, text, autoencoder = build(), prompt(), vae()
+    clips = [blocks(1, **{**SQUARE, "frames": n}, seed=n)[0] for n in (1, 2, 2, 2)]
+    with tiered(
+        model, "packforcing", vae=autoencoder, sink=1, recent=2, top_k=2, block_frames=2, even=False, **LOW
+    ) as wan:
+        wan.commit(clips[0], text)
+        assert wan.reducer is not None
+        first = wan.reducer._last
+        assert first is not None
+        for clip in clips[1:]:
+            wan.commit(clip, text)
+            assert not torch.equal(wan.reducer._last, first)
+        assert wan.cache is not None
+        assert wan.cache.layers[0].stores()[0].archived == 2
+    with tiered(model, "packforcing", vae=autoencoder, sink=0, recent=2, block_frames=2, even=False, **LOW) as wan:
+        with pytest.raises(PolicyError, match="at least 2 frames of 4 x 4 tokens, got 1 frames"):
+            wan.commit(clips[0], text)
+        assert wan.frames == 0
+
+
 @pytest.mark.parametrize("realigner", ["gaps", "anchored", "incremental"])
 @pytest.mark.parametrize("positions", ["center", "corner", "unit"])
 @torch.no_grad()
