@@ -1,7 +1,8 @@
 """The command `kvtiers`: what is installed, and the commands that integrations add.
 
-A package adds a command with an entry point of group `kvtiers.commands` that names a click command. It is loaded when
-it is asked for; one that fails to load is listed with the reason and breaks nothing else.
+A package adds a command with an entry point of group `kvtiers.commands` that names a click command, and one beneath
+`kvtiers bench` with group `kvtiers.benchmarks`. It is loaded when it is asked for; one that fails to load is listed
+with the reason and breaks nothing else.
 """
 
 import json
@@ -25,19 +26,24 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"the command line needs {error.name}; pip install 'kvtiers[cli]'") from error
 
-COMMANDS, MODELS = "kvtiers.commands", "kvtiers.models"
-"""Entry-point groups: commands, and functions that tell the `kvtiers.planning.Shape` of a model by its name."""
+COMMANDS, BENCHMARKS, MODELS = "kvtiers.commands", "kvtiers.benchmarks", "kvtiers.models"
+"""Entry-point groups: commands, commands of `bench`, and functions that tell the `kvtiers.planning.Shape` of a model by
+its name."""
 
 
 class Commands(click.Group):
-    """The commands below, and those of the entry-point group `kvtiers.commands`."""
+    """The commands below, and those of the entry-point group `added`."""
+
+    def __init__(self, *args: Any, added: str = COMMANDS, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.added = added
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *(entry.name for entry in metadata.entry_points(group=COMMANDS))})
+        return sorted({*super().list_commands(ctx), *(entry.name for entry in metadata.entry_points(group=self.added))})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         own = super().get_command(ctx, cmd_name)
-        entries = metadata.entry_points(group=COMMANDS, name=cmd_name)
+        entries = metadata.entry_points(group=self.added, name=cmd_name)
         if own is not None or not entries:
             return own
         entry = next(iter(entries))
@@ -64,6 +70,11 @@ def _broken(entry: metadata.EntryPoint, why: str) -> click.Command:
 @click.version_option(package_name="kvtiers")
 def main() -> None:
     """Tiered key-value caches for autoregressive transformers."""
+
+
+@main.group(cls=Commands, added=BENCHMARKS)
+def bench() -> None:
+    """Measure speed, memory and exactness on this machine."""
 
 
 @main.command()
@@ -165,15 +176,27 @@ def _shape(model: str, **wanted: Any) -> Shape:
 
 
 def parse(spec: str) -> Policy:
-    """`name` or `name:setting=value,...`, as in `archive:top_k=8,retriever=recency`."""
+    """`name` or `name:setting=value,...`, as in `archive:top_k=8,retriever=affinity,retriever.heads=mean`."""
     name, _, settings = spec.partition(":")
     changes: dict[str, Any] = {}
+    options: dict[str, dict[str, Any]] = {}
     for part in filter(None, settings.split(",")):
-        key, equals, value = part.partition("=")
+        key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
-        number = value.strip().lstrip("-").isdigit()
-        changes[key.strip()] = int(value) if number else None if value.strip() == "none" else value.strip()
+        slot, dot, option = key.partition(".")
+        meant = int(value) if value.lstrip("-").isdigit() else None if value == "none" else value
+        if dot:
+            options.setdefault(slot, {})[option] = meant
+        else:
+            changes[key] = meant
+    for slot, of_slot in options.items():
+        if slot not in SLOTS or slot not in changes:
+            raise PolicyError(
+                f"{spec!r}: an option of a slot follows its name, as in retriever=affinity,retriever.heads=mean; the "
+                f"slots are {', '.join(SLOTS)}"
+            )
+        changes[slot] = (changes[slot], of_slot)
     return policy(name, **changes)
 
 

@@ -196,6 +196,12 @@ class Realigner(ABC):
     rotates: ClassVar[bool] = True
     """False if keys keep the rotation that the model gave them."""
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether anchors that move are rotated on from where they were, as often as that happens, and rounded each
+        time; otherwise every key is rotated once, from its unrotated value, to where it is placed."""
+        return False
+
     @abstractmethod
     def place(
         self,
@@ -209,7 +215,8 @@ class Realigner(ABC):
         """Place a context of `sink` steps, then mid blocks, then recent (and current) from step `recent`.
 
         starts, spans: original first steps and lengths of the mid blocks, in order; `total` is the sum of one row's and
-        head's spans (given as a number, so that nothing waits for the device).
+        head's spans, or the most that it can be where blocks differ in length (given as a number, so that nothing waits
+        for the device).
         """
 
 

@@ -55,28 +55,37 @@ class Rotary:
         return 2 * sum(f.numel() for f in self.frequencies)
 
     def table(
-        self, positions: Float[Tensor, "*batch tokens axes"]
+        self, positions: Float[Tensor, "*batch tokens axes"], dtype: torch.dtype = torch.float32
     ) -> tuple[Float[Tensor, "*batch tokens width"], Float[Tensor, "*batch tokens width"]]:
-        """Cosines and sines at `positions`, float32, laid out for `rotate`; the sine carries the pair's sign."""
+        """Cosines and sines at `positions`, laid out for `apply`; the sine carries the pair's sign.
+
+        dtype: of what will be rotated: float64 is rotated in float64, everything else in float32.
+        """
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         positions = positions.to(self.angle_dtype)
         frequencies = [f.to(positions.device) for f in self.frequencies]
         angles = torch.cat([positions[..., i, None] * f for i, f in enumerate(frequencies)], dim=-1)
-        cos, sin = (angles.cos() * self.scaling).float(), (angles.sin() * self.scaling).float()
+        cos, sin = ((part * self.scaling).to(wide) for part in (angles.cos(), angles.sin()))
         if self.layout == "half":
             return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
     def run(
-        self, start: int, steps: int, grid: tuple[int, ...], device: torch.device
+        self,
+        start: int,
+        steps: int,
+        grid: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]]:
         """`table` of consecutive steps from `start`, remembered: all layers of a forward ask for the same few."""
-        key = (start, steps, grid, device)
+        key = (start, steps, grid, device, dtype == torch.float64)
         found = self._tables.get(key)
         if found is None:
             time = torch.arange(steps, dtype=torch.float64, device=device) + start
             axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in grid)]
             positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2) if grid else time[:, None]
-            found = self._tables[key] = self.table(positions)
+            found = self._tables[key] = self.table(positions, dtype)
             if len(self._tables) > _TABLES_KEPT:
                 self._tables.popitem(last=False)
         return found
@@ -86,7 +95,7 @@ class Rotary:
         x: Float[Tensor, "*batch tokens head_dim"],
         table: tuple[Float[Tensor, "*#batch tokens width"], Float[Tensor, "*#batch tokens width"]],
     ) -> Float[Tensor, "*batch tokens head_dim"]:
-        """Rotate `x` by a table of `table` or `run`, in float32, and round once to the dtype of `x`."""
+        """Rotate `x` by a table of `table` or `run`, in the table's dtype, and round once to the dtype of `x`."""
         cos, sin = table
         width = cos.shape[-1]
         turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
@@ -105,4 +114,13 @@ class Rotary:
         positions: Float[Tensor, "*#batch tokens axes"],
     ) -> Float[Tensor, "*batch tokens head_dim"]:
         """Rotate `x` from position 0 to `positions` (in steps and grid cells, fractions allowed)."""
-        return self.apply(x, self.table(positions))
+        return self.apply(x, self.table(positions, x.dtype))
+
+    def advance(
+        self, x: Float[Tensor, "*batch tokens head_dim"], steps: int
+    ) -> Float[Tensor, "*batch tokens head_dim"]:
+        """Rotate what is rotated (and scaled) already by `steps` more along the first axis."""
+        further = torch.zeros(x.shape[-2], self.axes, dtype=torch.float64, device=x.device)
+        further[:, 0] = steps
+        cos, sin = self.table(further, x.dtype)
+        return self.apply(x, (cos / self.scaling, sin / self.scaling))

@@ -134,7 +134,7 @@ class LayerStore:
         if self.rotary is None:
             raise RotaryError(f"layer {self.layer} has no rotary embedding")
         steps = keys.shape[-2] // self.geometry.tokens_per_step
-        return self.rotary.apply(keys, self.rotary.run(first, steps, self.geometry.grid, keys.device))
+        return self.rotary.apply(keys, self.rotary.run(first, steps, self.geometry.grid, keys.device, keys.dtype))
 
     # ------------------------------------------------------------------ append
 
@@ -199,7 +199,7 @@ class LayerStore:
         where = offsets.double().clone()
         where[:, 0] += self.settled + self.recent_shift
         if self.rotates and self.rotary is not None:
-            table = self.rotary.table(where)
+            table = self.rotary.table(where, keys.dtype)
             query, keys = self.rotary.apply(query, table), self.rotary.apply(keys, table)
 
         def locate() -> tuple[Tensor, Tensor]:
@@ -417,12 +417,16 @@ class LayerStore:
         return found
 
     def _shift(self, placement: Placement) -> None:
-        """Rotate sink and recent (with current) anew, from their unrotated keys, where their place has changed."""
+        """Rotate sink and recent (with current) where their place has changed: anew, from their unrotated keys."""
         if self.rotates:
             placed, raw, _ = self._buffers()
             if placement.sink_shift != self.sink_shift and self.sink_tokens:
                 where = slice(self.begin, self.begin + self.sink_tokens)
-                placed[:, :, where] = self._turn(raw[:, :, where], placement.sink_shift)
+                if self.policy.realigner.accumulates and self.rotary is not None:
+                    further = placement.sink_shift - self.sink_shift
+                    placed[:, :, where] = self.rotary.advance(placed[:, :, where], further)
+                else:
+                    placed[:, :, where] = self._turn(raw[:, :, where], placement.sink_shift)
             if placement.recent_shift != self.recent_shift and self.tail > self.head:
                 where = slice(self.head, self.tail)
                 placed[:, :, where] = self._turn(raw[:, :, where], self.aged_to + placement.recent_shift)
@@ -469,7 +473,8 @@ class LayerStore:
             return None
         shift = self.recent_shift if self.rotates else 0
         steps = tokens // self.geometry.tokens_per_step
-        return self.rotary.run(self.settled + shift, steps, self.geometry.grid, self._buffers()[0].device)
+        buffer = self._buffers()[0]
+        return self.rotary.run(self.settled + shift, steps, self.geometry.grid, buffer.device, buffer.dtype)
 
     def place_query(
         self, query: Float[Tensor, "batch query_heads tokens head_dim"]

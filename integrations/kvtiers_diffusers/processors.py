@@ -129,7 +129,7 @@ class TieredSelfAttention(_Processor):
         cache, layer = now.cache, self.layer
         if not cache.policies[layer].realigner.rotates:
             steps = key.shape[2] // cache.geometries[layer].tokens_per_step
-            table = now.rotary.run(cache.settled, steps, now.grid, key.device)
+            table = now.rotary.run(cache.settled, steps, now.grid, key.device, key.dtype)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
         cache.draft(layer, key, value)
         cache.select(layer, query)
@@ -142,7 +142,7 @@ class TieredSelfAttention(_Processor):
         if not cache.policies[layer].realigner.rotates:
             where = reduced.offsets.double().clone()
             where[:, 0] += cache.settled
-            table = now.rotary.table(where)
+            table = now.rotary.table(where, key.dtype)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
         placed, context = cache.beside(layer, query, key, value, reduced.offsets, reduced.span)
         return self._attend(placed, context.keys, context.values, context.mask)

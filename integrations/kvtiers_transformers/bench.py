@@ -1,4 +1,4 @@
-"""`kvtiers bench`: decoding speed beside transformers' own caches, and what each policy still remembers."""
+"""`kvtiers bench text` and `recall`: decoding speed beside transformers' own, and what a policy remembers."""
 
 import copy
 import time
@@ -42,11 +42,6 @@ document_option = click.option(
 )
 
 
-@click.group()
-def bench() -> None:
-    """Measure speed and memory on this machine."""
-
-
 @attrs.frozen(kw_only=True)
 class Memory:
     """What one policy remembers. found: keys recalled, by depth; prose, again: perplexities."""
@@ -61,7 +56,7 @@ class Memory:
     host_bytes: int
 
 
-@bench.command()
+@click.command()
 @model_option
 @click.option(
     "--tokens",
@@ -179,7 +174,7 @@ def memory_table(results: list[Memory], tokens: int) -> Table:
     return made
 
 
-@bench.command()
+@click.command()
 @model_option
 @click.option("--contexts", default="512,2048,4096,8000", show_default=True, help="Context lengths, in tokens.")
 @click.option(

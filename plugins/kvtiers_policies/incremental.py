@@ -1,11 +1,14 @@
 """Realigner `incremental`: recent stays where it is, mid and sink pack up against it.
 
-Source: PackForcing (arXiv 2603.25730) section 3.4, incremental temporal RoPE adjustment. Deviation: the paper rotates
-the stored keys by each block's increment; here the same positions are reached in one rotation, so rounding does not
-accumulate.
+Source: PackForcing (arXiv 2603.25730) section 3.4, incremental temporal RoPE adjustment. As there, the stored keys of
+anchors are rotated again by every block's increment, and every time rounded: in bfloat16 that drifts (`kvtiers bench
+drift`). Deviation: archived keys are stored unrotated, so a mid block is rotated once, whenever it is recalled.
 """
 
+from typing import Literal
+
 import attrs
+from attrs import validators as v
 from jaxtyping import Int
 from torch import Tensor
 
@@ -14,7 +17,17 @@ from kvtiers.policy import Placement, Realigner
 
 @attrs.frozen(kw_only=True)
 class Incremental(Realigner):
-    """Recent keeps the model's positions; mid blocks take consecutive spans before it, the sink those before them."""
+    """Recent keeps the model's positions; mid blocks take consecutive spans before it, the sink those before them.
+
+    rotations: `each` increment rotates the anchors once more, from where they were (the paper's), or they are rotated
+        `once`, from their unrotated keys, to the same place: `anchored` in other coordinates.
+    """
+
+    rotations: Literal["each", "once"] = attrs.field(default="each", validator=v.in_(("each", "once")))
+
+    @property
+    def accumulates(self) -> bool:
+        return self.rotations == "each"
 
     def place(
         self,

@@ -9,7 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kvtiers.cli import main
+from kvtiers.cli import main, parse
+from kvtiers.errors import PolicyError
 from kvtiers.hookspecs import hookimpl
 from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS
@@ -134,3 +135,17 @@ def test_the_module_runs_as_the_command():
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)
     assert isinstance(main, click.Group)
+
+
+def test_a_policy_is_written_in_one_word_with_settings_and_options_of_slots():
+    found = parse("archive:top_k=8,retriever=affinity,retriever.heads=mean,retriever.queries=none,recent=none")
+    assert (found.top_k, found.recent, found.retriever.heads, found.retriever.queries) == (8, None, "mean", None)
+    for wrong in ("archive:retriever.heads=mean", "archive:top_k.x=1", "archive:retriever"):
+        with pytest.raises(PolicyError, match=r"an option of a slot follows its name|written key=value"):
+            parse(wrong)
+
+
+def test_benchmarks_come_from_the_packages_that_have_them():
+    shown = run("bench", "--help")
+    assert shown.exit_code == 0
+    assert all(name in shown.output for name in ("drift", "recall", "text", "video"))

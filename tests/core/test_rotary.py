@@ -64,7 +64,7 @@ def test_every_axis_of_a_video_turns_its_own_channels(grid, start, steps):
     x = random(steps, 1, len(places), rotary.width + 1)
     want = by_complex_numbers(x, at, frequencies, layout="interleaved", scaling=1.0)
     assert torch.allclose(rotary.rotate(x, at), want, **CLOSE)
-    assert torch.equal(rotary.apply(x, rotary.run(start, steps, grid, x.device)), rotary.rotate(x, at))
+    assert torch.equal(rotary.apply(x, rotary.run(start, steps, grid, x.device, x.dtype)), rotary.rotate(x, at))
 
 
 @given(layout=layouts, first=st.integers(-200, 200), second=st.integers(-200, 200), seed=st.integers(0, 999))
@@ -76,6 +76,14 @@ def test_two_rotations_are_one_by_their_sum_and_one_back_is_none(layout, first, 
     back = rotary.rotate(rotary.rotate(x, torch.full((3, 1), float(first))), torch.full((3, 1), float(-first)))
     assert torch.allclose(back, x, **CLOSE)
     assert torch.equal(rotary.rotate(x.float(), torch.zeros(3, 1)), x.float())
+
+
+@given(layout=layouts, first=st.integers(0, 200), further=st.integers(-200, 200), scaling=st.sampled_from([1.0, 1.3]))
+def test_what_is_rotated_already_can_be_moved_on_and_is_not_scaled_again(layout, first, further, scaling):
+    rotary = Rotary([torch.tensor([1.0, 0.2])], layout=layout, scaling=scaling, angle_dtype=torch.float64)
+    x = random(first, 1, 3, 5)
+    at = torch.full((3, 1), float(first))
+    assert torch.allclose(rotary.advance(rotary.rotate(x, at), further), rotary.rotate(x, at + further), **CLOSE)
 
 
 @given(layout=layouts, shift=st.integers(-500, 500), distance=st.integers(0, 50), seed=st.integers(0, 999))
