@@ -99,7 +99,8 @@ class DualBranchReducer:
                 f"the compressor of {weights!r} reduces {made[0]} channels to a width of {made[1]}, and this model has "
                 f"{channels} and {width}; train or load one for this model"
             )
-        return network.to(device=self.model.device, dtype=self.model.dtype)
+        # not diffusers' own `to`, which warns of any cast
+        return torch.nn.Module.to(network, device=self.model.device, dtype=self.model.dtype)
 
     def reset(self) -> None:
         self._last: Tensor | None = None
