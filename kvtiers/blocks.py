@@ -70,6 +70,8 @@ class Selection:
     """Attended in the form that the policy's `recall` names."""
     fringe: Int[Tensor, "batch kv_heads fringe"]
     """Attended in compressed form."""
+    shared: bool = False
+    """Whether all KV heads attend the same blocks, so that what is worked out for one stands for all."""
 
 
 @attrs.frozen(eq=False, kw_only=True)

@@ -35,13 +35,13 @@ class Lengths:
         """The most steps that `count` of the blocks occupy together."""
         return sum(self.spans[-count:]) if count else 0
 
-    def spans_of(self, index: Int[Tensor, "batch kv_heads chosen"]) -> Int[Tensor, "batch kv_heads chosen"]:
+    def spans_of(self, index: Int[Tensor, "#batch #kv_heads chosen"]) -> Int[Tensor, "#batch #kv_heads chosen"]:
         """The steps of the chosen blocks."""
         return self._rows()[:, 1][index]
 
     def own(
-        self, index: Int[Tensor, "batch kv_heads chosen"], tokens: int
-    ) -> Bool[Tensor, "batch kv_heads mid_tokens"] | None:
+        self, index: Int[Tensor, "#batch #kv_heads chosen"], tokens: int
+    ) -> Bool[Tensor, "#batch #kv_heads mid_tokens"] | None:
         """Which tokens of the chosen blocks are their own, where each has `tokens` places; none if all are."""
         if not self.padded:
             return None

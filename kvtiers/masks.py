@@ -29,7 +29,7 @@ def dropping(
 
 
 def padding(
-    own: Bool[Tensor, "batch kv_heads mid_tokens"], before: int, tokens: int
-) -> Bool[Tensor, "batch kv_heads 1 tokens"]:
+    own: Bool[Tensor, "#batch #kv_heads mid_tokens"], before: int, tokens: int
+) -> Bool[Tensor, "#batch #kv_heads 1 tokens"]:
     """All of a context of `tokens` tokens, `before` of them before mid, less what stands behind shorter mid blocks."""
     return pad(own, (before, tokens - before - own.shape[-1]), value=True)[:, :, None]

@@ -18,7 +18,7 @@ class MidTokens:
 
     offsets: [batch | 1, kv_heads | 1, tokens, axes] from the start of each token's block; starts, placed: the blocks'
     original and placed first steps, in order; owner: each token's block (its rank), or none for runs of equal size.
-    own: [batch, kv_heads, tokens], false for the padding that stands behind a shorter block; none if there is none.
+    own: [batch, kv_heads | 1, tokens], false for the padding that stands behind a shorter block; none if there is none.
     """
 
     offsets: Tensor
@@ -63,10 +63,11 @@ def recall(
 
     starts: all blocks' first steps. lengths: how long they are, where they differ.
     """
-    chosen = _fetch(shelves[form], selection.chosen, starts, lengths.get(form), whole=form == "full")
+    one = selection.chosen[:, :1] if selection.shared else selection.chosen
+    chosen = _fetch(shelves[form], selection.chosen, one, starts, lengths.get(form), whole=form == "full")
     if not selection.fringe.shape[-1]:
         return chosen
-    fringe = _fetch(shelves["compressed"], selection.fringe, starts, lengths.get("compressed"))
+    fringe = _fetch(shelves["compressed"], selection.fringe, selection.fringe, starts, lengths.get("compressed"))
     merged = _merge(chosen, fringe, selection)
     if not lengths:
         return merged
@@ -77,21 +78,23 @@ def recall(
 def _fetch(
     shelf: Shelf,
     index: Int[Tensor, "batch kv_heads chosen"],
+    one: Int[Tensor, "#batch #kv_heads chosen"],
     starts: Tensor,
     lengths: Lengths | None,
     *,
     whole: bool = False,
 ) -> Recalled:
+    """The blocks of `index`; `one` is the same, of one KV head if that stands for all."""
     keys, values, offsets = shelf.read(index)
     count = index.shape[-1]
-    first = starts[index]
+    first = starts[one]
     wide = offsets.expand(*offsets.shape[:2], count, -1, -1).flatten(2, 3)
-    own = None if lengths is None else lengths.own(index, keys.shape[3])
+    own = None if lengths is None else lengths.own(one, keys.shape[3])
     return Recalled(
         keys=keys.flatten(2, 3),
         values=values.flatten(2, 3),
         where=MidTokens(offsets=wide, starts=first, placed=first, owner=None, own=own),
-        spans=torch.full_like(first, shelf.span) if lengths is None else lengths.spans_of(index),
+        spans=torch.full_like(first, shelf.span) if lengths is None else lengths.spans_of(one),
         total=count * shelf.span if lengths is None else lengths.most(count),
         whole=whole and lengths is None,
     )

@@ -361,9 +361,12 @@ class LayerStore:
         selection = None
         if count:
             scores = retriever.score(query, self.digests.data, archived)
-            ranked = choose(scores.expand(self.geometry.batch, self.geometry.kv_heads, archived), count + more)
+            ranked = choose(scores, count + more)
             best, next_best = ranked[..., :count].sort(-1).values, ranked[..., count:].sort(-1).values
-            selection = Selection(chosen=best, fringe=next_best)
+            each = (self.geometry.batch, self.geometry.kv_heads, -1)
+            selection = Selection(
+                chosen=best.expand(each), fringe=next_best.expand(each), shared=scores.shape[1] == 1 and not more
+            )
         self._assemble(selection)
         self.pending, self.selected_at = 0, self.seen
         if count and retriever.needs_query and self.current > self.geometry.tokens_per_step:
@@ -490,7 +493,8 @@ class LayerStore:
     def _mask(self, current: int, tokens: int) -> Tensor | None:
         """What each current token may see, or none if that goes without saying."""
         if self.mid is not None and self.mid.own is not None and self.mid_tokens:
-            return padding(self.mid.own, self.sink_tokens, tokens)
+            both = (self.geometry.batch, self.geometry.kv_heads)
+            return padding(self.mid.own, self.sink_tokens, tokens).expand(*both, -1, -1)
         if not self.geometry.causal or current <= 1:
             return None
         device = self._buffers()[0].device
