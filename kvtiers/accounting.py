@@ -28,6 +28,7 @@ def held_by(stores: Iterable[LayerStore]) -> list[Held]:
     total: Counter[tuple[Part, Place]] = Counter()
     small: dict[int, int] = {}
     waiting: dict[int, int] = {}
+    graph: dict[int, int] = {}
     for store in stores:
         for buffer in store._all_buffers():
             _split(store, buffer, total)
@@ -38,11 +39,15 @@ def held_by(stores: Iterable[LayerStore]) -> list[Held]:
         for block in store.reduced.values():
             for part in (block.keys, block.values, block.offsets):
                 waiting[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        for run in store.graph:
+            for part in (run.keys, run.values):
+                graph[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
         for shelf in store.shelves.values():
             for place, size in shelf.bytes_by_place().items():
                 total["mid", place] += size
     total["digests", "device"] = sum(small.values())
     total["recent", "device"] += sum(waiting.values())
+    total["mid", "device"] += sum(graph.values())
     return [Held(tier=tier, place=place, bytes=n) for (tier, place), n in total.most_common() if n]
 
 

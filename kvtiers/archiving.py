@@ -78,7 +78,7 @@ def digests(store: "LayerStore", blocks: Blocks) -> Tensor:
     if blocks.rotated is None:
         blocks = attrs.evolve(blocks, rotated=_rotated(store, blocks))
     retriever, geometry = store.policy.retriever, store.geometry
-    made = retriever.digest(blocks)
+    made = retriever.digest(blocks).detach()
     if geometry.even:
         return made
     tokens = store.policy.block_tokens(geometry, retriever.digests)
@@ -133,13 +133,15 @@ def _shelve(store: "LayerStore", kept: dict[Form, Blocks]) -> None:
     try:
         for form, blocks in written.items():
             shelves[form].admit(blocks)
-            shelves[form].write(blocks)
+            shelves[form].write(attrs.evolve(blocks, keys=blocks.keys.detach(), values=blocks.values.detach()))
             done.append(form)
     except BaseException:
         for form in done:
             shelves[form].drop_last(kept[form].count)
         raise
     store.shelves.update(shelves)
+    if store.keep_graph:
+        store.graph.append(written["compressed"])
     if not store.geometry.even:
         for form, blocks in kept.items():
             store.lengths.setdefault(form, Lengths()).append(blocks, shelves[form].tokens)
@@ -150,15 +152,15 @@ def _shelve(store: "LayerStore", kept: dict[Form, Blocks]) -> None:
             store.observe(events.Archived(layer=store.layer, blocks=blocks.count, place=place, bytes=size))
 
 
-def fetched(store: "LayerStore", form: Form, number: int) -> Blocks:
-    """Archived block `number` of every row and head, as it was written (and with its own length). Waits for it."""
+def fetched(store: "LayerStore", form: Form, number: int, *, whole: bool = False) -> Blocks:
+    """Archived block `number` of every row and head, with its own length or the `whole` of its place. Waits for it."""
     shelf, starts = store.shelves[form], store.starts.data
     device = store._buffers()[0].device
     index = torch.full((store.geometry.batch, store.geometry.kv_heads, 1), number, device=device)
     keys, values, offsets = shelf.read(index)
     first = torch.zeros(1, dtype=torch.long, device=device) if starts is None else starts[number : number + 1]
     block = Blocks(keys=keys, values=values, offsets=offsets, starts=first, span=shelf.span)
-    return store.lengths[form].cut(block, number) if form in store.lengths else block
+    return block if whole or form not in store.lengths else store.lengths[form].cut(block, number)
 
 
 def _joined(blocks: Sequence[Blocks]) -> Blocks:

@@ -205,6 +205,8 @@ class TieredCache:
     numbers: what the model calls these layers, for messages and events (none: 0, 1, ...).
     observe: told of every `kvtiers.events.Event`.
     check: refuse keys or values that are not finite (looks at every token, so it costs a wait on a GPU).
+    keep_graph: let gradients flow through compressed blocks that the model projected (see `SourceCompressor`) to what
+        made them; their graphs are held as long as the cache.
     """
 
     def __init__(
@@ -216,6 +218,7 @@ class TieredCache:
         numbers: Sequence[int] | None = None,
         observe: Observe | None = None,
         check: bool = False,
+        keep_graph: bool = False,
     ) -> None:
         count = len(geometries)
         each = [policies] * count if isinstance(policies, Policy) else list(policies)
@@ -229,7 +232,7 @@ class TieredCache:
             )
         self.policies, self.geometries, self.rotaries = each, list(geometries), rotary
         self.numbers = list(range(count)) if numbers is None else list(numbers)
-        self.observe, self.check = observe, check
+        self.observe, self.check, self.keep_graph = observe, check, keep_graph
         for index in range(count):
             self._store(index, 1)
         self.layers = [self._layer(index) for index in range(count)]
@@ -242,6 +245,7 @@ class TieredCache:
             rotary=self.rotaries[index],
             observe=self.observe,
             check=self.check,
+            keep_graph=self.keep_graph,
         )
 
     def _layer(self, index: int) -> Layer:
@@ -376,6 +380,7 @@ class TieredCache:
             numbers=self.numbers,
             observe=self.observe,
             check=self.check,
+            keep_graph=self.keep_graph,
         )
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.adopt([(lane.rows, session.fork(lane.store)) for lane in mine.lanes])

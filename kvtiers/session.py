@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvtiers import archiving
 from kvtiers.archive import Growing
 from kvtiers.blocks import Blocks, Selection
 from kvtiers.errors import CropError, SavedCacheError
@@ -107,6 +108,7 @@ def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
         shelf.take(rows)
     store.digests.take(rows)
     store.reduced = {start: _taken(block, rows) for start, block in store.reduced.items()}
+    store.graph = [_taken(run, rows) for run in store.graph]
     if isinstance(store.state, Tensor):
         store.state = store.state.index_select(0, rows.to(store.state.device))
     if store.selection is not None:
@@ -134,7 +136,7 @@ def fork(store: LayerStore) -> LayerStore:
     other.shelves = {form: shelf.fork() for form, shelf in store.shelves.items()}
     other.lengths = {form: part.fork() for form, part in store.lengths.items()}
     other.digests, other.starts = store.digests.fork(), store.starts.fork()
-    other.reduced = dict(store.reduced)  # never written in place
+    other.reduced, other.graph = dict(store.reduced), list(store.graph)  # never written in place
     other.state = store.state.clone() if isinstance(store.state, Tensor) else copy.deepcopy(store.state)
     other._live = None
     return other
@@ -233,3 +235,5 @@ def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[s
         store.shelves[form] = shelf
         if "padded" in about:
             store.lengths[form] = Lengths.of(tensors[f"lengths.{form}"], padded=about["padded"])
+    if store.keep_graph:
+        store.graph = [archiving.fetched(store, "compressed", number, whole=True) for number in range(store.archived)]

@@ -41,6 +41,7 @@ class LayerStore:
         rotary: Rotary | None = None,
         observe: Observe | None = None,
         check: bool = False,
+        keep_graph: bool = False,
     ) -> None:
         if policy.realigner.rotates and rotary is None:
             raise RotaryError(
@@ -52,9 +53,14 @@ class LayerStore:
                 f"compressor {type(policy.compressor).__name__} reduces the frames of a video before the model sees "
                 "them, and text has none; choose a compressor of keys and values, such as 'mean-pool'"
             )
+        if keep_graph and not (isinstance(policy.compressor, SourceCompressor) and policy.recall == "compressed"):
+            raise SlotError(
+                f"keep_graph lets gradients reach a compressor that the model's own layers follow, with "
+                f"recall='compressed'; this policy has {type(policy.compressor).__name__} and {policy.recall!r}"
+            )
         policy.check_budget(geometry)
         self.policy, self.geometry, self.layer = policy, geometry, layer
-        self.rotary, self.observe, self.check = rotary, observe, check
+        self.rotary, self.observe, self.check, self.keep_graph = rotary, observe, check, keep_graph
         self.rotates = policy.realigner.rotates
         self.clear()
 
@@ -78,6 +84,8 @@ class LayerStore:
         self.sink_shift = self.recent_shift = 0
         self.reduced: dict[int, Blocks] = {}
         """The reduced K/V of blocks that have not left recent yet, by their first step (video)."""
+        self.graph: list[Blocks] = []
+        """What was archived, with its graph, if that is kept (training)."""
         self.shelves: dict[Form, Shelf] = {}
         self.lengths: dict[Form, Lengths] = {}
         """How long the archived blocks are, where they may differ (video)."""
@@ -186,9 +194,10 @@ class LayerStore:
         under `gaps`, unrotated otherwise. Returns their placed queries, and what they attend: history and one another.
         """
         one = offsets.detach()[None, None, None]
+        kept = (keys, values) if self.keep_graph else (keys.detach(), values.detach())
         self.reduced[self.settled] = Blocks(
-            keys=keys.detach()[:, :, None].clone(),
-            values=values.detach()[:, :, None].clone(),
+            keys=kept[0][:, :, None].clone(),
+            values=kept[1][:, :, None].clone(),
             offsets=one,
             starts=torch.tensor([self.settled], device=keys.device),
             span=span,
@@ -455,6 +464,12 @@ class LayerStore:
             values = torch.cat([values[:, :, :-current], live_values], 2)
         elif torch.is_grad_enabled():  # the query may need them in backward, when they have been written over
             keys, values = keys.clone(), values.clone()
+        if self.graph and self.mid_tokens and torch.is_grad_enabled():
+            before, after = self.sink_tokens, self.sink_tokens + self.mid_tokens
+            keys, values = (
+                torch.cat([part[:, :, :before], mid, part[:, :, after:]], 2)
+                for part, mid in zip((keys, values), self._mid_with_graph(), strict=True)
+            )
         mask = self._mask(current, keys.shape[2])
         plain = self.geometry.causal and current > 1 and mask is None
         return Context(
@@ -466,6 +481,17 @@ class LayerStore:
             banded=mask is not None and self._bands(),
             locate=self._locate,
         )
+
+    def _mid_with_graph(self) -> tuple[Tensor, Tensor]:
+        """The selected blocks, placed, as they were computed: gradients flow through them."""
+        if self.selection is None or self.mid is None:
+            raise SelectionError(f"layer {self.layer} has no archived blocks to select")
+        index = torch.cat([self.selection.chosen, self.selection.fringe], -1).sort(-1).values[..., None, None]
+        keys, values = (torch.cat([getattr(run, name) for run in self.graph], 2) for name in ("keys", "values"))
+        keys, values = (part.take_along_dim(index, 2).flatten(2, 3) for part in (keys, values))
+        if self.rotates and self.rotary is not None:
+            keys = self.rotary.rotate(keys, self.mid.at(self.mid.placed))
+        return keys, values
 
     def draft_table(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         """The rotation to where the current block of `tokens` tokens is placed, if its selection holds for further

@@ -41,6 +41,8 @@ class CausalWan:
     block_frames: latent frames of a block; none: those of the first block. even: whether all blocks are of that length,
         which makes the bound exact; otherwise it is the most.
     check: refuse keys and values that are not finite.
+    keep_graph: where gradients are enabled, let them flow from later blocks through compressed ones to the compressor,
+        for training it; graphs are held until `reset()`.
 
     Source: PackForcing (arXiv 2603.25730) section 3; the recipe of blocks and clean passes is Self-Forcing's (arXiv
     2506.08009).
@@ -55,6 +57,7 @@ class CausalWan:
         block_frames: int | None = None,
         even: bool = True,
         check: bool = False,
+        keep_graph: bool = False,
         **changes: Any,
     ) -> None:
         self.transformer = cast(Any, transformer)  # diffusers' models say little about their own types
@@ -70,7 +73,7 @@ class CausalWan:
             )
         layers = list(range(len(self.transformer.blocks)))
         self.policies = kvtiers.resolve(policy, layers=layers, **changes)
-        self.block_frames, self.even, self.check = block_frames, even, check
+        self.block_frames, self.even, self.check, self.keep_graph = block_frames, even, check, keep_graph
         self.rotary = rotary_of(transformer)
         self.cache: TieredCache | None = None
         self._text: Tensor | None = None
@@ -169,6 +172,11 @@ class CausalWan:
         *,
         clean: bool = False,
     ) -> Tensor:
+        if torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False):
+            raise UnsupportedModelError(
+                "gradient checkpointing runs layers again in backward, when this block's tiers have moved on; call "
+                "disable_gradient_checkpointing(), or torch.no_grad() if no gradients are wanted"
+            )
         self._remember_prompt(text)
         times = torch.as_tensor(timestep, device=block.device, dtype=torch.float32).expand(block.shape[0])
         words = text.expand(block.shape[0], -1, -1)
@@ -265,6 +273,7 @@ class CausalWan:
             rotaries=[self.rotary] * count,
             observe=kvtiers.observer(),
             check=self.check,
+            keep_graph=self.keep_graph,
         )
 
     def _remember_prompt(self, text: Tensor) -> None:

@@ -9,7 +9,21 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
-from strategies import Setting, allowed, attend, cuts, feed, fewer, per_head, policies, rotary, settings_of
+from kvtiers.rotary import Rotary
+from kvtiers.store import LayerStore
+from strategies import (
+    Setting,
+    allowed,
+    attend,
+    attend_context,
+    cuts,
+    feed,
+    fewer,
+    per_head,
+    policies,
+    rotary,
+    settings_of,
+)
 
 
 def attend32(query, context):
@@ -136,3 +150,38 @@ def test_history_holds_no_graph():
     store.append(now.keys, now.values)
     store.select(now.query)
     assert not store.context().keys.requires_grad
+
+
+@pytest.mark.parametrize("realigner", ["anchored", "gaps", "incremental"])
+def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
+    """What the model projected of a compressed block, by finite differences in float64."""
+    geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False, dtype=torch.float64)
+    turn = Rotary(
+        [torch.tensor([1.0, 0.1]), torch.tensor([0.7, 0.1]), torch.tensor([0.5, 0.2])],
+        layout="interleaved",
+        angle_dtype=torch.float64,
+    )
+    found = policy(
+        "packforcing", sink=2, recent=2, top_k=2, realigner=realigner, compressor=("dual-branch", {"branches": "hr"})
+    )
+    offsets, random = found.compressor.offsets(2, (4, 4)), torch.Generator().manual_seed(0)
+    full = torch.randn(6, 3, 1, 2, 32, 12, generator=random, dtype=torch.float64)
+    one = full[:, 0, :, :, :1]
+
+    def attended(keys, values):
+        store = LayerStore(found, geometry, rotary=turn, keep_graph=True)
+        for number in range(6):
+            query, key, value = full[number]
+            store.draft(key, value)
+            store.select(query)
+            if number < 5:
+                store.beside(one[number], keys[number], values[number], offsets, 2)
+                store.settle()
+        assert store.archived == 3
+        return attend_context(store.place_query(full[5, 0]), store.context())
+
+    shape = (5, 1, 2, 1, 12)
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(attended, inputs, atol=1e-6)
+    moved = torch.autograd.grad(attended(*inputs).sum(), inputs[1])[0]
+    assert moved.any()

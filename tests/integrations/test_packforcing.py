@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvtiers
-from kvtiers import Geometry, LayerStore, PolicyError, SlotError
+from kvtiers import Geometry, LayerStore, PolicyError, SlotError, UnsupportedModelError
 from kvtiers_diffusers import CausalWan, tiered
 from kvtiers_diffusers.processors import Pass
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
@@ -327,6 +327,100 @@ def test_a_clean_pass_that_failed_can_be_repeated() -> None:
 
 def _fail(*_: object) -> None:
     raise RuntimeError("out of luck")
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("realigner", ["anchored", "gaps"])
+@pytest.mark.parametrize("lengths", [[4] * 6, [4, 4, 2, 4, 3, 4]], ids=["even", "uneven"])
+def test_gradients_flow_through_archived_blocks_to_the_compressor(realigner: str, lengths: list[int]) -> None:
+    model, text = build().double(), prompt().double()
+    clips = [blocks(1, **{**FRAMES, "frames": n}, seed=n)[0].double() for n in lengths]
+    even = len(set(lengths)) == 1
+    changes = {**SMALL, "realigner": realigner, "block_frames": 4, "even": even, "keep_graph": True}
+    with tiered(model, "packforcing", **changes, **hr()) as wan:
+        assert wan.reducer is not None
+        weight = wan.reducer.network.layers[-1].weight
+
+        def loss() -> Tensor:
+            wan.reset()
+            for clip in clips[:-1]:
+                wan.commit(clip, text)
+            return wan.denoise(clips[-1], 500.0, text).square().sum()
+
+        (slope,) = torch.autograd.grad(loss(), weight)
+        assert wan.cache is not None
+        assert wan.cache.stores()[0].archived >= 2
+        with torch.no_grad():
+            calm = loss()
+            direction = slope / slope.norm()
+            ends = []
+            for sign in (1, -1):
+                weight += sign * direction
+                ends.append(loss())
+                weight -= sign * direction
+        # Wan's norms are in float32, whatever the model's dtype: hence a long step and a rough comparison
+        assert float(slope.norm()) == pytest.approx(float(ends[0] - ends[1]) / 2, rel=5e-2)
+        assert loss().item() == pytest.approx(calm.item(), rel=1e-6)
+
+
+def test_without_being_asked_no_graph_of_a_video_is_kept() -> None:
+    model, text, clips = build(), prompt(), blocks(5, **FRAMES)
+    with tiered(model, "packforcing", **SMALL, **hr()) as wan:
+        for clip in clips[:4]:
+            wan.commit(clip, text)
+        wan.denoise(clips[4], 500.0, text).sum().backward()
+        assert wan.reducer is not None
+        assert wan.reducer.network.layers[-1].weight.grad is None
+        assert wan.cache is not None
+        store = wan.cache.stores()[0]
+        assert not store.graph
+        assert not any(block.keys.requires_grad for block in store.reduced.values())
+
+
+def test_a_graph_survives_a_fork_and_a_saved_video_goes_on_without_the_old_one(tmp_path: Path) -> None:
+    model, text, clips = build(), prompt(), blocks(7, **FRAMES)
+    with tiered(model, "packforcing", keep_graph=True, **{**SMALL, "top_k": 9}, **hr()) as wan:
+        for clip in clips[:5]:
+            wan.commit(clip, text)
+        assert wan.cache is not None
+        assert wan.reducer is not None
+        fork = wan.cache.fork()
+        wan.cache.save(tmp_path / "video")
+        weight = wan.reducer.network.layers[-1].weight
+        flow = wan.denoise(clips[5], 500.0, text)
+        wan.cache = fork
+        again = wan.denoise(clips[5], 500.0, text)
+        slopes = [torch.autograd.grad(part.sum(), weight, retain_graph=True)[0] for part in (flow, again)]
+        assert torch.equal(*slopes)
+        wan.cache.reset()
+        wan.cache.load(tmp_path / "video")
+        loaded = wan.denoise(clips[5], 500.0, text)
+        assert torch.allclose(loaded, flow, atol=1e-6)
+        assert torch.autograd.grad(loaded.sum(), weight, allow_unused=True)[0] is None
+        wan.commit(clips[5], text)
+        wan.commit(clips[6], text)
+        wan.denoise(clips[0], 500.0, text).sum().backward()
+        assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"policy": "archive", "keep_graph": True}, SlotError, "keep_graph lets gradients reach a compressor"),
+        ({"policy": "archive"}, UnsupportedModelError, "gradient checkpointing runs layers again"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    model, (clip,) = build(), blocks(1)
+    model.enable_gradient_checkpointing()
+    with tiered(model, **changes, sink=2, recent=2) as wan:
+        with pytest.raises(error, match=message):
+            wan.denoise(clip, 500.0, prompt())
+        if not wan.keep_graph:
+            with torch.no_grad():
+                wan.denoise(clip, 500.0, prompt())
 
 
 # ---------------------------------------------------------------- what is chosen
