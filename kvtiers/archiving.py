@@ -112,6 +112,8 @@ def _forms(store: "LayerStore", blocks: Blocks) -> tuple[dict[Form, Blocks], Any
     compressed, state = store.policy.compressor.age(blocks, store.state)
     if compressed is None:
         return {}, state
+    if compressed is not blocks:  # `rotated` was of the tokens that these were made of
+        compressed = attrs.evolve(compressed, rotated=None)
     if store.observe is not None:
         before, after = (b.count * b.tokens for b in (blocks, compressed))
         event = events.Compressed(layer=store.layer, blocks=blocks.count, tokens_before=before, tokens_after=after)

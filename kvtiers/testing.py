@@ -311,7 +311,7 @@ def contents(trial: Trial, context: Context) -> None:
         require(torch.equal(origins, placed), 4, "keys that keep the model's rotation were placed elsewhere")
         return
     turned = trial.rotary.rotate(stored, placed[..., None])
-    limit = 2e-2 if geometry.dtype != torch.float32 else 1e-4
+    limit = 2e-2 if geometry.dtype.itemsize < 4 else 1e-4
     if policy.realigner.accumulates:  # one rounding for every time that the anchors moved
         limit *= 1 + (store.aged_to - store.timeline.sink) // store.timeline.block_size
     close = torch.allclose(context.keys.double(), turned.double(), rtol=limit, atol=limit)

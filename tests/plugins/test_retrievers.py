@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from kvtiers.blocks import Blocks
 from kvtiers.errors import SlotError
+from kvtiers.geometry import Geometry
 from kvtiers.policy import choose
+from kvtiers.presets import policy
+from kvtiers.rotary import Rotary
+from kvtiers.store import LayerStore
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
 from kvtiers_policies.digests import spread
@@ -279,3 +283,37 @@ def test_retrievers_that_ignore_the_query_say_so_and_keep_no_digests(retriever):
 def test_settings_out_of_range_are_refused_by_name(options):
     with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         Affinity(**options)
+
+
+@pytest.mark.parametrize(
+    "compressor", [("mean-pool", {"ratio": 8}), ("top-tokens", {"keep": 3}), ("mean-pool", {"ratio": 1})]
+)
+@pytest.mark.parametrize("realigner", ["anchored", "gaps"])
+def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(compressor, realigner):
+    found = policy(
+        "archive",
+        sink=0,
+        recent=2,
+        top_k=2,
+        compressor=compressor,
+        recall="compressed",
+        realigner=realigner,
+        retriever=("affinity", {"form": "compressed"}),
+    )
+    frequencies = [torch.tensor([1.0, 0.1]), torch.tensor([0.7, 0.1]), torch.tensor([0.5, 0.2])]
+    turn = Rotary(frequencies, layout="interleaved", angle_dtype=torch.float64)
+    geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False)
+    store, random = LayerStore(found, geometry, rotary=turn), torch.Generator().manual_seed(0)
+    for _ in range(4):
+        keys = torch.randn(1, 2, 32, 12, generator=random)
+        store.draft(keys, keys)
+        store.select(keys)
+        store.settle()
+    index = torch.arange(store.archived).expand(1, 2, -1)
+    keys, _, offsets = store.shelves["compressed"].read(index)
+    positions = offsets.double().expand(*keys.shape[:4], -1).clone()
+    positions[..., 0] += store.starts.data[:, None]
+    if found.realigner.rotates:
+        keys = turn.rotate(keys, positions)
+    assert store.archived == 3
+    assert torch.allclose(store.digests.data[:, :, :, 0], keys.sum(-2), atol=1e-5)
