@@ -294,6 +294,11 @@ class TieredCache:
         for lane in self.layers[layer].lanes:
             lane.store.select(None if query is None else _rows(query, lane.rows))
 
+    def reselect(self) -> None:
+        """Let every layer choose anew at its next `select`, whatever its policy's refresh says."""
+        for store in self.stores():
+            store.reselect()
+
     def context(self, layer: int) -> Context:
         """What attention sees. Pure. Rows whose histories differ in length have `contexts`."""
         return self._only(layer).context()
@@ -410,18 +415,36 @@ class TieredCache:
                 swap.apply(store, policy)
         self.policies = list(each)
 
-    def save(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-        """Write everything to one safetensors file, whole or not at all. `extra` is plain data to keep beside it."""
-        saving.save(self, Path(path), dict(extra or {}))
+    def save(
+        self,
+        path: str | Path,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write everything to one safetensors file, whole or not at all.
+
+        extra, beside: plain data and tensors to keep with it.
+        """
+        saving.save(self, Path(path), dict(extra or {}), dict(beside or {}))
 
     def load(
-        self, path: str | Path, *, device: torch.device | str = "cpu", expect: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        expect: Mapping[str, Any] | None = None,
+        beside: dict[str, Tensor] | None = None,
     ) -> dict[str, Any]:
         """Become what was saved from a cache of the same policy and geometry, on `device`; returns `extra`.
 
-        expect: what `extra` must say. On an error (`SavedCacheError`) this cache is unchanged.
+        expect: what `extra` must say. beside: is given the tensors that were kept with it. On an error
+        (`SavedCacheError`) this cache is unchanged.
         """
-        return saving.load(self, Path(path), torch.device(device), dict(expect or {}))
+        extra, kept = saving.load(self, Path(path), torch.device(device), dict(expect or {}))
+        if beside is not None:
+            beside |= kept
+        return extra
 
     def held(self) -> list[accounting.Held]:
         """Bytes held per tier and place."""

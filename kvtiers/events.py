@@ -1,4 +1,4 @@
-"""What observers are told: immutable events of one layer each, sent to the hook `kvtiers_observe` after the fact."""
+"""What observers are told: immutable events, most of one layer, sent to the hook `kvtiers_observe` after the fact."""
 
 import attrs
 from jaxtyping import Int
@@ -59,4 +59,11 @@ class Recalled:
     place: Place
 
 
-Event = Committed | Compressed | Archived | Selected | Recalled
+@attrs.frozen
+class PromptChanged:
+    """A video goes on with another prompt of `words` tokens, or begins with it; its keys and values are made anew."""
+
+    words: int
+
+
+Event = Committed | Compressed | Archived | Selected | Recalled | PromptChanged

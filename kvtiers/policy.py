@@ -5,6 +5,7 @@ new blocks. It holds settings only (they are frozen values), so one instance ser
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -106,7 +107,8 @@ class Reducer(Protocol):
     """Whether `reduce` must be given the pixels."""
 
     def reduce(self, latents: Tensor, pixels: Tensor | None) -> Reduced:
-        """The reduced tokens of a clean block; called once per commit, in order, unless `skip` is.
+        """The reduced tokens of a clean block; called once per commit, in order, unless `skip` is. After a commit that
+        failed, `restore` takes it back.
 
         latents: [batch, channels, frames, height, width]. pixels: [batch, 3, frames, height, width] from -1 to 1, what
         was streamed of the block; none if nobody decoded it.
@@ -114,6 +116,12 @@ class Reducer(Protocol):
 
     def skip(self, latents: Tensor, pixels: Tensor | None) -> None:
         """A clean block goes by that is an anchor in every layer, so that nobody will ask for its reduced tokens."""
+
+    def remembered(self) -> dict[str, Tensor]:
+        """What later blocks depend on of those before; the tensors are not written in place afterwards."""
+
+    def restore(self, remembered: Mapping[str, Tensor]) -> None:
+        """Go on from what `remembered` gave."""
 
     def reset(self) -> None:
         """Another video begins."""

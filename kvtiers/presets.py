@@ -29,15 +29,18 @@ def policy(name: str | Policy, **changes: Any) -> Policy:
     """The preset `name` (or a policy at hand), with some settings or slots changed.
 
     A slot is changed by name (`retriever="recency"`), by name with options (`retriever={"name": "affinity", "heads":
-    "mean"}` or `("affinity", {"heads": "mean"})`), or by an instance. Other keywords are fields of `Policy`.
+    "mean"}` or `("affinity", {"heads": "mean"})`), or by an instance. Other keywords are fields of `Policy`, or an
+    option that one of the slots' choices has (`branches="hr"` where the compressor is `dual-branch`).
 
     Raises `UnknownPolicyError` for a name that is not installed, `PolicyError` for an unknown keyword, a value out of
     range or a compressor that would never act, `SlotError` for an instance of the wrong kind, `PluginError` if the
     plugin that provides a name is at fault.
     """
-    _refuse_unknown(changes, "a policy" if isinstance(name, Policy) else f"policy {name!r}")
     start: Policy = name if isinstance(name, Policy) else _build("policy", name, {})
-    made = attrs.evolve(start, **{key: _resolve(key, value) for key, value in changes.items()})
+    own = {key: _resolve(key, value) for key, value in changes.items() if key in _FIELDS}
+    made = attrs.evolve(start, **own)
+    options = {key: value for key, value in changes.items() if key not in _FIELDS}
+    made = _with_options(made, options, "a policy" if isinstance(name, Policy) else f"policy {name!r}")
     idle = "compressed" not in made.forms and not (made.compressor.keeps or made.compressor.drops)
     if "compressor" in changes and idle:
         raise PolicyError(
@@ -114,6 +117,33 @@ def build(slot: str, choice: str | Mapping[str, Any] | tuple[str, Mapping[str, A
 
 def _resolve(key: str, value: Any) -> Any:
     return build(key, value) if key in SLOTS else value
+
+
+def _with_options(made: Policy, options: Mapping[str, Any], what: str) -> Policy:
+    """`made` with options of its slots' choices; each must belong to exactly one."""
+    of_slot: dict[str, dict[str, Any]] = {}
+    for key, value in options.items():
+        slots = [slot for slot in SLOTS if key in _options_of(getattr(made, slot))]
+        if not slots:
+            _refuse_unknown({key: value}, what)
+        if len(slots) > 1:
+            raise PolicyError(
+                f"{what}: {key!r} is an option of {' and of '.join(slots)}; write which, as in "
+                f'{slots[0]}=("name", {{{key!r}: {value!r}}})'
+            )
+        of_slot.setdefault(slots[0], {})[key] = value
+    changed = {}
+    for slot, values in of_slot.items():
+        try:
+            changed[slot] = attrs.evolve(getattr(made, slot), **values)
+        except (TypeError, ValueError) as error:
+            raise PolicyError(f"{what} with {values}: {_first(error).rstrip('.')}") from error
+    return attrs.evolve(made, **changed)
+
+
+def _options_of(choice: Any) -> list[str]:
+    """The options of a slot's choice by name."""
+    return [f.alias or f.name for f in attrs.fields(type(choice)) if f.init] if attrs.has(type(choice)) else []
 
 
 def _refuse_unknown(settings: Mapping[str, Any], what: str) -> None:

@@ -82,10 +82,12 @@ class Rotary:
         key = (start, steps, grid, device, dtype == torch.float64)
         found = self._tables.get(key)
         if found is None:
-            time = torch.arange(steps, dtype=torch.float64, device=device) + start
-            axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in grid)]
-            positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2) if grid else time[:, None]
-            found = self._tables[key] = self.table(positions, dtype)
+            with torch.inference_mode(False):  # a table made under it could not serve a pass with gradients later
+                time = torch.arange(steps, dtype=torch.float64, device=device) + start
+                axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in grid)]
+                grids = torch.meshgrid(*axes, indexing="ij")
+                positions = torch.stack(grids, -1).flatten(0, -2) if grid else time[:, None]
+                found = self._tables[key] = self.table(positions, dtype)
             if len(self._tables) > _TABLES_KEPT:
                 self._tables.popitem(last=False)
         return found

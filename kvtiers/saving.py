@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 FORMAT = "kvtiers-cache-1"
 
 
-def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
-    """Write `cache` to `path`."""
-    tensors: dict[str, Tensor] = {}
+def save(cache: "TieredCache", path: Path, extra: dict[str, Any], beside: Mapping[str, Tensor]) -> None:
+    """Write `cache` to `path`, with plain data and tensors beside it."""
+    tensors = {f"beside.{name}": part.contiguous() for name, part in beside.items()}
     layers: list[list[dict[str, Any]]] = []
     for index, layer in enumerate(cache.layers):
         lanes = []
@@ -50,7 +50,22 @@ def save(cache: "TieredCache", path: Path, extra: dict[str, Any]) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def load(cache: "TieredCache", path: Path, device: torch.device, expect: Mapping[str, Any]) -> dict[str, Any]:
+def extra(path: Path) -> dict[str, Any]:
+    """The plain data that was kept beside a cache; nothing else is read or checked."""
+    if not path.is_file():
+        raise SavedCacheError(f"{path} is no file; give the path that save() was given")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SavedCacheError(f"{path} cannot be read as a saved cache: {error}; is it truncated?") from error
+    kept: dict[str, Any] = about.get("extra", {})
+    return kept
+
+
+def load(
+    cache: "TieredCache", path: Path, device: torch.device, expect: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fill `cache` from `path` and return what was kept beside it."""
     tensors, about = _read(path)
     tensors = {name: part.to(device) for name, part in tensors.items()}
@@ -78,8 +93,8 @@ def load(cache: "TieredCache", path: Path, device: torch.device, expect: Mapping
         raise SavedCacheError(f"{path} lacks a part that this cache needs ({error!r}); save it again") from error
     for layer, lanes in zip(cache.layers, lanes_of_layers, strict=True):
         layer.adopt(lanes)
-    extra: dict[str, Any] = about["extra"]
-    return extra
+    kept = {name.removeprefix("beside."): t for name, t in tensors.items() if name.startswith("beside.")}
+    return about["extra"], kept
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -58,6 +58,11 @@ class LayerStore:
                 f"keep_graph lets gradients reach a compressor that the model's own layers follow, with "
                 f"recall='compressed'; this policy has {type(policy.compressor).__name__} and {policy.recall!r}"
             )
+        if not geometry.causal and geometry.even and 0 < (policy.recent or 0) < geometry.steps_per_commit:
+            raise GeometryError(
+                f"recent = {policy.recent} steps cannot hold one of the blocks of {geometry.steps_per_commit}; give a "
+                "recent of at least a block, or 0"
+            )
         policy.check_budget(geometry)
         self.policy, self.geometry, self.layer = policy, geometry, layer
         self.rotary, self.observe, self.check, self.keep_graph = rotary, observe, check, keep_graph
@@ -357,6 +362,10 @@ class LayerStore:
                 self.state = compressor.prepare(source, self.state)
         if due:
             self._renew(query)
+
+    def reselect(self) -> None:
+        """Choose anew at the next `select`, as if a block had just been archived."""
+        self.stale = self.stale or (self.archived > 0 and self.policy.retriever.needs_query)
 
     def _renew(self, query: Tensor | None) -> None:
         retriever, archived = self.policy.retriever, self.archived

@@ -291,7 +291,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     """Plain attention in float64. query: [batch, query_heads, queries, head_dim]; `seen` is [queries, tokens], or
     [batch, kv_heads, 1, tokens], or broadcasts to them."""
     group = query.shape[1] // keys.shape[1]
-    seen = seen.repeat_interleave(group, 1) if seen.dim() == 4 else seen
+    per_kv_head = seen.dim() == 4 and seen.shape[1] == keys.shape[1]
+    seen = seen.repeat_interleave(group, 1) if per_kv_head else seen
     keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
     logits = query.double() @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
     result: Tensor = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values

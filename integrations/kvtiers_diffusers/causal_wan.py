@@ -1,7 +1,8 @@
 """`CausalWan`: an unmodified Wan, block by block, from tiers. A denoise step reads; one commit per block writes."""
 
+import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -13,19 +14,27 @@ from torch import Tensor
 
 import kvtiers
 from kvtiers import (
+    CropError,
     Geometry,
     GeometryError,
     Held,
     Policy,
     Reduced,
     Reducer,
+    SavedCacheError,
     SourceCompressor,
     TieredCache,
     UnsupportedModelError,
+    saving,
 )
+from kvtiers.events import PromptChanged
 from kvtiers_diffusers.processors import Pass, Steady, disable, enable
 from kvtiers_diffusers.rope import rotary_of
+from kvtiers_diffusers.seen import Seen
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
+
+_owners: "weakref.WeakKeyDictionary[TieredCache, weakref.ref[CausalWan]]" = weakref.WeakKeyDictionary()
+"""Whose video a cache remembers."""
 
 
 class CausalWan:
@@ -73,15 +82,21 @@ class CausalWan:
             )
         layers = list(range(len(self.transformer.blocks)))
         self.policies = kvtiers.resolve(policy, layers=layers, **changes)
+        if block_frames is not None and block_frames < 1:
+            raise GeometryError(f"block_frames is a whole number of at least 1, or none, got {block_frames!r}")
         self.block_frames, self.even, self.check, self.keep_graph = block_frames, even, check, keep_graph
         self.rotary = rotary_of(transformer)
         self.cache: TieredCache | None = None
-        self._text: Tensor | None = None
-        self._text_version = 0
+        self._text = Seen()
+        self._weights: tuple[tuple[int, int], ...] = ()
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        self._committed: weakref.ref[Tensor] | None = None
+        self._committed, self._committed_frames = Seen(content=True), 0
         self._unfinished = False
-        self._reduced: tuple[weakref.ref[Tensor], Reduced | None] | None = None
+        self._last_timestep: float | None = None
+        self._given: bool | None = None
+        """Whether this video's pixels are given with its blocks."""
+        self._encoded = 0
+        """Frames whose pixels the compressor has seen."""
         self._decoder = None if vae is None else StreamingDecoder(vae)
         compressor = self.policies[0].compressor
         self.reducer: Reducer | None = None
@@ -101,11 +116,20 @@ class CausalWan:
     ) -> Float[Tensor, "batch channels frames height width"]:
         """The flow that the model predicts for a noisy block, given what it remembers. Changes nothing that is stored.
 
-        timestep: 0 to 1,000, one for all rows or one each. text: the encoder's embedding of the prompt.
+        timestep: 0 to 1,000, one for all rows or one each. text: the encoder's embedding of the prompt (under inference
+            mode, one that is changed in place is taken for unchanged).
+
+        What is attended is chosen by the first step of a block, and anew where timesteps do not fall.
         """
-        self._admit(block, text)
-        self._finish()
-        return self._forward(block, timestep, text)
+        times = self._times(block, timestep)
+        with self._all_or_nothing():
+            self._admit(block, text)
+            self._finish()
+            if not isinstance(timestep, Tensor):
+                if self._last_timestep is not None and timestep >= self._last_timestep:
+                    self._filled.reselect()
+                self._last_timestep = timestep
+            return self._forward(block, times, text)
 
     def commit(
         self,
@@ -116,28 +140,62 @@ class CausalWan:
         """Run the clean block once more, at timestep 0, and remember its keys and values. Returns that pass's flow.
 
         pixels: what was streamed of this block, from -1 to 1, if it was decoded; a policy that compresses through
-            pixels decodes it otherwise.
+            pixels decodes it otherwise. They are given with every block of a video, or with none.
 
         If an archive is full, `ArchiveFullError` is raised once the block is written: nothing is lost, and the next
         call archives what this one could not.
         """
-        if self._committed is not None and self._committed() is block:
+        if self.frames and self.frames == self._committed_frames and self._committed.knows(block):
             raise GeometryError(
                 "this block is committed already; denoise the next one, or give a copy if the same frames come again"
             )
-        self._admit(block, text)
-        self._finish()
-        flow = self._forward(block, 0.0, text, self._reduce(block, pixels), clean=True)
-        self._committed, self._unfinished, self._reduced = weakref.ref(block), True, None
+        with self._all_or_nothing():
+            self._admit(block, text)
+            self._finish()
+            reduced = self._reduce(block, pixels)
+            flow = self._forward(block, self._times(block, 0.0), text, reduced, clean=True)
+        self._encoded += block.shape[2]
+        self._committed.note(block)
+        self._committed_frames = self.frames + block.shape[2]
+        self._unfinished, self._last_timestep = True, None
         self._finish()
         return flow
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """If a pass fails, a new video has no size yet, and what encodes pixels has seen no block more."""
+        began, before, given = self.cache is None, self._remembered(), self._given
+        try:
+            yield
+        except BaseException:
+            if began:
+                self.cache = None
+            self._restore(before)
+            self._given = given
+            raise
+
+    def _remembered(self) -> dict[str, Tensor]:
+        """What compressing and decoding depend on of the blocks before."""
+        found: dict[str, Tensor] = {}
+        for name, part in self._sources():
+            found |= {f"{name}.{key}": value for key, value in part.remembered().items()}
+        return found
+
+    def _restore(self, remembered: Mapping[str, Tensor]) -> None:
+        for name, part in self._sources():
+            start = f"{name}."
+            part.restore({k.removeprefix(start): v for k, v in remembered.items() if k.startswith(start)})
+
+    def _sources(self) -> list[tuple[str, Any]]:
+        parts = (("reducer", self.reducer), ("decoder", self._decoder))
+        return [(name, part) for name, part in parts if part is not None]
 
     def _reduce(self, block: Tensor, pixels: Tensor | None) -> Reduced | None:
         """The reduced tokens of a clean block, if the policy compresses before the model."""
         if self.reducer is None:
             return None
-        if self._reduced is not None and self._reduced[0]() is block:
-            return self._reduced[1]  # the clean pass failed; branches with a memory must not see a block twice
+        if self.needs_pixels:
+            self._check_source(pixels)
         if pixels is None and self.reducer.needs_pixels and self._decoder is not None:
             pixels = self._decoder.decode(block)
         reduced = None
@@ -147,6 +205,20 @@ class CausalWan:
             reduced = self.reducer.reduce(block, pixels)
         self._reduced = (weakref.ref(block), reduced)
         return reduced
+
+    def _check_source(self, pixels: Tensor | None) -> None:
+        """Refuse what would let the compressor see another video than the one that is remembered."""
+        if self._encoded != self.frames:
+            raise GeometryError(
+                f"this video has {self.frames} frames, and the compressor has seen the pixels of {self._encoded}; go "
+                "back with crop(), fork() or load() of the CausalWan, not of its cache"
+            )
+        if self._given is not None and self._given != (pixels is not None):
+            raise GeometryError(
+                f"the blocks before came with{'' if self._given else 'out'} pixels and this one "
+                f"{'without' if self._given else 'with them'}; give them with every block of a video, or with none"
+            )
+        self._given = pixels is not None
 
     def _is_anchor(self, frames: int) -> bool:
         """Whether a block of `frames` frames, committed now, is an anchor in every layer."""
@@ -166,7 +238,7 @@ class CausalWan:
     def _forward(
         self,
         block: Tensor,
-        timestep: float | int | Tensor,
+        times: Tensor,
         text: Tensor,
         reduced: Reduced | None = None,
         *,
@@ -177,10 +249,17 @@ class CausalWan:
                 "gradient checkpointing runs layers again in backward, when this block's tiers have moved on; call "
                 "disable_gradient_checkpointing(), or torch.no_grad() if no gradients are wanted"
             )
-        self._remember_prompt(text)
-        times = torch.as_tensor(timestep, device=block.device, dtype=torch.float32).expand(block.shape[0])
+        owner = _owners.get(self._filled)
+        if owner is not None and owner() not in (None, self):
+            raise GeometryError(
+                "this cache remembers the video of another CausalWan; two videos cannot share one: fork() it"
+            )
+        _owners[self._filled] = weakref.ref(self)
         words = text.expand(block.shape[0], -1, -1)
+        self._remember_prompt(text)
         steady = None if reduced is not None or clean else self._steady(block)
+        if steady is None:
+            self._remember_weights()
         with self._switch.lock, nullcontext() if steady is not None else self._eager():
             self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt, reduced, steady)
             try:
@@ -240,7 +319,7 @@ class CausalWan:
                 "give the prompt's embedding for each row of the block"
             )
         if self.cache is None:
-            self.cache = self._new_cache(block)
+            self.cache = self._cache_of(self._grid(block), self.block_frames or block.shape[2], even=self.even)
         grid, held = self._grid(block), self.cache.geometries[0]
         if grid != held.grid:
             raise GeometryError(
@@ -255,14 +334,26 @@ class CausalWan:
                 "for blocks of different length give block_frames=<the longest> and even=False"
             )
 
-    def _new_cache(self, block: Tensor) -> TieredCache:
+    def _times(self, block: Tensor, timestep: float | int | Tensor) -> Tensor:
+        """The timestep of each row."""
+        if not isinstance(timestep, Tensor):
+            if not 0 <= timestep <= 1000:
+                raise GeometryError(f"timesteps are 0 (clean) to 1000 (noise), got {timestep}")
+            timestep = torch.tensor(float(timestep))
+        if timestep.numel() not in (1, block.shape[0]):
+            raise GeometryError(
+                f"timestep is one number, or one for each of {block.shape[0]} rows, got {tuple(timestep.shape)}"
+            )
+        return timestep.to(block.device, torch.float32).reshape(-1).expand(block.shape[0])
+
+    def _cache_of(self, grid: tuple[int, ...], block_frames: int, *, even: bool) -> TieredCache:
         attention = self.transformer.blocks[0].attn1
         geometry = Geometry(
             kv_heads=attention.heads,
             head_dim=attention.inner_dim // attention.heads,
-            grid=self._grid(block),
-            steps_per_commit=self.block_frames or block.shape[2],
-            even=self.even,
+            grid=grid,
+            steps_per_commit=block_frames,
+            even=even,
             causal=False,
             dtype=self.transformer.dtype,
         )
@@ -277,10 +368,24 @@ class CausalWan:
         )
 
     def _remember_prompt(self, text: Tensor) -> None:
-        """Forget the keys and values of another prompt."""
-        version = 0 if text.is_inference() else text._version  # inference tensors do not count their changes
-        if self._text is not text or self._text_version != version:
-            self._text, self._text_version = text, version
+        """Forget the keys and values of another prompt, and say that it changes."""
+        if not self._text.knows(text):
+            self._text.note(text)
+            self._prompt.clear()
+            if self._filled.observe is not None:
+                self._filled.observe(PromptChanged(words=text.shape[1]))
+
+    def _remember_weights(self) -> None:
+        """Forget a prompt's keys and values if what made them has changed: trained, loaded, replaced."""
+        makers = [self.transformer.condition_embedder.text_embedder]
+        for block in self.transformer.blocks:
+            attn = block.attn2
+            makers += [attn.to_kv] if attn.fused_projections else [attn.to_k, attn.to_v]
+            makers.append(attn.norm_k)
+        parameters = [parameter for maker in makers for parameter in maker.parameters()]
+        weights = tuple((id(one), 0 if one.is_inference() else one._version) for one in parameters)
+        if weights != self._weights:
+            self._weights = weights
             self._prompt.clear()
 
     # ------------------------------------------------------------------ as a whole
@@ -303,10 +408,64 @@ class CausalWan:
         """Tokens that the last forward of each layer attended, its own included."""
         return [] if self.cache is None else self.cache.attended()
 
+    def crop(self, frames: int) -> None:
+        """Go back to the first `frames` latent frames, exactly, or raise `CropError` and change nothing."""
+        if frames and self.needs_pixels and frames != self.frames:
+            raise CropError(
+                f"this video cannot be rolled back to {frames} frames: its compressor has seen the pixels of later "
+                "ones; fork() before blocks that may have to be undone"
+            )
+        if not frames:
+            self.reset()
+            return
+        self._finish()
+        self._filled.crop(frames)
+        self._last_timestep = None
+
+    def fork(self) -> "CausalWan":
+        """An independent `CausalWan` of the same transformer that goes on exactly from here; it has its own `close`."""
+        self._finish()
+        other = copy.copy(self)
+        other.cache = None if self.cache is None else self.cache.fork()
+        other.reducer, other._decoder = copy.copy(self.reducer), copy.copy(self._decoder)
+        other._restore(self._remembered())
+        other._text, other._committed, other._prompt = copy.copy(self._text), copy.copy(self._committed), {}
+        other._text.clear()
+        enable(self.transformer)
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file what is remembered, and what compressing and decoding need."""
+        self._finish()
+        geometry = self._filled.geometries[0]
+        video = {
+            "grid": list(geometry.grid),
+            "block_frames": geometry.steps_per_commit,
+            "even": geometry.even,
+            "encoded": self._encoded,
+            "given": self._given,
+        }
+        self._filled.save(path, extra={"video": video}, beside=self._remembered())
+
+    def load(self, path: str | Path) -> None:
+        """Become what `save` wrote, of a video with the same model and policy. On an error nothing changes."""
+        where = Path(path)
+        video = saving.extra(where).get("video")
+        if not isinstance(video, dict):
+            raise SavedCacheError(f"{where} holds no video; give a file that save() of a CausalWan wrote")
+        cache = self._cache_of(tuple(video["grid"]), video["block_frames"], even=video["even"])
+        beside: dict[str, Tensor] = {}
+        cache.load(where, device=self.transformer.device, beside=beside)
+        self.reset()
+        self.cache, self._encoded, self._given = cache, video["encoded"], video["given"]
+        self._restore(beside)
+
     def reset(self) -> None:
         """Forget the video and its prompt; the next block begins another."""
-        self.cache, self._committed, self._text, self._reduced = None, None, None, None
-        self._unfinished = False
+        self.cache, self._unfinished, self._last_timestep = None, False, None
+        self._given, self._encoded, self._committed_frames = None, 0, 0
+        self._committed.clear()
+        self._text.clear()
         self._prompt.clear()
         for part in (self.reducer, self._decoder):
             if part is not None:

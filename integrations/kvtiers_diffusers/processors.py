@@ -152,10 +152,10 @@ class PromptAttention(_Processor):
     """Cross-attention of one layer: the prompt's keys and values are worked out once."""
 
     def _serve(self, now: Pass, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:
-        found = now.text.get(self.layer)
+        found = None if torch.is_grad_enabled() else now.text.get(self.layer)
         if found is None:
             found = self._project(attn, hidden if text is None else text)
-            if not found[0].requires_grad:
+            if not torch.is_grad_enabled():
                 now.text[self.layer] = found
         return self._attend(_heads(attn.norm_q(attn.to_q(hidden)), attn.heads), *found)
 
@@ -239,6 +239,9 @@ def disable(transformer: Any) -> None:
             return
         state.count -= 1
         if state.count == 0:
+            for processor in transformer.attn_processors.values():
+                if isinstance(processor, _Processor):  # a backend that was chosen meanwhile stays chosen
+                    processor.own._attention_backend = processor._attention_backend
             transformer.set_attn_processor(dict(state.own))
             for handle in state.handles:
                 handle.remove()

@@ -6,6 +6,8 @@ Deviations: the paper gives no kernels, no initial weights and no positions for 
 wide on strided axes, the last layer of HR starts at zero, and `positions` names the choice.
 """
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -79,6 +81,11 @@ class DualBranchReducer:
                 f"dual-branch with branches={settings.branches!r} encodes pooled frames with the model's autoencoder, "
                 "and there is none; give vae=..., or branches='hr' with trained weights"
             )
+        if vae is not None and vae.config.z_dim != model.config.in_channels:
+            raise PolicyError(
+                f"the autoencoder makes latents of {vae.config.z_dim} channels and the model takes "
+                f"{model.config.in_channels}; give the autoencoder that belongs to the model"
+            )
         self.settings, self.model, self.vae = settings, model, vae
         self.needs_pixels = settings.branches != "hr"
         self.network = None if settings.branches == "lr" else self._network()
@@ -90,9 +97,16 @@ class DualBranchReducer:
         weights, config = self.settings.weights, self.model.config
         channels, width = config.in_channels, config.num_attention_heads * config.attention_head_dim
         if weights is None:
-            network = HighResolution(channels=channels, width=width)
+            if self.settings.branches == "hr":
+                warnings.warn(
+                    "dual-branch with branches='hr' and no weights makes tokens of zeros until it is trained; give "
+                    "weights=..., or branches='both'",
+                    stacklevel=2,
+                )
+            with torch.random.fork_rng(devices=[]):  # what the caller draws next is not to depend on this
+                network = HighResolution(channels=channels, width=width)
         else:
-            network = HighResolution.from_pretrained(weights)
+            network = _read(weights)
         made = (network.config.channels, network.config.width)
         if made != (channels, width):
             raise PolicyError(
@@ -105,9 +119,15 @@ class DualBranchReducer:
     def reset(self) -> None:
         self._last: Tensor | None = None
 
+    def remembered(self) -> dict[str, Tensor]:
+        return {} if self._last is None else {"last": self._last}
+
+    def restore(self, remembered: Mapping[str, Tensor]) -> None:
+        self._last = remembered.get("last")
+
     def skip(self, latents: Tensor, pixels: Tensor | None) -> None:
-        if self.needs_pixels and pixels is not None:
-            self._last = self._newest(pixels)
+        if self.needs_pixels:
+            self._last = _newest(self._admitted(latents, pixels))
 
     def reduce(
         self,
@@ -119,17 +139,18 @@ class DualBranchReducer:
         cells = self.settings.cells(steps, grid)
         parts = []
         if self.network is not None:
+            self.network.to(latents.device)
             parts.append(self.network(latents.to(self.network.dtype)))
         if self.needs_pixels:
-            if pixels is None:
-                raise PolicyError("dual-branch was given no pixels of this block; give them, or choose branches='hr'")
-            parts.append(self._low_resolution(pixels, cells[0]))
+            parts.append(self._low_resolution(self._admitted(latents, pixels), cells[0]))
         for part in parts:
             if part.shape[2:] != cells:
                 raise PolicyError(
                     f"a branch of dual-branch made {tuple(part.shape[2:])} cells of a block of {steps} frames of "
                     f"{grid} tokens, expected {cells}; give pixels of exactly this block"
                 )
+        if self.needs_pixels and pixels is not None:
+            self._last = _newest(pixels)
         tokens = sum(parts[1:], parts[0]).flatten(2).transpose(1, 2)
         return Reduced(
             tokens=tokens,
@@ -148,7 +169,6 @@ class DualBranchReducer:
             before, body = adaptive_avg_pool3d(pixels[:, :, :1], (1, *small)), pixels[:, :, 1:]
         else:
             before, body = self._last, pixels
-        self._last = self._newest(pixels)
         pooled = torch.cat([before, adaptive_avg_pool3d(body, (4 * frames, *small))], 2)
         with torch.no_grad():
             latents = self.vae.encode(pooled.to(self.vae.dtype)).latent_dist.mode()[:, :, 1:]
@@ -160,9 +180,44 @@ class DualBranchReducer:
             embedded: Tensor = self.model.patch_embedding(((latents - mean) / deviation).to(self.model.dtype))
         return embedded
 
-    def _newest(self, pixels: Tensor) -> Tensor:
-        """The last frame, pooled: the encoder is to see it before the next block."""
-        return adaptive_avg_pool3d(pixels[:, :, -1:], (1, *_small(pixels))).detach()
+    def _admitted(self, latents: Tensor, pixels: Tensor | None) -> Tensor:
+        """The pixels, if they can be those of these latents."""
+        if pixels is None:
+            raise PolicyError("dual-branch was given no pixels of this block; give them, or choose branches='hr'")
+        space, time = self.vae.config.scale_factor_spatial, self.vae.config.scale_factor_temporal
+        frames = time * latents.shape[2] - (time - 1 if self._last is None else 0)
+        want = (latents.shape[0], 3, frames, latents.shape[3] * space, latents.shape[4] * space)
+        if pixels.shape != want:
+            raise PolicyError(
+                f"the pixels of this block are [batch, 3, frames, height, width] = {want}, got {tuple(pixels.shape)}; "
+                "decode the video block by block with one StreamingDecoder (only the first latent frame of a video "
+                "becomes one frame alone)"
+            )
+        return pixels
+
+
+def _read(weights: str) -> Any:
+    """The network that `save_pretrained` wrote."""
+    from kvtiers_packforcing.network import HighResolution
+
+    try:
+        network, about = HighResolution.from_pretrained(weights, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise PolicyError(
+            f"no compressor can be read from {weights!r}: {str(error).splitlines()[0]}; give a folder or hub id that "
+            "save_pretrained of HighResolution wrote"
+        ) from error
+    if about["missing_keys"] or about["unexpected_keys"]:
+        raise PolicyError(
+            f"the weights in {weights!r} are not those of the network that its config.json describes: missing "
+            f"{about['missing_keys'][:3]}, unexpected {about['unexpected_keys'][:3]}; save it with save_pretrained"
+        )
+    return network
+
+
+def _newest(pixels: Tensor) -> Tensor:
+    """The last frame, pooled: the encoder is to see it before the next block."""
+    return adaptive_avg_pool3d(pixels[:, :, -1:], (1, *_small(pixels))).detach()
 
 
 def _small(pixels: Tensor) -> tuple[int, int]:

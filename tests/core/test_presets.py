@@ -226,3 +226,26 @@ def test_any_mix_of_named_slots_survives_being_written_down(data):
     built = policy("full", **slots, **sizes)
     assert isinstance(built, Policy)
     assert from_description(json.loads(json.dumps(describe(built)))) == built
+
+
+def test_an_option_of_a_slots_choice_is_one_word():
+    assert policy("packforcing", branches="hr").compressor.branches == "hr"
+    both = policy("packforcing", retriever="affinity", heads="per-kv", positions="corner")
+    assert (both.retriever.heads, both.compressor.positions) == ("per-kv", "corner")
+    assert policy(both, rows="mean").retriever.rows == "mean"
+    with pytest.raises(PolicyError, match="no setting 'brunches'"):
+        policy("packforcing", brunches="hr")
+    with pytest.raises(PolicyError, match="no setting 'branches'"):
+        policy("archive", branches="hr")
+    with pytest.raises(PolicyError, match=r"with \{'branches': 'left'\}: 'branches' must be in"):
+        policy("packforcing", branches="left")
+
+
+def test_an_option_that_two_slots_have_must_say_whose_it_is():
+    @attrs.frozen(kw_only=True)
+    class Elsewhere(type(policy("archive").archive)):
+        heads: str = "none"
+
+    found = attrs.evolve(policy("packforcing-lm"), archive=Elsewhere())
+    with pytest.raises(PolicyError, match="'heads' is an option of retriever and of archive; write which"):
+        policy(found, heads="mean")

@@ -119,7 +119,7 @@ def test_a_denoise_step_changes_nothing_that_is_stored_and_repeats_itself(policy
         video(wan, clips[:5], text)
         first = wan.denoise(clips[5], 500.0, text)
         before = stored(wan)
-        wan.denoise(clips[6], 900.0, text)
+        wan.denoise(clips[6], 300.0, text)
         assert all(torch.equal(a, b) for a, b in zip(stored(wan), before, strict=True))
         assert torch.equal(wan.denoise(clips[5], 500.0, text), first)
         assert wan.frames == 10
