@@ -15,7 +15,10 @@ from kvtiers.policy import Placement, Realigner
 
 @attrs.frozen(kw_only=True)
 class Anchored(Realigner):
-    """Mid blocks take consecutive spans after the sink, recent and current the next positions."""
+    """Mid blocks take consecutive spans after the sink, recent and current the next positions.
+
+    Where blocks differ in length, recent follows the longest choice that there could be, after a gap if it was another.
+    """
 
     def place(
         self,
