@@ -26,8 +26,8 @@ def packforcing() -> Policy:
 def rolling_window() -> Policy:
     """The newest 21 latent frames of a video, blocks of 3, the current one included.
 
-    Source: Self-Forcing (arXiv 2506.08009) section 3.3. CausVid (arXiv 2412.07772) differs in its weights, and computes a
-    window anew when it moves instead of keeping keys and values; this is the nearest to it.
+    Source: Self-Forcing (arXiv 2506.08009) section 3.3. CausVid (arXiv 2412.07772) differs in its weights, and computes
+    a window anew when it moves instead of keeping keys and values; this is the nearest to it.
     """
     return kvtiers.policy("sliding-window", recent=18, chunk_size=None)
 
