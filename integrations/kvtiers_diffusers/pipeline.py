@@ -104,7 +104,9 @@ class CausalWanPipeline(WanPipeline):
     ) -> Iterator[Any]:
         """Yield the frames of each block as soon as it is decoded.
 
-        prompt (or prompt_embeds, [batch, words, text_dim]): one, or `{second: prompt}` if it changes during the video.
+        prompt (or prompt_embeds, [batch, words, text_dim]): one, or `{second: prompt}` if it changes during the video:
+            then each block has the prompt of the second at which it begins, counted from the start of the clip, if one
+            is given, and four frames for every latent frame.
         seconds or num_frames: how long; whole blocks are made and the last is cut. height, width: in pixels.
         policy, changes: what is remembered. timesteps: of the schedule, before the shift.
         clip: normalised latents [batch, channels, frames, height, width] of whole blocks, with which the video begins;
@@ -150,11 +152,11 @@ class CausalWanPipeline(WanPipeline):
             tiered(self.transformer, vae=self.vae, **options) as wan,
             self.progress_bar(total=blocks * (len(schedule) + 1)) as progress,
         ):
-            for block in given:
+            for number, block in enumerate(given):
                 pixels = None if output_type == "latent" and not wan.needs_pixels else decoder.decode(block)
-                wan.commit(block, _at(texts, 0.0), pixels)
+                wan.commit(block, _at(texts, number * shape[2] * _PIXEL_FRAMES / fps), pixels)
             for number in range(blocks):
-                text = _at(texts, (number + made) * shape[2] * _PIXEL_FRAMES / fps)
+                text = _at(texts, (made + number) * shape[2] * _PIXEL_FRAMES / fps)
                 block = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
                 for step, timestep in enumerate(schedule):
                     block = clean(block, wan.denoise(block, timestep, text), timestep)
@@ -187,6 +189,7 @@ class CausalWanPipeline(WanPipeline):
             raise PolicyError(f"a video has at least one frame, got seconds={seconds}, num_frames={num_frames}")
         return frames
 
+    @torch.no_grad()
     def _texts(self, prompt: Any, embeds: Any) -> dict[float, Tensor]:
         """The prompt's embedding from each second on."""
         if (prompt is None) == (embeds is None):

@@ -120,13 +120,13 @@ def test_words_go_through_the_text_encoder_once_a_prompt() -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 4}
     encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(words), **sizes)).eval()
     made = pipeline(tokenizer=words, text_encoder=encoder)
-    calls: list[int] = []
-    encoder.register_forward_hook(lambda *_: calls.append(1))
+    graphs: list[bool] = []
+    encoder.register_forward_hook(lambda *called: graphs.append(called[2].last_hidden_state.requires_grad))
     options = {"num_frames": 13, "output_type": "latent", **SMALL}
     found = made(["a ship", "a lighthouse"], generator=[seeded(1), seeded(2)], **options).frames
-    assert len(calls) == 1
-    again = made({0: "a ship", 0.3: "a lighthouse"}, generator=seeded(1), **options).frames
-    assert len(calls) == 3
+    assert len(graphs) == 1
+    again = torch.cat(list(made.stream({0: "a ship", 0.3: "a lighthouse"}, generator=seeded(1), **options)), 2)
+    assert graphs == [False] * 3
     assert torch.allclose(again[0, :, :2], found[0, :, :2], atol=1e-5)
     assert not torch.allclose(again[0, :, 2:], found[0, :, 2:], atol=1e-3)
 
@@ -144,6 +144,19 @@ def test_a_video_goes_on_from_a_clip() -> None:
     options["output_type"] = "pt"
     clips = list(made.stream(num_frames=16, generator=seeded(), clip=whole[:, :, :4], **options))
     assert [clip.shape[1] for clip in clips] == [8, 8]
+
+
+@pytest.mark.parametrize("second", [0.5, 1.5])
+def test_prompts_change_at_their_second_whether_blocks_are_made_or_given_as_a_clip(second: float) -> None:
+    """Blocks begin every half second, and two of them are the clip."""
+    made, texts = pipeline(), {0: prompt(seed=1), second: prompt(seed=2)}
+    options = {"output_type": "latent", "prompt_embeds": texts, **SMALL}
+    whole = made(num_frames=29, generator=seeded(), **options).frames
+    random = seeded()
+    for _ in range(2 * 2):
+        torch.randn(1, 16, 2, 8, 8, generator=random)
+    rest = made(num_frames=16, generator=random, clip=whole[:, :, :4], **options).frames
+    assert torch.allclose(rest, whole[:, :, 4:], atol=1e-5)
 
 
 def test_a_callback_sees_every_step_and_may_change_the_block() -> None:
