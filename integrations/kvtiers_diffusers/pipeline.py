@@ -1,17 +1,20 @@
 """`CausalWanPipeline`: prompts to video of any length, block by block, each streamed as soon as it is decoded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import ceil
+from inspect import signature
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
+import attrs
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from kvtiers import GeometryError, Policy, PolicyError, bytes_in
+from kvtiers import GeometryError, Policy, PolicyError, bytes_in, resolve
+from kvtiers.plugins import suggest
 from kvtiers_diffusers.causal_wan import CausalWan, tiered
 from kvtiers_diffusers.schedule import TIMESTEPS, clean, noised, warped
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
@@ -20,6 +23,11 @@ _PIXEL_FRAMES = 4
 """Frames that a latent frame becomes; the first of a video, which a clip has made, becomes one."""
 _WORDS = 512
 """Tokens of a prompt, padded with zeros, that Wan was trained with."""
+_KINDS = ("np", "pt", "pil", "latent")
+_DISTILLED = (
+    "guidance_scale", "guidance_scale_2", "negative_prompt", "negative_prompt_embeds", "num_inference_steps",
+)  # fmt: skip
+"""Options of `WanPipeline` that distillation has made needless."""
 
 
 class CausalWanPipeline(WanPipeline):
@@ -114,20 +122,33 @@ class CausalWanPipeline(WanPipeline):
         callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": x0, "block": number})` after
             every denoising step; what it returns under "latents" replaces x0.
         output_type: "np", "pt", "pil" or "latent".
+
+        Raises `PolicyError` or `GeometryError`, before anything runs, for what cannot be made.
         """
-        frames = self._length(seconds, num_frames, fps)
-        texts = self._texts(prompt, prompt_embeds)
+        _refuse_unknown(changes)
+        if output_type not in _KINDS:
+            raise PolicyError(f"output_type must be one of {', '.join(_KINDS)}, got {output_type!r}")
+        for name, number in (("fps", fps), ("block_frames", block_frames), ("height", height), ("width", width)):
+            _check_whole(name, number)
+        frames = _length(seconds, num_frames, fps)
         schedule = warped(timesteps, shift)
-        latents = ceil(frames / _PIXEL_FRAMES) if clip is not None else 1 + ceil((frames - 1) / _PIXEL_FRAMES)
-        rows = next(iter(texts.values())).shape[0]
-        scale = self.vae_scale_factor_spatial
-        if height % (2 * scale) or width % (2 * scale):
-            raise GeometryError(f"height and width must be multiples of {2 * scale} pixels, got {height} x {width}")
+        prompts = self._prompts(prompt, prompt_embeds)
+        rows = _rows(next(iter(prompts.values())))
+        if isinstance(generator, list) and len(generator) != rows:
+            raise GeometryError(f"give one generator, or a list with one for each of {rows} rows, got {len(generator)}")
+        scale, (_, high, wide) = self.vae_scale_factor_spatial, self.transformer.config.patch_size
+        if height % (high * scale) or width % (wide * scale):
+            raise GeometryError(
+                f"height and width must be multiples of {high * scale} and {wide * scale} pixels, "
+                f"got {height} x {width}"
+            )
         shape = (rows, self.transformer.config.in_channels, block_frames, height // scale, width // scale)
         given = [] if clip is None else self._blocks_of(clip, shape)
+        latents = ceil(frames / _PIXEL_FRAMES) if given else 1 + ceil((frames - 1) / _PIXEL_FRAMES)
+        resolve(policy, layers=range(len(self.transformer.blocks)), **changes)
         return self._stream(
-            texts, schedule, latents, shape, given, frames, fps, generator, callback_on_step_end, output_type,
-            dict(policy=policy, block_frames=block_frames, **changes),
+            self._embedded(prompts), schedule, latents, shape, given, frames, fps, generator, callback_on_step_end,
+            output_type, dict(policy=policy, block_frames=block_frames, **changes),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -179,54 +200,113 @@ class CausalWanPipeline(WanPipeline):
                     left -= pixels.shape[2]
                 latents_left -= shape[2]
 
-    @staticmethod
-    def _length(seconds: float | int | None, num_frames: int | None, fps: int) -> int:
-        """The frames that were asked for."""
-        if (seconds is None) == (num_frames is None):
-            raise PolicyError(f"give seconds or num_frames, got seconds={seconds} and num_frames={num_frames}")
-        frames = num_frames if num_frames is not None else round((seconds or 0) * fps)
-        if frames < 1:
-            raise PolicyError(f"a video has at least one frame, got seconds={seconds}, num_frames={num_frames}")
-        return frames
-
-    @torch.no_grad()
-    def _texts(self, prompt: Any, embeds: Any) -> dict[float, Tensor]:
-        """The prompt's embedding from each second on."""
+    def _prompts(self, prompt: Any, embeds: Any) -> dict[float, Any]:
+        """The prompt, or its embedding, from each second on."""
         if (prompt is None) == (embeds is None):
             raise PolicyError("give prompt or prompt_embeds, one of them")
         given = embeds if prompt is None else prompt
         each = dict(given) if isinstance(given, Mapping) else {0.0: given}
+        wrong = [second for second in each if not _is_finite(second) or second < 0]
+        if wrong:
+            raise PolicyError(f"prompts change at finite numbers of seconds, 0 or more, got {wrong[0]!r}")
         if 0 not in each:
             raise PolicyError(f"a prompt that changes needs one from second 0, got {sorted(each)}")
+        check = self._check_prompt if embeds is None else self._check_embeds
+        for one in each.values():
+            check(one)
         if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
             raise PolicyError("this pipeline has no text encoder; give prompt_embeds, or load it with one")
-        device, dtype = self._execution_device, self.transformer.dtype
-        if prompt is None:
-            texts = {float(second): text.to(device, dtype) for second, text in sorted(each.items())}
-        else:
-            texts = {
-                float(second): self._get_t5_prompt_embeds(
-                    prompt=text, max_sequence_length=_WORDS, device=device, dtype=dtype
-                )
-                for second, text in sorted(each.items())
-            }
-        rows = {text.shape[0] for text in texts.values()}
+        rows = {_rows(one) for one in each.values()}
         if len(rows) > 1:
             raise GeometryError(f"prompts of one video are of one batch size, got {sorted(rows)}")
-        return texts
+        return {float(second): each[second] for second in sorted(each)}
 
-    def _blocks_of(self, clip: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+    @staticmethod
+    def _check_prompt(prompt: Any) -> None:
+        words = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise PolicyError(f"a prompt is a string, or a list with one for each row, got {prompt!r}")
+
+    def _check_embeds(self, embeds: Any) -> None:
+        width = self.transformer.config.text_dim
+        if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != width or not embeds.numel():
+            raise GeometryError(f"prompt_embeds are [batch, words, {width}], got {_described(embeds)}")
+
+    @torch.no_grad()
+    def _embedded(self, prompts: Mapping[float, Any]) -> dict[float, Tensor]:
+        """The embeddings of `prompts`, on the device; those that are embeddings are only moved there."""
+        device, dtype = self._execution_device, self.transformer.dtype
+        return {
+            second: one.to(device, dtype)
+            if isinstance(one, Tensor)
+            else self._get_t5_prompt_embeds(prompt=one, max_sequence_length=_WORDS, device=device, dtype=dtype)
+            for second, one in prompts.items()
+        }
+
+    def _blocks_of(self, clip: Any, shape: tuple[int, ...]) -> list[Tensor]:
         """The blocks of a clip of whole blocks."""
         if (
-            clip.dim() != 5
+            not isinstance(clip, Tensor)
+            or clip.dim() != 5
             or (*clip.shape[:2], *clip.shape[3:]) != (*shape[:2], *shape[3:])
             or clip.shape[2] % shape[2]
+            or not clip.shape[2]
         ):
             raise GeometryError(
-                f"a clip is latents of whole blocks, {(*shape[:2], f'n x {shape[2]}', *shape[3:])}, "
-                f"got {tuple(clip.shape)}"
+                f"a clip is latents of one or more whole blocks, {(*shape[:2], f'n x {shape[2]}', *shape[3:])}, "
+                f"got {_described(clip)}"
             )
         return list(clip.to(self._execution_device, self.transformer.dtype).split(shape[2], 2))
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Check that what `stream` does not take itself is a setting of the policy."""
+    own = [
+        name for name, kind in signature(CausalWanPipeline.stream).parameters.items() if kind.kind != kind.VAR_KEYWORD
+    ]
+    settings = [field.name for field in attrs.fields(Policy)]
+    for name in options:
+        if name in _DISTILLED:
+            raise PolicyError(
+                f"got {name}, but a causal model takes none: it is distilled to work without guidance, in the steps of "
+                "timesteps; leave it out"
+            )
+        if name not in settings:
+            raise PolicyError(
+                f"stream has no option {name!r}; its options: {', '.join(own[1:])}; settings of its policy: "
+                f"{', '.join(settings)}.{suggest(name, own[1:] + settings)}"
+            )
+
+
+def _length(seconds: float | int | None, num_frames: int | None, fps: int) -> int:
+    """The frames that were asked for."""
+    if num_frames is not None and seconds is None:
+        _check_whole("num_frames", num_frames)
+        return num_frames
+    if seconds is None or num_frames is not None:
+        raise PolicyError(f"give seconds or num_frames, got seconds={seconds} and num_frames={num_frames}")
+    if not _is_finite(seconds) or round(seconds * fps) < 1:
+        raise PolicyError(f"seconds must be a finite number, of at least one frame at {fps} a second, got {seconds!r}")
+    return round(seconds * fps)
+
+
+def _check_whole(name: str, got: Any) -> None:
+    if isinstance(got, bool) or not isinstance(got, int) or got < 1:
+        raise PolicyError(f"{name} must be a whole number of at least 1, got {got!r}")
+
+
+def _is_finite(got: Any) -> bool:
+    return isinstance(got, int | float) and not isinstance(got, bool) and isfinite(got)
+
+
+def _rows(prompt: str | list[str] | Tensor) -> int:
+    """How many videos `prompt` describes."""
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def _described(got: Any) -> str:
+    """The shape of a tensor, the type of anything else."""
+    return str(tuple(got.shape)) if isinstance(got, Tensor) else f"a {type(got).__name__}"
 
 
 def _at(texts: Mapping[float, Tensor], second: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import inf
 
 import torch
 from jaxtyping import Float
@@ -16,10 +17,12 @@ def warped(timesteps: Sequence[float | int], shift: float) -> list[float]:
     """`timesteps` (1,000 to 0, falling) as the model was trained to see them: shifted towards noise.
 
     With a shift of 5, 1000, 750, 500, 250 become 1000, 937.5, 833.3, 625. Raises `PolicyError` for a list that does not
-    fall from at most 1,000 to more than 0.
+    fall from at most 1,000 to more than 0, and a shift that is not a finite number of more than 0.
     """
-    falling = all(a > b for a, b in pairwise(timesteps))
-    if not timesteps or not falling or timesteps[0] > 1000 or timesteps[-1] <= 0:
+    if not 0 < shift < inf:
+        raise PolicyError(f"shift must be a finite number of more than 0, got {shift!r}")
+    within = all(0 < t <= 1000 for t in timesteps)  # which NaN is not
+    if not len(timesteps) or not within or not all(a > b for a, b in pairwise(timesteps)):
         raise PolicyError(
             "timesteps fall from at most 1000 to more than 0 (the clean pass at 0 is made anyway), "
             f"got {list(timesteps)}"
