@@ -12,14 +12,16 @@ from torch import Tensor
 from kvtiers import UnsupportedModelError
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")
-"""What a checkpoint may keep its weights under; the first that is there is taken."""
-_PREFIXES = ("model.", "_fsdp_wrapped_module.", "module.")
+"""What a checkpoint may keep its weights under; the first that is there, and not empty, is taken."""
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""What training wrappers put anywhere in a name."""
+_PREFIXES = ("model.", "module.")
 
 
 def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
     """Load the weights at `path` (.safetensors, or .pt read with `weights_only=True`) into a `WanTransformer3DModel`.
 
-    Wan's original names and diffusers' are both understood, and the prefixes that training wrappers leave. Raises
+    Wan's original names and diffusers' are both understood, and the names that training wrappers add. Raises
     `UnsupportedModelError`, naming them, if keys are missing or unexpected, and changes nothing then.
     """
     weights = {_stripped(key): part for key, part in _read(Path(path)).items()}
@@ -54,7 +56,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{path} cannot be read as a checkpoint: {error}; it must be .safetensors, or a .pt of tensors alone"
         ) from error
     for name in _INSIDE:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping) and found[name]:
             found = found[name]
             break
     if not isinstance(found, Mapping) or not all(isinstance(part, Tensor) for part in found.values()):
@@ -63,10 +65,12 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 
 def _stripped(key: str) -> str:
-    """`key` without what wrappers put in front."""
+    """`key` without what wrappers put in it."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
     while (prefix := next((p for p in _PREFIXES if key.startswith(p)), None)) is not None:
         key = key.removeprefix(prefix)
-    return key.replace("._fsdp_wrapped_module.", ".")
+    return key
 
 
 def _some(keys: list[str]) -> str:
