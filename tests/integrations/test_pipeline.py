@@ -19,6 +19,7 @@ import tiny_chat
 from kvtiers import GeometryError, PolicyError, UnsupportedModelError
 from kvtiers_diffusers import CausalWanPipeline, StreamingDecoder, load_causal_checkpoint, tiered, write_video
 from kvtiers_diffusers.schedule import clean, noised, warped
+from strategies import unchecked
 from tiny_wan import GOLDENS, blocks, build, golden, prompt
 
 SMALL: dict[str, Any] = {
@@ -202,8 +203,24 @@ def test_a_video_file_has_the_frames_that_were_written(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "flat.mp4")) as file:
         found = next(file.decode(video=0)).to_ndarray(format="rgb24")
     assert abs(found.astype(float).mean() - 64) < 4
-    with pytest.raises(GeometryError, match="even height and width, got 15 x 16"):
-        write_video(tmp_path / "odd.mp4", [torch.zeros(1, 1, 3, 15, 16)])
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        pytest.param([], "at least one frame, got no clips", id="no clips"),
+        pytest.param([torch.zeros(1, 0, 3, 16, 16)], "at least one frame", id="no frames"),
+        pytest.param([torch.zeros(1, 16, 2, 8, 8)], "3 channels, .* got .1, 16, 2, 8, 8.; stream them", id="latents"),
+        pytest.param([torch.zeros(4, 3, 16, 16)], r"got \(4, 3, 16, 16\)", id="one row"),
+        pytest.param([np.zeros((1, 2, 16, 16, 4))], r"got \(1, 2, 16, 16, 4\)", id="arrays"),
+        pytest.param([[["a picture"]]], "got a list; stream them as 'np' or 'pt'", id="pictures"),
+        pytest.param([torch.zeros(1, 1, 3, 15, 16)], "even height and width, got 15 x 16", id="odd"),
+    ],
+)
+def test_what_is_no_video_is_refused_and_no_file_is_made(clips: list[Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(GeometryError, match=message):
+        write_video(tmp_path / "video.mp4", clips)
+    assert not (tmp_path / "video.mp4").exists()
 
 
 def test_it_is_saved_and_loaded_as_any_pipeline(tmp_path: Path) -> None:
@@ -243,6 +260,28 @@ def test_published_checkpoints_load_into_an_unmodified_model(prefix: str, inside
     load_causal_checkpoint(model, tmp_path / "own.safetensors")
 
 
+def test_names_that_wrappers_added_anywhere_are_understood(tmp_path: Path) -> None:
+    wanted = golden("full").model.state_dict()
+    model = build(heads=2, head_dim=48, text_dim=32, freq_dim=64, ffn_dim=192, seed=1)
+    wrapped = {
+        key.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module.").replace(
+            "blocks.1.", "blocks.1._orig_mod."
+        ): part
+        for key, part in original("_orig_mod.model._fsdp_wrapped_module.").items()
+    }
+    torch.save({"generator": wrapped}, tmp_path / "model.pt")
+    load_causal_checkpoint(model, tmp_path / "model.pt")
+    assert all(torch.equal(part, wanted[name]) for name, part in model.state_dict().items())
+
+
+def test_an_average_that_training_had_not_begun_is_passed_over(tmp_path: Path) -> None:
+    wanted = golden("full").model.state_dict()
+    model = build(heads=2, head_dim=48, text_dim=32, freq_dim=64, ffn_dim=192, seed=1)
+    torch.save({"generator_ema": {}, "generator": original("model.")}, tmp_path / "model.pt")
+    load_causal_checkpoint(model, tmp_path / "model.pt")
+    assert all(torch.equal(part, wanted[name]) for name, part in model.state_dict().items())
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_by_its_keys_and_changes_nothing(tmp_path: Path) -> None:
     model = build(heads=2, head_dim=48, text_dim=32, freq_dim=64, ffn_dim=192, seed=1)
     before = {name: part.clone() for name, part in model.state_dict().items()}
@@ -274,32 +313,81 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_its_keys_and_changes_nothi
     [
         pytest.param({}, PolicyError, "give seconds or num_frames", id="no length"),
         pytest.param({"seconds": 1, "num_frames": 5}, PolicyError, "give seconds or num_frames", id="two lengths"),
-        pytest.param({"num_frames": 0}, PolicyError, "at least one frame", id="nothing"),
-        pytest.param({"num_frames": 5, "height": 60}, GeometryError, "multiples of 16 pixels, got 60", id="height"),
+        pytest.param({"num_frames": 0}, PolicyError, "num_frames must be a whole .* 1, got 0", id="nothing"),
+        pytest.param({"num_frames": 5.5}, PolicyError, "num_frames must be a whole .* got 5.5", id="part of a frame"),
+        pytest.param({"seconds": 0.01}, PolicyError, "at least one frame at 16 a second, got 0.01", id="an instant"),
+        pytest.param({"seconds": float("nan")}, PolicyError, "finite number, .* got nan", id="seconds nan"),
+        pytest.param({"seconds": float("inf")}, PolicyError, "finite number, .* got inf", id="endless"),
+        pytest.param({"num_frames": 5, "fps": 0}, PolicyError, "fps must be a whole .* 1, got 0", id="fps"),
+        pytest.param({"num_frames": 5, "block_frames": 0}, PolicyError, "block_frames must be", id="empty blocks"),
+        pytest.param({"num_frames": 5, "block_frames": 2.0}, PolicyError, "block_frames must be", id="uneven blocks"),
+        pytest.param({"num_frames": 5, "height": 60}, GeometryError, "of 16 and 16 pixels, got 60", id="height"),
+        pytest.param({"num_frames": 5, "width": 0}, PolicyError, "width must be a whole .* got 0", id="no width"),
+        pytest.param({"num_frames": 5, "height": -16}, PolicyError, "height must be a whole .* got -16", id="below"),
+        pytest.param({"num_frames": 5, "output_type": "gif"}, PolicyError, "np, pt, pil, latent, got 'gif'", id="kind"),
         pytest.param({"num_frames": 5, "timesteps": (500, 600)}, PolicyError, "timesteps fall", id="schedule"),
+        pytest.param({"num_frames": 5, "timesteps": (float("nan"),)}, PolicyError, "timesteps fall", id="time nan"),
+        pytest.param({"num_frames": 5, "shift": 0.0}, PolicyError, "shift must be a finite .* got 0.0", id="shift 0"),
+        pytest.param({"num_frames": 5, "shift": float("inf")}, PolicyError, "shift must be a finite", id="shift inf"),
         pytest.param({"num_frames": 5, "prompt": "a"}, PolicyError, "one of them", id="two prompts"),
         pytest.param(
             {"num_frames": 5, "prompt_embeds": None, "prompt": "a"}, PolicyError, "no text encoder", id="text"
         ),
         pytest.param(
+            {"num_frames": 5, "prompt_embeds": None, "prompt": []}, PolicyError, "a prompt is a string", id="no prompt"
+        ),
+        pytest.param(
             {"num_frames": 5, "prompt_embeds": {3: prompt()}}, PolicyError, "from second 0, got .3", id="late"
+        ),
+        pytest.param(
+            {"num_frames": 5, "prompt_embeds": {0: prompt(), "1": prompt()}},
+            PolicyError,
+            "got '1'",
+            id="second as text",
         ),
         pytest.param(
             {"num_frames": 5, "prompt_embeds": {0: prompt(), 1: prompt(rows=2)}}, GeometryError, "one batch", id="rows"
         ),
         pytest.param(
+            {"num_frames": 5, "prompt_embeds": prompt()[0]}, GeometryError, r"words, 32\], got \(6, 32\)", id="one row"
+        ),
+        pytest.param(
+            {"num_frames": 5, "generator": [seeded(), seeded()]},
+            GeometryError,
+            "each of 1 rows, got 2",
+            id="generators",
+        ),
+        pytest.param(
             {"num_frames": 5, "clip": blocks(1, frames=3, high=8, wide=8)[0]}, GeometryError, "n x 2", id="clip"
         ),
+        pytest.param(
+            {"num_frames": 5, "clip": torch.zeros(1, 16, 0, 8, 8)}, GeometryError, "one or more whole", id="empty clip"
+        ),
         pytest.param({"num_frames": 5, "policy": "packforcng"}, PolicyError, "Did you mean", id="policy"),
+        pytest.param({"num_frames": 5, "guidance_scale": 5.0}, PolicyError, "got guidance_scale, but", id="guidance"),
+        pytest.param({"num_frames": 5, "negative_prompt": "blur"}, PolicyError, "takes none", id="negative"),
+        pytest.param({"num_frames": 5, "num_inference_steps": 4}, PolicyError, "steps of timesteps", id="steps"),
+        pytest.param({"num_frames": 5, "outputtype": "np"}, PolicyError, "mean 'output_type'", id="unknown option"),
+        pytest.param({"num_frames": 5, "rescent": 2}, PolicyError, "policy: .* mean 'recent'", id="unknown setting"),
     ],
 )
-def test_what_cannot_be_made_is_refused_and_the_model_is_whole(
+def test_what_cannot_be_made_is_refused_before_anything_runs(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     made = pipeline()
+    with unchecked(), pytest.raises(error, match=message):
+        made.stream(**{"prompt_embeds": prompt(), **SMALL, **options})
+
+
+def test_a_video_that_fails_midway_leaves_the_model_whole() -> None:
+    made = pipeline()
     own = dict(made.transformer.attn_processors)
-    with pytest.raises(error, match=message):
-        made(**{"prompt_embeds": prompt(), **SMALL, **options})
+
+    def callback(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(prompt_embeds=prompt(), num_frames=5, callback_on_step_end=callback, **SMALL)
     assert made.transformer.attn_processors == own
 
 
