@@ -134,8 +134,9 @@ class SourceCompressor(Compressor):
     """
 
     @abstractmethod
-    def bind(self, model: Any, vae: Any) -> Reducer:
-        """What reduces blocks for `model`. vae: its autoencoder, or none; `PolicyError` is raised if it needs one."""
+    def bind(self, model: Any, vae: Any, network: Any = None) -> Reducer:
+        """What reduces blocks for `model`. vae: its autoencoder, or none; `PolicyError` is raised if it needs one.
+        network: trained weights at hand, instead of those that the settings name."""
 
     @abstractmethod
     def reduced_tokens(self, steps: int, grid: tuple[int, ...]) -> int:

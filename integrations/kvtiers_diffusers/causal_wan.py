@@ -46,7 +46,8 @@ class CausalWan:
 
     transformer: a `WanTransformer3DModel` as diffusers ships it; `close()` gives it back as it was.
     policy: a preset's name, the path of a .toml file, or a `kvtiers.Policy`; changes as for `kvtiers_transformers`.
-    vae: its `AutoencoderKLWan`, for a policy that compresses through pixels.
+    vae: its `AutoencoderKLWan`, for a policy that compresses through pixels. compressor_network: trained weights of the
+        policy's compressor, instead of those that its settings name.
     block_frames: latent frames of a block; none: those of the first block. even: whether all blocks are of that length,
         which makes the bound exact; otherwise it is the most.
     check: refuse keys and values that are not finite.
@@ -63,6 +64,7 @@ class CausalWan:
         policy: str | Path | Policy = "full",
         *,
         vae: Any = None,
+        compressor_network: Any = None,
         block_frames: int | None = None,
         even: bool = True,
         check: bool = False,
@@ -102,7 +104,7 @@ class CausalWan:
         self.reducer: Reducer | None = None
         """What compresses blocks before the model sees them, if the policy does."""
         if isinstance(compressor, SourceCompressor):
-            self.reducer = compressor.bind(self.transformer, vae)
+            self.reducer = compressor.bind(self.transformer, vae, compressor_network)
         self._switch = enable(transformer)
         self._closed = False
 

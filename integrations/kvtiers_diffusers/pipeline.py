@@ -6,7 +6,6 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
-import attrs
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
@@ -14,7 +13,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from kvtiers import GeometryError, Policy, PolicyError, bytes_in, resolve
-from kvtiers.plugins import suggest
 from kvtiers_diffusers.causal_wan import CausalWan, tiered
 from kvtiers_diffusers.schedule import TIMESTEPS, clean, noised, warped
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
@@ -33,15 +31,18 @@ _DISTILLED = (
 class CausalWanPipeline(WanPipeline):
     """diffusers' `WanPipeline` with a causal model's few-step schedule and a memory that does not grow.
 
-    Takes what `WanPipeline` takes; tokenizer and text_encoder may be none if embeddings are given, and the scheduler is
-    kept for others: a causal model is distilled to a schedule of its own, which `stream` is given. The transformer
-    stays diffusers' own and is given back as it was when a video ends, however it ends.
+    Takes what `WanPipeline` takes, and as `compressor` trained weights of the policy's compressor (such as
+    `kvtiers_packforcing.network.HighResolution`), which are saved, loaded and moved with the rest. tokenizer and
+    text_encoder may be none if embeddings are given, and the scheduler is kept for others: a causal model is distilled
+    to a schedule of its own, which `stream` is given. The transformer stays diffusers' own and is given back as it was
+    when a video ends, however it ends.
 
     Source: PackForcing (arXiv 2603.25730) section 4.1; the recipe is Self-Forcing's (arXiv 2506.08009).
     """
 
-    _optional_components: ClassVar = ["tokenizer", "text_encoder", "transformer_2"]
+    _optional_components: ClassVar = ["tokenizer", "text_encoder", "transformer_2", "compressor"]
     transformer: Any
+    compressor: Any
     vae: Any
     scheduler: Any
     text_encoder: Any
@@ -50,6 +51,7 @@ class CausalWanPipeline(WanPipeline):
     progress_bar: Any
     vae_scale_factor_spatial: int
     _execution_device: Any
+    register_modules: Any
     _get_t5_prompt_embeds: Any
 
     def __init__(
@@ -60,6 +62,7 @@ class CausalWanPipeline(WanPipeline):
         tokenizer: Any = None,
         text_encoder: Any = None,
         transformer_2: Any = None,
+        compressor: Any = None,
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
     ) -> None:
@@ -73,6 +76,7 @@ class CausalWanPipeline(WanPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
+        self.register_modules(compressor=compressor)
         if transformer_2 is not None:
             raise PolicyError("a causal model is one transformer; this one has a second for low noise (Wan 2.2)")
 
@@ -125,7 +129,7 @@ class CausalWanPipeline(WanPipeline):
 
         Raises `PolicyError` or `GeometryError`, before anything runs, for what cannot be made.
         """
-        _refuse_unknown(changes)
+        _check_options(policy, len(self.transformer.blocks), changes)
         if output_type not in _KINDS:
             raise PolicyError(f"output_type must be one of {', '.join(_KINDS)}, got {output_type!r}")
         for name, number in (("fps", fps), ("block_frames", block_frames), ("height", height), ("width", width)):
@@ -170,7 +174,7 @@ class CausalWanPipeline(WanPipeline):
         decoder, left, latents_left = StreamingDecoder(self.vae), frames, latents
         made, blocks = len(given), ceil(latents / shape[2])
         with (
-            tiered(self.transformer, vae=self.vae, **options) as wan,
+            tiered(self.transformer, vae=self.vae, compressor_network=self.compressor, **options) as wan,
             self.progress_bar(total=blocks * (len(schedule) + 1)) as progress,
         ):
             for number, block in enumerate(given):
@@ -259,23 +263,20 @@ class CausalWanPipeline(WanPipeline):
         return list(clip.to(self._execution_device, self.transformer.dtype).split(shape[2], 2))
 
 
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Check that what `stream` does not take itself is a setting of the policy."""
-    own = [
-        name for name, kind in signature(CausalWanPipeline.stream).parameters.items() if kind.kind != kind.VAR_KEYWORD
-    ]
-    settings = [field.name for field in attrs.fields(Policy)]
-    for name in options:
-        if name in _DISTILLED:
-            raise PolicyError(
-                f"got {name}, but a causal model takes none: it is distilled to work without guidance, in the steps of "
-                "timesteps; leave it out"
-            )
-        if name not in settings:
-            raise PolicyError(
-                f"stream has no option {name!r}; its options: {', '.join(own[1:])}; settings of its policy: "
-                f"{', '.join(settings)}.{suggest(name, own[1:] + settings)}"
-            )
+def _check_options(policy: str | Path | Policy, layers: int, options: Mapping[str, Any]) -> None:
+    """Check that what `stream` does not take itself is for `CausalWan` or its policy."""
+    needless = next((name for name in options if name in _DISTILLED), None)
+    if needless is not None:
+        raise PolicyError(
+            f"got {needless}, but a causal model takes none: it is distilled to work without guidance, in the steps of "
+            "timesteps; leave it out"
+        )
+    settings = {name: value for name, value in options.items() if name not in signature(CausalWan).parameters}
+    try:
+        resolve(policy, layers=list(range(layers)), **settings)
+    except PolicyError as error:
+        own = [name for name in signature(CausalWanPipeline.stream).parameters if name not in ("self", "changes")]
+        raise type(error)(f"{error} (stream itself takes {', '.join(own)})") from error
 
 
 def _length(seconds: float | int | None, num_frames: int | None, fps: int) -> int:

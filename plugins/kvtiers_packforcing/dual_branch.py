@@ -68,14 +68,14 @@ class DualBranch(SourceCompressor):
         """Steps that a reduced block occupies when it is placed."""
         return steps // _TIME if self.positions == "unit" else steps
 
-    def bind(self, model: Any, vae: Any) -> Reducer:
-        return DualBranchReducer(self, model, vae)
+    def bind(self, model: Any, vae: Any, network: Any = None) -> Reducer:
+        return DualBranchReducer(self, model, vae, network)
 
 
 class DualBranchReducer:
     """`DualBranch` for one Wan model. `network` is the HR branch (none for `lr` alone); it can be trained."""
 
-    def __init__(self, settings: DualBranch, model: Any, vae: Any) -> None:
+    def __init__(self, settings: DualBranch, model: Any, vae: Any, network: Any = None) -> None:
         if settings.branches != "hr" and vae is None:
             raise PolicyError(
                 f"dual-branch with branches={settings.branches!r} encodes pooled frames with the model's autoencoder, "
@@ -88,15 +88,19 @@ class DualBranchReducer:
             )
         self.settings, self.model, self.vae = settings, model, vae
         self.needs_pixels = settings.branches != "hr"
-        self.network = None if settings.branches == "lr" else self._network()
+        self.network = None if settings.branches == "lr" else self._network(network)
         self.reset()
 
-    def _network(self) -> Any:
+    def _network(self, network: Any) -> Any:
         from kvtiers_packforcing.network import HighResolution
 
         weights, config = self.settings.weights, self.model.config
         channels, width = config.in_channels, config.num_attention_heads * config.attention_head_dim
-        if weights is None:
+        given, found = network is not None, network
+        if given:
+            source = "given"
+        elif weights is None:
+            source = "made"
             if self.settings.branches == "hr":
                 warnings.warn(
                     "dual-branch with branches='hr' and no weights makes tokens of zeros until it is trained; give "
@@ -104,17 +108,19 @@ class DualBranchReducer:
                     stacklevel=2,
                 )
             with torch.random.fork_rng(devices=[]):  # what the caller draws next is not to depend on this
-                network = HighResolution(channels=channels, width=width)
+                found = HighResolution(channels=channels, width=width)
         else:
-            network = _read(weights)
-        made = (network.config.channels, network.config.width)
+            source, found = f"of {weights!r}", _read(weights)
+        made = (found.config.channels, found.config.width)
         if made != (channels, width):
             raise PolicyError(
-                f"the compressor of {weights!r} reduces {made[0]} channels to a width of {made[1]}, and this model has "
+                f"the compressor {source} reduces {made[0]} channels to a width of {made[1]}, and this model has "
                 f"{channels} and {width}; train or load one for this model"
             )
+        if given:
+            return found
         # not diffusers' own `to`, which warns of any cast
-        return torch.nn.Module.to(network, device=self.model.device, dtype=self.model.dtype)
+        return torch.nn.Module.to(found, device=self.model.device, dtype=self.model.dtype)
 
     def reset(self) -> None:
         self._last: Tensor | None = None
