@@ -11,12 +11,13 @@ from kvtiers.blocks import Place, Selection, Tier
 from kvtiers.recall import MidTokens
 from kvtiers.store import LayerStore
 
-Part = Tier | Literal["digests", "spare"]
+Part = Tier | Literal["digests", "spare", "prompt"]
 
 
 @attrs.frozen(kw_only=True)
 class Held:
-    """Bytes of one tier in one place. `digests` belong to mid; `spare` are slots of a context buffer in no use now."""
+    """Bytes of one tier in one place. `digests` belong to mid; `spare` are slots of a context buffer in no use now;
+    `prompt` are the keys and values of cross-attention (video)."""
 
     tier: Part
     place: Place

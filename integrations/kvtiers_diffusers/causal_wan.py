@@ -403,8 +403,11 @@ class CausalWan:
         return self.reducer is not None and self.reducer.needs_pixels
 
     def held(self) -> list[Held]:
-        """Bytes held per tier and place."""
-        return [] if self.cache is None else self.cache.held()
+        """Bytes held per tier and place, the prompt's keys and values included."""
+        held = [] if self.cache is None else self.cache.held()
+        storages = {part.untyped_storage() for both in self._prompt.values() for part in both}
+        prompt = sum(storage.nbytes() for storage in storages)
+        return [*held, Held(tier="prompt", place="device", bytes=prompt)] if prompt else held
 
     def attended(self) -> list[int]:
         """Tokens that the last forward of each layer attended, its own included."""

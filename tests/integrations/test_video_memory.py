@@ -310,6 +310,14 @@ def test_inference_first_and_gradients_afterwards() -> None:
         assert noisy.grad is not None
 
 
+@torch.no_grad()
+def test_the_prompts_keys_and_values_are_counted() -> None:
+    with tiered(build(), "archive", **ROLLING) as wan:
+        go_on(wan, blocks(2))
+        held = {h.tier: h.bytes for h in wan.held()}
+    assert held["prompt"] == 2 * 2 * 6 * 48 * 4  # layers, keys and values, words, channels, float32
+
+
 # ---------------------------------------------------------------- what is refused
 
 
