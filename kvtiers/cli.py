@@ -146,8 +146,10 @@ def plan(model: str, policies: tuple[str, ...], dtype: str, **wanted: Any) -> No
     console = Console()
     console.print(table)
     console.print(
-        "KV cached: of the attended history, as papers count it. On device: with current slots, unrotated copies and "
-        "digests. Attention work: beside attending everything, at the end."
+        "KV cached: of the attended history, as papers count it: without the current block, or (full) of everything. "
+        "On device: with current slots, unrotated copies and digests. What has no bound grows by doubling and may "
+        "take twice its size: this is counted on the device, not where blocks are archived elsewhere. Attention work: "
+        "beside attending everything, at the end."
     )
 
 
@@ -170,8 +172,8 @@ def _shape(model: str, **wanted: Any) -> Shape:
         if isinstance(found, Shape):
             return found
     raise PolicyError(
-        f"no installed integration knows a model {model!r}; give wan2.1-t2v-1.3b, a hub id, or a folder with a "
-        f"config.json. {' '.join(reasons)}".rstrip()
+        f"no installed integration knows a model {model!r}; give wan2.1-t2v-1.3b, the hub id of a language model, or "
+        f"a folder with a config.json. {' '.join(reasons)}".rstrip()
     )
 
 

@@ -37,9 +37,10 @@ class Cost:
     """What one policy costs.
 
     attended: tokens that one attention call sees at the end.
-    cached_bytes: keys and values of the attended history, without the block (or chunk) that attends, as papers count.
+    cached_bytes: keys and values of the attended history, as papers count: without the block (or chunk) that attends,
+        or of everything if nothing bounds what is attended.
     device_bytes: the most that is allocated there, with current slots, unrotated copies, digests, and an archive on the
-        device. archive_bytes: archived elsewhere.
+        device; what grows does so by doubling, and is counted twice. archive_bytes: archived elsewhere, counted once.
     growth_bytes: what the archive grows by in `Shape.growth_steps`, wherever it is.
     work: multiplications of attention, relative to attending everything.
     """
@@ -55,7 +56,7 @@ class Cost:
 def cost(policy: Policy, shape: Shape) -> Cost:
     """What `policy` costs for `shape`, at its end."""
     geometry, block = shape.geometry, policy.block_steps(shape.geometry)
-    current = block if not geometry.causal else min(policy.chunk_size or 1, shape.steps)
+    current = min((policy.chunk_size or 1) if geometry.causal else block, shape.steps)
     bound = policy.bound(geometry)
     attended = shape.tokens if bound is None else min(bound, shape.tokens)
     archives = policy.recent is not None and not policy.compressor.drops and not policy.in_place
@@ -63,12 +64,30 @@ def cost(policy: Policy, shape: Shape) -> Cost:
     blocks = aged // block if archives else 0
     of_block = sum(policy.block_tokens(geometry, form) for form in policy.forms) * shape.token_bytes
     allocated = policy.bound_bytes(geometry, blocks)
-    full = shape.tokens * shape.token_bytes
+    without = 0 if bound is None else current * geometry.tokens_per_step
     return Cost(
         attended=attended,
-        cached_bytes=full if bound is None else (attended - current * geometry.tokens_per_step) * shape.token_bytes,
-        device_bytes=full if allocated is None else allocated * shape.layers,
+        cached_bytes=(attended - without) * shape.token_bytes,
+        device_bytes=shape.layers * (_doubled(policy, shape, blocks) if allocated is None else allocated),
         archive_bytes=0 if policy.archive.place == "device" else blocks * of_block,
         growth_bytes=shape.growth_steps // block * of_block if archives else 0,
         work=attended / shape.tokens,
     )
+
+
+def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:
+    """The most bytes that one layer holds on the device if its context buffer grows, which it does by doubling."""
+    geometry = shape.geometry
+    slots = shape.tokens
+    if not policy.in_place:
+        slots += policy.anchors(geometry) * geometry.tokens_per_step + (policy.mid_bound(geometry) or 0)
+    held = slots * (geometry.token_bytes + (geometry.key_bytes if policy.realigner.rotates else 0))
+    rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
+    full = policy.block_tokens(geometry, "full")
+    digest = policy.retriever.digest_floats(full, geometry.head_dim) * 4 * rows + 8
+    chosen = rows * (3 * 8 + full * 8 * (axes + 1))
+    archived = sum(policy.block_tokens(geometry, form) for form in policy.forms) * (
+        geometry.token_bytes + 4 * rows * axes
+    )
+    held += blocks * (digest + chosen + (archived if policy.archive.place == "device" else 0))
+    return 2 * held + policy.compressor.state_bytes(geometry)
