@@ -22,6 +22,7 @@ from kvtiers.cli import parse
 from kvtiers_diffusers.causal_wan import CausalWan, tiered
 from kvtiers_diffusers.processors import Pass, TieredSelfAttention
 from kvtiers_diffusers.schedule import TIMESTEPS, clean, noised, warped
+from kvtiers_diffusers.shapes import sides
 
 POLICIES = (
     "full",
@@ -84,7 +85,7 @@ def video(
     console = Console()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     made_of = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-    width, height = (int(side) for side in (size or ("256x160" if model == "small" else "832x480")).split("x"))
+    width, height = sides(size or ("256x160" if model == "small" else "832x480"))
     latent = (height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT)
     transformer = _random_model(_SMALL if model == "small" else _TRUE, where, made_of)
     specs = list(policies or POLICIES)

@@ -10,6 +10,7 @@ pytest.importorskip("matplotlib", reason="needs the extra 'cli'")
 import torch
 from click.testing import CliRunner
 
+from kvtiers import PolicyError
 from kvtiers.cli import main
 from kvtiers_diffusers.bench import POLICIES, make
 from tiny_wan import build
@@ -23,6 +24,15 @@ def test_the_command_runs_every_policy_and_draws_the_times(tmp_path: Any) -> Non
     for spec in POLICIES:
         assert spec.partition(":")[0] in shown.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [("foo", "such as 832x480, got 'foo'"), ("250x160", "multiples of 16 and 16 pixels")]
+)
+def test_a_size_that_is_none_is_refused(size: str, message: str) -> None:
+    found = CliRunner().invoke(main, ["bench", "video", "--size", size])
+    assert isinstance(found.exception, PolicyError)
+    assert message in str(found.exception)
 
 
 def test_what_is_measured_is_what_was_attended_and_the_model_is_given_back() -> None:
