@@ -205,7 +205,6 @@ class CausalWan:
             self.reducer.skip(block, pixels)
         else:
             reduced = self.reducer.reduce(block, pixels)
-        self._reduced = (weakref.ref(block), reduced)
         return reduced
 
     def _check_source(self, pixels: Tensor | None) -> None:
