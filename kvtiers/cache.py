@@ -357,19 +357,26 @@ class TieredCache:
 
     def crop(self, steps: int) -> None:
         """Roll every row back to its first `steps` steps, exactly, or raise `CropError` and change nothing."""
-        self.crop_by(self.seen - steps)
+        if self.geometries and not self.geometries[0].causal:
+            self._crop_to([steps for _ in self.stores()])  # a pass that failed may have left drafts in some layers
+        else:
+            self.crop_by(self.seen - steps)
 
     def crop_by(self, steps: int) -> None:
         """Remove the newest `steps` steps of every row, exactly, or raise `CropError` and change nothing."""
-        for store in self.stores():
-            reason = session.crop_reason(store, store.seen - steps)
+        self._crop_to([store.seen - steps for store in self.stores()])
+
+    def _crop_to(self, wanted: Sequence[int]) -> None:
+        """Roll each store back to its own number of steps, or none."""
+        for store, steps in zip(self.stores(), wanted, strict=True):
+            reason = session.crop_reason(store, steps)
             if reason is not None:
                 raise CropError(
-                    f"layer {store.layer} cannot give back {steps} of {store.seen} steps: {reason}; "
+                    f"layer {store.layer} cannot give back {store.seen - steps} of {store.seen} steps: {reason}; "
                     "fork() the cache before steps that may have to be undone"
                 )
-        for store in self.stores():
-            session.crop(store, store.seen - steps)
+        for store, steps in zip(self.stores(), wanted, strict=True):
+            session.crop(store, steps)
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""

@@ -177,6 +177,10 @@ def _shape(model: str, **wanted: Any) -> Shape:
     )
 
 
+_NONE = ("recent", "chunk_size", "budget", "retriever.queries", "retriever.digest_tokens")
+"""What may be none; elsewhere `none` is a name."""
+
+
 def parse(spec: str) -> Policy:
     """`name` or `name:setting=value,...`, as in `archive:top_k=8,retriever=affinity,retriever.heads=mean`."""
     name, _, settings = spec.partition(":")
@@ -187,7 +191,7 @@ def parse(spec: str) -> Policy:
         if not equals:
             raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
         slot, dot, option = key.partition(".")
-        meant = int(value) if value.lstrip("-").isdigit() else None if value == "none" else value
+        meant = int(value) if value.removeprefix("-").isdigit() else None if value == "none" and key in _NONE else value
         if dot:
             options.setdefault(slot, {})[option] = meant
         else:

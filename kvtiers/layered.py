@@ -5,9 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from kvtiers.errors import PolicyError, SlotError
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import load_policy, policy
+
+_SETTINGS = tuple(field.name for field in attrs.fields(Policy))
 
 
 def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any) -> list[Policy]:
@@ -34,6 +38,12 @@ def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any)
             raise PolicyError(
                 f"{name} is set for layer {strange[0]!r}, which is not tiered; layers: {', '.join(map(str, layers))}, "
                 'and "*" for the others'
+            )
+    for name, value in changes.items():
+        if name not in _SETTINGS and _differs(value):
+            raise PolicyError(
+                f"{name} is no setting of a policy, and an option of a slot's choice is the same for all layers; give "
+                f"one value, got a {type(value).__name__}"
             )
     own = {name: value for name, value in changes.items() if name not in SLOTS and _differs(value)}
     start = policy(named, **{name: value for name, value in changes.items() if name not in own})

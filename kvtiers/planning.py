@@ -58,10 +58,16 @@ def cost(policy: Policy, shape: Shape) -> Cost:
     geometry, block = shape.geometry, policy.block_steps(shape.geometry)
     current = min((policy.chunk_size or 1) if geometry.causal else block, shape.steps)
     bound = policy.bound(geometry)
-    attended = shape.tokens if bound is None else min(bound, shape.tokens)
     archives = policy.recent is not None and not policy.compressor.drops and not policy.in_place
     aged = 0 if policy.recent is None else max(0, shape.steps - policy.anchors(geometry) - policy.recent)
     blocks = aged // block if archives else 0
+    attended = shape.tokens if bound is None else min(bound, shape.tokens)
+    if archives and policy.recall == "compressed":
+        past = max(0, shape.steps - current - policy.anchors(geometry) - (policy.recent or 0)) // block
+        chosen = policy.retriever.count(policy.top_k, past)
+        further = min(policy.fringe, past - chosen) if chosen else 0
+        mid = (chosen + further) * policy.block_tokens(geometry, "compressed")
+        attended = min(attended, shape.tokens - past * block * geometry.tokens_per_step + mid)
     of_block = sum(policy.block_tokens(geometry, form) for form in policy.forms) * shape.token_bytes
     allocated = policy.bound_bytes(geometry, blocks)
     without = 0 if bound is None else current * geometry.tokens_per_step

@@ -63,6 +63,7 @@ def extra(path: Path) -> dict[str, Any]:
     return kept
 
 
+@torch.inference_mode(mode=False)
 def load(
     cache: "TieredCache", path: Path, device: torch.device, expect: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:

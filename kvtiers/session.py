@@ -122,7 +122,7 @@ def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
         parts = {name: getattr(store.mid, name) for name in _MID}
         wide = {n: p.index_select(0, rows.to(p.device)) for n, p in parts.items() if p is not None and _per_row(n, p)}
         store.mid = attrs.evolve(store.mid, **wide)
-    store._live = None
+    store._live = store.padding = store.source = None
     store.geometry = attrs.evolve(store.geometry, batch=rows.numel())
 
 

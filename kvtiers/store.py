@@ -96,8 +96,12 @@ class LayerStore:
         """How long the archived blocks are, where they may differ (video)."""
         self.digests, self.starts = Growing(2), Growing(0)
         self.state: Any = None
+        self.source: Source | None = None
+        """What a compressor that prepares is to look at once the current block is committed (video)."""
         self.selection: Selection | None = None
         self.mid: MidTokens | None = None
+        self.padding: Tensor | None = None
+        """The mask over what stands behind shorter mid blocks, made once per selection."""
         self.stale = False
         self.pending = 0
         self.drafted = False
@@ -238,7 +242,7 @@ class LayerStore:
         """Give up the current tokens."""
         self.tail -= self.current
         self.seen = self.settled
-        self._live = None
+        self._live = self.source = None
 
     def _take(self, keys: Tensor, values: Tensor) -> None:
         """Write current tokens behind recent. The first ones after a commit are due for a selection."""
@@ -328,6 +332,8 @@ class LayerStore:
                 f"layer {self.layer} got no reduced tokens for the block at step {self.settled}, which "
                 f"{type(self.policy.compressor).__name__} archives; commit through an integration that projects them"
             )
+        if self.source is not None:
+            self.state, self.source = self.policy.compressor.prepare(self.source, self.state), None
         now = timeline.recent_start(self.seen)
         if now > max(self.aged_to, timeline.sink):
             archiving.age(self, timeline.blocks(max(self.aged_to, timeline.sink), now))
@@ -359,7 +365,10 @@ class LayerStore:
                 _, raw, stored = self._buffers()
                 now = slice(self.tail - query.shape[2], self.tail)
                 source = Source(queries=query, keys=raw[:, :, now], values=stored[:, :, now])
-                self.state = compressor.prepare(source, self.state)
+                if self.geometry.causal:
+                    self.state = compressor.prepare(source, self.state)
+                else:
+                    self.source = source  # of the latest pass: a draft is nothing to remember
         if due:
             self._renew(query)
 
@@ -409,7 +418,7 @@ class LayerStore:
             total=0 if mid is None else mid.total,
             recent=self.aged_to,
         )
-        self.mid = None
+        self.mid = self.padding = None
         if mid is not None:
             self.mid = attrs.evolve(mid.where, placed=placement.mid_starts)
             where = slice(self.head - tokens, self.head)
@@ -505,7 +514,13 @@ class LayerStore:
     def draft_table(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         """The rotation to where the current block of `tokens` tokens is placed, if its selection holds for further
         drafts of it (video); none if the next draft must go through the store."""
-        if not self.drafted or self.stale or tokens != self.current or self.policy.refresh == "chunk":
+        if (
+            self._live is not None
+            or not self.drafted
+            or self.stale
+            or tokens != self.current
+            or self.policy.refresh == "chunk"
+        ):
             return None
         if self.rotary is None:
             return None
@@ -528,8 +543,10 @@ class LayerStore:
     def _mask(self, current: int, tokens: int) -> Tensor | None:
         """What each current token may see, or none if that goes without saying."""
         if self.mid is not None and self.mid.own is not None and self.mid_tokens:
-            both = (self.geometry.batch, self.geometry.kv_heads)
-            return padding(self.mid.own, self.sink_tokens, tokens).expand(*both, -1, -1)
+            if self.padding is None or self.padding.shape[-1] != tokens:
+                both = (self.geometry.batch, self.geometry.kv_heads)
+                self.padding = padding(self.mid.own, self.sink_tokens, tokens).expand(*both, -1, -1)
+            return self.padding
         if not self.geometry.causal or current <= 1:
             return None
         device = self._buffers()[0].device

@@ -37,7 +37,6 @@ def videos(weights: str) -> list[tuple[str, dict[str, Any], list[Tensor]]]:
     uneven = [blocks(1, frames=frames, seed=seed, **SIZE)[0] for seed, frames in enumerate(LENGTHS)]
     return [
         ("archive/anchored", ROLLING, blocks(11)),
-        ("archive/gaps", ROLLING, blocks(11)),
         ("sink-rolling-window/gaps", ROLLING, blocks(11)),
         ("packforcing/anchored", {**PACKED, "compressor": compressor}, even),
         (

@@ -144,7 +144,7 @@ def make(
                 noises = [torch.randn(shape, generator=random, device=device) for _ in schedule]
                 seconds.append(_timed(device, partial(_block, wan, noises, schedule, text)))
                 done()
-            overhead = _overhead(wan, noises[0].to(dtype), text, len(schedule))
+            overhead = _overhead(wan, noises[0].to(dtype), text, len(schedule), rounds=min(blocks, 15))
         except torch.OutOfMemoryError:
             ended = f"out of memory at block {len(seconds) + 1}"
         held = wan.held()
@@ -181,7 +181,15 @@ class _Alone(TieredSelfAttention):
         return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values, steady.mask)
 
 
-def _overhead(wan: CausalWan, block: Tensor, text: Tensor, steps: int, *, rounds: int = 15) -> float:
+def _model_alone(wan: CausalWan, block: Tensor, text: Tensor) -> Callable[[], object]:
+    """A forward of the transformer with everything that a step reads laid ready."""
+    ready = Pass(wan._filled, wan.rotary, wan._grid(block), wan._prompt, None, wan._steady(block))
+    times = torch.full((block.shape[0],), 500.0, device=block.device)
+    wan._switch.serving = ready
+    return lambda: wan.transformer(block, times, text, return_dict=False)
+
+
+def _overhead(wan: CausalWan, block: Tensor, text: Tensor, steps: int, *, rounds: int) -> float:
     """The share of a block's denoise steps that is not the model's own: the first step, which chooses and recalls what
     is attended, and the others, beside the model alone with as many keys and values, in turns."""
     device = block.device
@@ -191,10 +199,12 @@ def _overhead(wan: CausalWan, block: Tensor, text: Tensor, steps: int, *, rounds
         first.append(_timed(device, lambda: wan.denoise(block, 900.0, text)))
         further.append(_timed(device, lambda: wan.denoise(block, 700.0, text)))
         try:
+            run = _model_alone(wan, block, text)
             for layer, processor in ours.items():
                 wan.transformer.blocks[layer].attn1.processor = _Alone(layer, processor.own, processor.switch)
-            alone.append(_timed(device, lambda: wan.denoise(block, 500.0, text)))
+            alone.append(_timed(device, run))
         finally:
+            wan._switch.serving = None
             for layer, processor in ours.items():
                 wan.transformer.blocks[layer].attn1.processor = processor
     whole = median(first) + (steps - 1) * median(further)

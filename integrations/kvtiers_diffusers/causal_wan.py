@@ -22,6 +22,7 @@ from kvtiers import (
     Reduced,
     Reducer,
     SavedCacheError,
+    SlotError,
     SourceCompressor,
     TieredCache,
     UnsupportedModelError,
@@ -33,6 +34,8 @@ from kvtiers_diffusers.rope import rotary_of
 from kvtiers_diffusers.seen import Seen
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 
+_PROMPTS_KEPT = 2
+"""Prompts whose keys and values are held at a time: one, or two that alternate."""
 _owners: "weakref.WeakKeyDictionary[TieredCache, weakref.ref[CausalWan]]" = weakref.WeakKeyDictionary()
 """Whose video a cache remembers."""
 
@@ -89,7 +92,8 @@ class CausalWan:
         self.block_frames, self.even, self.check, self.keep_graph = block_frames, even, check, keep_graph
         self.rotary = rotary_of(transformer)
         self.cache: TieredCache | None = None
-        self._text = Seen()
+        self._prompts: list[tuple[Seen, dict[int, tuple[Tensor, Tensor]]]] = []
+        """The prompts that came last, and their keys and values by layer."""
         self._weights: tuple[tuple[int, int], ...] = ()
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._committed, self._committed_frames = Seen(content=True), 0
@@ -107,6 +111,12 @@ class CausalWan:
             self.reducer = compressor.bind(self.transformer, vae, compressor_network)
         self._switch = enable(transformer)
         self._closed = False
+        if keep_graph and self.reducer is None:
+            self.close()
+            raise SlotError(
+                "keep_graph lets gradients reach a compressor that the model's own layers follow; this policy has "
+                f"{type(compressor).__name__}; choose one such as dual-branch, or leave keep_graph out"
+            )
 
     # ------------------------------------------------------------------ the two verbs
 
@@ -121,16 +131,14 @@ class CausalWan:
         timestep: 0 to 1,000, one for all rows or one each. text: the encoder's embedding of the prompt (under inference
             mode, one that is changed in place is taken for unchanged).
 
-        What is attended is chosen by the first step of a block, and anew where timesteps do not fall.
+        What is attended is chosen by the first step of a block, and anew where timesteps rise (tensors that are not on
+        the CPU are not looked at).
         """
         times = self._times(block, timestep)
         with self._all_or_nothing():
             self._admit(block, text)
             self._finish()
-            if not isinstance(timestep, Tensor):
-                if self._last_timestep is not None and timestep >= self._last_timestep:
-                    self._filled.reselect()
-                self._last_timestep = timestep
+            self._begin_again(timestep)
             return self._forward(block, times, text)
 
     def commit(
@@ -147,13 +155,13 @@ class CausalWan:
         If an archive is full, `ArchiveFullError` is raised once the block is written: nothing is lost, and the next
         call archives what this one could not.
         """
+        self._finish()
         if self.frames and self.frames == self._committed_frames and self._committed.knows(block):
             raise GeometryError(
                 "this block is committed already; denoise the next one, or give a copy if the same frames come again"
             )
-        with self._all_or_nothing():
+        with self._all_or_nothing(sources=True):
             self._admit(block, text)
-            self._finish()
             reduced = self._reduce(block, pixels)
             flow = self._forward(block, self._times(block, 0.0), text, reduced, clean=True)
         self._encoded += block.shape[2]
@@ -164,17 +172,29 @@ class CausalWan:
         return flow
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """If a pass fails, a new video has no size yet, and what encodes pixels has seen no block more."""
-        began, before, given = self.cache is None, self._remembered(), self._given
+    def _all_or_nothing(self, *, sources: bool = False) -> Iterator[None]:
+        """If a pass fails, a new video has no size yet, and what encodes pixels (`sources`) has seen no block more."""
+        began, given = self.cache is None, self._given
+        before = self._remembered() if sources else None
         try:
             yield
         except BaseException:
             if began:
                 self.cache = None
-            self._restore(before)
+            if before is not None:
+                self._restore(before)
             self._given = given
             raise
+
+    def _begin_again(self, timestep: float | int | Tensor) -> None:
+        """Choose anew what is attended if timesteps rise: then another rollout of this block begins."""
+        if isinstance(timestep, Tensor):
+            if timestep.device.type != "cpu":
+                return
+            timestep = float(timestep.max())
+        if self._last_timestep is not None and timestep > self._last_timestep:
+            self._filled.reselect()
+        self._last_timestep = timestep
 
     def _remembered(self) -> dict[str, Tensor]:
         """What compressing and decoding depend on of the blocks before."""
@@ -256,7 +276,6 @@ class CausalWan:
                 "this cache remembers the video of another CausalWan; two videos cannot share one: fork() it"
             )
         _owners[self._filled] = weakref.ref(self)
-        words = text.expand(block.shape[0], -1, -1)
         self._remember_prompt(text)
         steady = None if reduced is not None or clean else self._steady(block)
         if steady is None:
@@ -264,7 +283,7 @@ class CausalWan:
         with self._switch.lock, nullcontext() if steady is not None else self._eager():
             self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt, reduced, steady)
             try:
-                flow: Tensor = self.transformer(block, times, words, return_dict=False)[0]
+                flow: Tensor = self.transformer(block, times, text, return_dict=False)[0]
             finally:
                 self._switch.serving = None
         return flow
@@ -327,6 +346,12 @@ class CausalWan:
                 f"this video has {held.grid[0]} x {held.grid[1]} tokens a frame, got a block of {grid[0]} x {grid[1]}; "
                 "use one CausalWan per video, or reset() it"
             )
+        rows = self.cache.layers[0].batch
+        if rows is not None and rows != block.shape[0]:
+            raise GeometryError(
+                f"this video holds {rows} rows, got a block of {block.shape[0]}; use one CausalWan per batch, or "
+                "reset() it"
+            )
         frames = block.shape[2]
         if frames > held.steps_per_commit or (self.even and frames != held.steps_per_commit):
             most = "at most " if not self.even else ""
@@ -337,10 +362,11 @@ class CausalWan:
 
     def _times(self, block: Tensor, timestep: float | int | Tensor) -> Tensor:
         """The timestep of each row."""
+        known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
+        if known and not bool(((torch.as_tensor(timestep) >= 0) & (torch.as_tensor(timestep) <= 1000)).all()):
+            raise GeometryError(f"timesteps are 0 (clean) to 1000 (noise), got {timestep}")
         if not isinstance(timestep, Tensor):
-            if not 0 <= timestep <= 1000:
-                raise GeometryError(f"timesteps are 0 (clean) to 1000 (noise), got {timestep}")
-            timestep = torch.tensor(float(timestep))
+            return torch.full((block.shape[0],), float(timestep), device=block.device)
         if timestep.numel() not in (1, block.shape[0]):
             raise GeometryError(
                 f"timestep is one number, or one for each of {block.shape[0]} rows, got {tuple(timestep.shape)}"
@@ -369,12 +395,23 @@ class CausalWan:
         )
 
     def _remember_prompt(self, text: Tensor) -> None:
-        """Forget the keys and values of another prompt, and say that it changes."""
-        if not self._text.knows(text):
-            self._text.note(text)
-            self._prompt.clear()
+        """Find the keys and values of this prompt, or begin them and say that it changes."""
+        found = next((one for one in self._prompts if one[0].knows(text)), None)
+        if found is None:
+            found = (Seen(), {})
+            found[0].note(text)
+            self._prompts = [*self._prompts[1 - _PROMPTS_KEPT :], found]
             if self._filled.observe is not None:
                 self._filled.observe(PromptChanged(words=text.shape[1]))
+        self._prompt = found[1]
+
+    def forget_prompts(self) -> None:
+        """Project prompts anew from here on.
+
+        The first step of a block notices weights that were changed in place, as optimisers and loaders do, and modules
+        that were replaced; it does not notice what is written past autograd (`.data`), or a setting of a module.
+        """
+        self._prompts, self._prompt = [], {}
 
     def _remember_weights(self) -> None:
         """Forget a prompt's keys and values if what made them has changed: trained, loaded, replaced."""
@@ -387,7 +424,8 @@ class CausalWan:
         weights = tuple((id(one), 0 if one.is_inference() else one._version) for one in parameters)
         if weights != self._weights:
             self._weights = weights
-            self._prompt.clear()
+            for _, prompt in self._prompts:
+                prompt.clear()
 
     # ------------------------------------------------------------------ as a whole
 
@@ -404,7 +442,8 @@ class CausalWan:
     def held(self) -> list[Held]:
         """Bytes held per tier and place, the prompt's keys and values included."""
         held = [] if self.cache is None else self.cache.held()
-        storages = {part.untyped_storage() for both in self._prompt.values() for part in both}
+        kept = [both for _, prompt in self._prompts for both in prompt.values()]
+        storages = {part.untyped_storage() for both in kept for part in both}
         prompt = sum(storage.nbytes() for storage in storages)
         return [*held, Held(tier="prompt", place="device", bytes=prompt)] if prompt else held
 
@@ -414,7 +453,7 @@ class CausalWan:
 
     def crop(self, frames: int) -> None:
         """Go back to the first `frames` latent frames, exactly, or raise `CropError` and change nothing."""
-        if frames and self.needs_pixels and frames != self.frames:
+        if self.needs_pixels and 0 < frames < self.frames:
             raise CropError(
                 f"this video cannot be rolled back to {frames} frames: its compressor has seen the pixels of later "
                 "ones; fork() before blocks that may have to be undone"
@@ -429,12 +468,14 @@ class CausalWan:
     def fork(self) -> "CausalWan":
         """An independent `CausalWan` of the same transformer that goes on exactly from here; it has its own `close`."""
         self._finish()
+        if self._closed:
+            raise UnsupportedModelError("this CausalWan was closed; make a new one and load() the video")
         other = copy.copy(self)
         other.cache = None if self.cache is None else self.cache.fork()
         other.reducer, other._decoder = copy.copy(self.reducer), copy.copy(self._decoder)
         other._restore(self._remembered())
-        other._text, other._committed, other._prompt = copy.copy(self._text), copy.copy(self._committed), {}
-        other._text.clear()
+        other._committed = copy.copy(self._committed)
+        other.forget_prompts()
         enable(self.transformer)
         return other
 
@@ -457,20 +498,37 @@ class CausalWan:
         video = saving.extra(where).get("video")
         if not isinstance(video, dict):
             raise SavedCacheError(f"{where} holds no video; give a file that save() of a CausalWan wrote")
+        missing = {"grid", "block_frames", "even", "encoded", "given"} - set(video)
+        if missing:
+            raise SavedCacheError(f"{where} does not say {', '.join(sorted(missing))} of its video; save it again")
         cache = self._cache_of(tuple(video["grid"]), video["block_frames"], even=video["even"])
         beside: dict[str, Tensor] = {}
         cache.load(where, device=self.transformer.device, beside=beside)
-        self.reset()
+        before = self._remembered()
+        try:
+            self._restore(beside)
+        except (IndexError, ValueError) as error:
+            self._restore(before)
+            raise SavedCacheError(
+                f"{where} was saved with another autoencoder ({error}); give the one that it was made with"
+            ) from error
+        self.forget_prompts()
+        self._committed.clear()
         self.cache, self._encoded, self._given = cache, video["encoded"], video["given"]
-        self._restore(beside)
+        self._unfinished, self._last_timestep, self._committed_frames = False, None, 0
+
+    def swap(self, policy: str | Path | Policy, **changes: Any) -> None:
+        """Go on under another policy, as `TieredCache.swap`; its compressor stays."""
+        policies = kvtiers.resolve(policy, layers=list(range(len(self.transformer.blocks))), **changes)
+        self._filled.swap(policies)
+        self.policies = policies
 
     def reset(self) -> None:
         """Forget the video and its prompt; the next block begins another."""
         self.cache, self._unfinished, self._last_timestep = None, False, None
         self._given, self._encoded, self._committed_frames = None, 0, 0
         self._committed.clear()
-        self._text.clear()
-        self._prompt.clear()
+        self.forget_prompts()
         for part in (self.reducer, self._decoder):
             if part is not None:
                 part.reset()

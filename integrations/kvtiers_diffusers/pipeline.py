@@ -149,7 +149,6 @@ class CausalWanPipeline(WanPipeline):
         shape = (rows, self.transformer.config.in_channels, block_frames, height // scale, width // scale)
         given = [] if clip is None else self._blocks_of(clip, shape)
         latents = ceil(frames / _PIXEL_FRAMES) if given else 1 + ceil((frames - 1) / _PIXEL_FRAMES)
-        resolve(policy, layers=range(len(self.transformer.blocks)), **changes)
         return self._stream(
             self._embedded(prompts), schedule, latents, shape, given, frames, fps, generator, callback_on_step_end,
             output_type, dict(policy=policy, block_frames=block_frames, **changes),
@@ -270,6 +269,11 @@ def _check_options(policy: str | Path | Policy, layers: int, options: Mapping[st
         raise PolicyError(
             f"got {needless}, but a causal model takes none: it is distilled to work without guidance, in the steps of "
             "timesteps; leave it out"
+        )
+    taken = {"vae", "transformer", "compressor_network"} & set(options)
+    if taken:
+        raise PolicyError(
+            f"got {', '.join(sorted(taken))}, but the pipeline gives its own parts; set them on the pipeline"
         )
     settings = {name: value for name, value in options.items() if name not in signature(CausalWan).parameters}
     try:

@@ -157,7 +157,8 @@ class PromptAttention(_Processor):
             found = self._project(attn, hidden if text is None else text)
             if not torch.is_grad_enabled():
                 now.text[self.layer] = found
-        return self._attend(_heads(attn.norm_q(attn.to_q(hidden)), attn.heads), *found)
+        keys, values = (part.expand(hidden.shape[0], -1, -1, -1) for part in found)  # one prompt may serve all rows
+        return self._attend(_heads(attn.norm_q(attn.to_q(hidden)), attn.heads), keys, values)
 
     @staticmethod
     def _project(attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:

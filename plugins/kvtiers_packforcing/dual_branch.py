@@ -183,6 +183,9 @@ class DualBranchReducer:
                 torch.tensor(numbers, device=latents.device, dtype=latents.dtype).view(shape)
                 for numbers in (self.vae.config.latents_mean, self.vae.config.latents_std)
             )
+            hook = getattr(self.model, "_hf_hook", None)
+            if hook is not None:  # a model that is kept elsewhere until it is needed
+                hook.pre_forward(self.model)
             embedded: Tensor = self.model.patch_embedding(((latents - mean) / deviation).to(self.model.dtype))
         return embedded
 

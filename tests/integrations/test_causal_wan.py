@@ -415,7 +415,6 @@ def test_a_compiled_model_makes_the_same_video_and_does_not_recompile_between_bl
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == [
         "archive/anchored",
-        "archive/gaps",
         "sink-rolling-window/gaps",
         "packforcing/anchored",
         "packforcing/anchored/uneven",
@@ -450,7 +449,7 @@ def test_further_steps_of_a_block_are_what_they_would_be_if_the_store_were_asked
         pytest.param(torch.zeros(1, 16, 2, 4, 8), prompt(), "2 x 3 tokens a frame, got a block of 2 x 4", id="grid"),
         pytest.param(torch.zeros(1, 16, 3, 4, 6), prompt(), "blocks of 2 frames, got 3", id="longer"),
         pytest.param(torch.zeros(1, 16, 1, 4, 6), prompt(), "blocks of 2 frames, got 1; .*even=False", id="shorter"),
-        pytest.param(torch.zeros(2, 16, 2, 4, 6), prompt(), "holds 1 rows, got 2", id="another batch"),
+        pytest.param(torch.zeros(2, 16, 2, 4, 6), prompt(), "holds 1 rows, got a block of 2", id="another batch"),
         pytest.param(torch.zeros(1, 16, 2, 4, 6), prompt(rows=2), "text is .1 rows", id="prompt of another batch"),
         pytest.param(torch.zeros(1, 16, 2, 4, 6), prompt()[..., :5], "words, 32., got", id="prompt of another width"),
     ],

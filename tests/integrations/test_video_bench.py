@@ -41,7 +41,6 @@ def test_what_is_measured_is_what_was_attended_and_the_model_is_given_back() -> 
     made = make(model, "sink-rolling-window:sink=2,recent=2", blocks=5, block_frames=2, latent=(4, 6))
     assert (len(made.seconds), made.attended, made.ended) == (5, 6 * 6, "")
     assert made.overhead is not None
-    assert made.overhead < 1
     assert model.attn_processors == own
 
 

@@ -13,8 +13,15 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
 import kvtiers
-from kvtiers import CropError, GeometryError, PolicyError, SavedCacheError
-from kvtiers.events import PromptChanged
+from kvtiers import (
+    ArchiveFullError,
+    CropError,
+    GeometryError,
+    PolicyError,
+    SavedCacheError,
+    UnsupportedModelError,
+)
+from kvtiers.events import PromptChanged, Selected
 from kvtiers_diffusers import CausalWan, tiered
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 from kvtiers_packforcing.network import HighResolution
@@ -118,6 +125,40 @@ def test_a_saved_video_without_pixels_goes_on_with_every_length_of_blocks(tmp_pa
         assert same(go_on(wan, clips[5:]), wanted)
 
 
+def test_a_file_of_another_autoencoder_or_without_a_part_is_refused_and_the_video_stays(tmp_path: Path) -> None:
+    clips = blocks(6, **SQUARE)
+    with low() as wan:
+        go_on(wan, clips[:3])
+        wan.save(tmp_path / "video")
+        remembered = wan._remembered()
+        remembered["decoder.999"] = torch.zeros(1)
+        assert wan.cache is not None
+        about = {"video": {"grid": [4, 4], "block_frames": 2, "even": True, "encoded": 6, "given": False}}
+        wan.cache.save(tmp_path / "other", extra=about, beside=remembered)
+        del about["video"]["encoded"]
+        wan.cache.save(tmp_path / "part", extra=about)
+        fork = wan.fork()
+        for name, message in (("other", "another autoencoder"), ("part", "does not say encoded")):
+            with pytest.raises(SavedCacheError, match=message):
+                wan.load(tmp_path / name)
+        assert same(go_on(wan, clips[3:]), go_on(fork, clips[3:]))
+        fork.close()
+        with torch.inference_mode():
+            wan.load(tmp_path / "video")
+        go_on(wan, clips[3:])
+
+
+def test_a_closed_video_is_not_forked() -> None:
+    model = build()
+    own = dict(model.attn_processors)
+    wan = CausalWan(model, "archive", **ROLLING)
+    go_on(wan, blocks(2))
+    wan.close()
+    with pytest.raises(UnsupportedModelError, match="was closed"):
+        wan.fork()
+    assert model.attn_processors == own
+
+
 # ---------------------------------------------------------------- pixels
 
 
@@ -217,6 +258,76 @@ def test_a_buffer_with_new_frames_is_another_block_and_so_is_one_that_was_taken_
         assert wan.frames == fork.frames == 6
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
+def test_a_video_goes_back_to_its_blocks_wherever_a_pass_failed(layer: int) -> None:
+    clips, text = blocks(5), prompt()
+    with tiered(build(), "streaming", sink=2, recent=20) as wan:
+        go_on(wan, clips[:3])
+        wanted = go_on(wan, clips[3:])
+    with tiered(build(), "streaming", sink=2, recent=20) as wan:
+        go_on(wan, clips[:3])
+        handle = wan.transformer.blocks[layer].register_forward_pre_hook(_fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            wan.denoise(clips[3], 900.0, text)
+        handle.remove()
+        wan.crop(6)
+        assert wan.cache is not None
+        assert [store.seen for store in wan.cache.stores()] == [6, 6]
+        assert same(go_on(wan, clips[3:]), wanted)
+
+
+@torch.no_grad()
+def test_a_block_that_a_full_archive_could_not_take_is_committed_once() -> None:
+    clips, text = blocks(12), prompt()
+    with tiered(build(), "archive", archive=("host", {"limit_bytes": 30_000}), **ROLLING) as wan:
+        done = 0
+        with pytest.raises(ArchiveFullError):  # noqa: PT012 (some block)
+            for clip in clips:
+                wan.commit(clip, text)
+                done += 1
+        with pytest.raises(ArchiveFullError):
+            wan.commit(clips[done], text)
+        wan.swap(wan.policies[0], archive=("host", {"limit_bytes": 3_000_000}))
+        with pytest.raises(GeometryError, match="committed already"):
+            wan.commit(clips[done], text)
+        assert wan.frames == 2 * (done + 1)
+        wan.reset()
+        go_on(wan, clips)  # what was swapped stays
+
+
+@pytest.mark.parametrize("where", ["one-prompt", "prompt-each"])
+@torch.no_grad()
+def test_after_a_pass_that_failed_another_batch_may_begin(where: str) -> None:
+    text = prompt() if where == "one-prompt" else prompt(rows=2)
+    (both,), (one,) = blocks(1, rows=2), blocks(1)
+    with tiered(build(), "archive", **ROLLING) as wan:
+        handle = wan.transformer.blocks[1].register_forward_pre_hook(_fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            wan.denoise(both, 900.0, text)
+        handle.remove()
+        flow = wan.denoise(one, 900.0, text[:1])
+        assert flow.shape == one.shape
+        with pytest.raises(GeometryError, match="holds 1 rows, got a block of 2"):
+            wan.denoise(both, 500.0, text)
+        assert torch.equal(wan.denoise(one, 900.0, text[:1]), flow)
+
+
+@torch.no_grad()
+def test_a_compressor_that_looks_at_queries_looks_at_those_of_the_clean_pass_alone() -> None:
+    changes = {"compressor": ("top-tokens", {"by": "attention", "keep": 4}), "recall": "compressed"}
+    clips, text, states = blocks(6), prompt(), []
+    for steps in (0, 2):
+        with tiered(build(), "archive", **ROLLING, **changes) as wan:
+            for clip in clips:
+                for step in range(steps):
+                    wan.denoise(clip + 1, 900.0 - step, text)
+                wan.commit(clip, text)
+            assert wan.cache is not None
+            states.append(wan.cache.stores()[0].state)
+    assert torch.equal(*states)
+
+
 # ---------------------------------------------------------------- two videos
 
 
@@ -238,6 +349,24 @@ def test_a_denoise_that_begins_again_chooses_again() -> None:
         wan.denoise(others[0], 900.0, text)
         assert wan.cache is not None
         assert not same([store.selection.chosen for store in wan.cache.stores()], chosen)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_two_prompts_in_turns_are_projected_once_and_choose_once() -> None:
+    model, calls, chosen, clips = build(), [], [], blocks(6)
+    one, other = prompt(seed=1), prompt(seed=2)
+    model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    with tiered(model, "archive", **ROLLING) as wan:
+        for clip in clips[:5]:
+            wan.commit(clip, one)
+        assert wan.cache is not None
+        for store in wan.cache.stores():
+            store.observe = chosen.append
+        for timestep in (900.0, torch.tensor(600.0), 300):
+            wan.denoise(clips[5], timestep, one)
+            wan.denoise(clips[5], timestep, other)
+        assert len(calls) == 2
+        assert len([event for event in chosen if isinstance(event, Selected)]) == 2  # once a layer
 
 
 @torch.no_grad()
