@@ -173,14 +173,18 @@ class CausalWan:
 
     @contextmanager
     def _all_or_nothing(self, *, sources: bool = False) -> Iterator[None]:
-        """If a pass fails, a new video has no size yet, and what encodes pixels (`sources`) has seen no block more."""
-        began, given = self.cache is None, self._given
+        """If a pass fails, a new video has no size yet, what encodes pixels (`sources`) has seen no block more, and a
+        block whose first step it was has chosen nothing."""
+        began, given, timestep = self.cache is None, self._given, self._last_timestep
         before = self._remembered() if sources else None
         try:
             yield
         except BaseException:
             if began:
                 self.cache = None
+            elif timestep is None and self.cache is not None:
+                self.cache.reselect()
+            self._last_timestep = timestep
             if before is not None:
                 self._restore(before)
             self._given = given
@@ -220,12 +224,10 @@ class CausalWan:
             self._check_source(pixels)
         if pixels is None and self.reducer.needs_pixels and self._decoder is not None:
             pixels = self._decoder.decode(block)
-        reduced = None
         if self._is_anchor(block.shape[2]):
             self.reducer.skip(block, pixels)
-        else:
-            reduced = self.reducer.reduce(block, pixels)
-        return reduced
+            return None
+        return self.reducer.reduce(block, pixels)
 
     def _check_source(self, pixels: Tensor | None) -> None:
         """Refuse what would let the compressor see another video than the one that is remembered."""

@@ -278,6 +278,22 @@ def test_a_video_goes_back_to_its_blocks_wherever_a_pass_failed(layer: int) -> N
 
 
 @torch.no_grad()
+def test_what_a_first_step_that_failed_had_chosen_is_not_attended() -> None:
+    clips, others, text = blocks(7), blocks(2, seed=9), prompt()
+    flows = []
+    for fails in (False, True):
+        with tiered(build(), "archive", **ROLLING) as wan:
+            go_on(wan, clips[:6])
+            if fails:
+                handle = wan.transformer.blocks[1].ffn.register_forward_pre_hook(_fail)
+                with pytest.raises(RuntimeError, match="out of luck"):
+                    wan.denoise(others[0], 900.0, text)
+                handle.remove()
+            flows.append(wan.denoise(others[1], 900.0, text))
+    assert torch.equal(*flows)
+
+
+@torch.no_grad()
 def test_a_block_that_a_full_archive_could_not_take_is_committed_once() -> None:
     clips, text = blocks(12), prompt()
     with tiered(build(), "archive", archive=("host", {"limit_bytes": 30_000}), **ROLLING) as wan:
