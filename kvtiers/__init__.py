@@ -2,10 +2,10 @@
 
 from importlib.metadata import version as _version
 
-from kvtiers.accounting import Held, bytes_in, held_by
-from kvtiers.archive import Archive, Shelf
+from kvtiers.accounting import MemoryUsage, bytes_in, memory_usage_of
+from kvtiers.archive import Archive, BlockStore, ByteBudget, Codec
 from kvtiers.blocks import Blocks, Context, Extent, Selection
-from kvtiers.cache import Layer, Ragged, TieredCache, Turn
+from kvtiers.cache import TieredCache
 from kvtiers.errors import (
     ArchiveFullError,
     BudgetError,
@@ -28,23 +28,14 @@ from kvtiers.errors import (
 )
 from kvtiers.geometry import Geometry
 from kvtiers.hookspecs import hookimpl
+from kvtiers.layer import Layer
 from kvtiers.layered import resolve
-from kvtiers.plugins import observer, register, unregister
-from kvtiers.policy import (
-    Compressor,
-    Placement,
-    Policy,
-    Realigner,
-    Reduced,
-    Reducer,
-    Retriever,
-    Sink,
-    Source,
-    SourceCompressor,
-)
+from kvtiers.plugins import register, unregister
+from kvtiers.policy import Policy
 from kvtiers.presets import load_policy, policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
+from kvtiers.rows import Chunk, LayerRows, PaddingPattern, RowGroup
+from kvtiers.slots import Compressor, Moment, Placement, Realigner, Retriever, Sink
 from kvtiers.timeline import Timeline
 
 __version__ = _version("kvtiers")
@@ -53,51 +44,50 @@ __all__ = [
     "Archive",
     "ArchiveFullError",
     "Blocks",
+    "BlockStore",
     "BudgetError",
+    "ByteBudget",
+    "Chunk",
+    "Codec",
     "Compressor",
     "Context",
     "CropError",
     "Extent",
     "Geometry",
     "GeometryError",
-    "Held",
     "InterruptedForwardError",
     "KVTiersError",
     "Layer",
-    "LayerStore",
+    "LayerRows",
+    "MemoryUsage",
     "MissingExtraError",
     "MissingModelError",
+    "Moment",
     "NotFiniteError",
+    "PaddingPattern",
     "Placement",
     "PluginError",
     "Policy",
     "PolicyError",
-    "Ragged",
     "Realigner",
-    "Reduced",
-    "Reducer",
     "Retriever",
     "Rotary",
     "RotaryError",
+    "RowGroup",
     "SavedCacheError",
     "Selection",
     "SelectionError",
-    "Shelf",
     "Sink",
     "SlotError",
-    "Source",
-    "SourceCompressor",
     "SwapError",
     "TieredCache",
     "Timeline",
-    "Turn",
     "UnknownPolicyError",
     "UnsupportedModelError",
     "bytes_in",
-    "held_by",
     "hookimpl",
     "load_policy",
-    "observer",
+    "memory_usage_of",
     "policy",
     "register",
     "resolve",

@@ -1,4 +1,4 @@
-"""How many bytes are held, per tier and place: the bytes of the storages themselves, not of what they should be."""
+"""How many bytes are held, per tier and location: the bytes of the storages themselves, not of what they should be."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,71 +7,62 @@ from typing import Literal
 import attrs
 from torch import Tensor
 
-from kvtiers.blocks import Place, Selection, Tier
-from kvtiers.recall import MidTokens
-from kvtiers.store import LayerStore
+from kvtiers.blocks import Location, Tier
+from kvtiers.layer import Layer
+from kvtiers.window import Window
 
 Part = Tier | Literal["digests", "spare", "prompt"]
 
 
 @attrs.frozen(kw_only=True)
-class Held:
-    """Bytes of one tier in one place. `digests` belong to mid; `spare` are slots of a context buffer in no use now;
-    `prompt` are the keys and values of cross-attention (video)."""
+class MemoryUsage:
+    """Bytes of one tier in one location. `digests` belong to mid, as does what is noted of where blocks lie; `spare` are
+    slots of a window in no use now; `prompt` are the keys and values of cross-attention (video)."""
 
     tier: Part
-    place: Place
+    location: Location
     bytes: int
 
 
-def held_by(stores: Iterable[LayerStore]) -> list[Held]:
-    """What `stores` hold together, one entry per tier and place, largest first."""
-    total: Counter[tuple[Part, Place]] = Counter()
+def memory_usage_of(layers: Iterable[Layer]) -> list[MemoryUsage]:
+    """What `layers` hold together, one entry per tier and location, largest first."""
+    total: Counter[tuple[Part, Location]] = Counter()
     small: dict[int, int] = {}
     waiting: dict[int, int] = {}
-    graph: dict[int, int] = {}
-    for store in stores:
-        for buffer in store._all_buffers():
-            _split(store, buffer, total)
-        parts = [store.digests.buffer, store.starts.buffer, store.state, *_parts(store.mid), *_parts(store.selection)]
-        parts += [part.table.buffer for part in store.lengths.values()]
-        storages = [part.untyped_storage() for part in parts if isinstance(part, Tensor)]
-        small |= {storage.data_ptr(): storage.nbytes() for storage in storages}  # rows that part ways share some
-        for block in store.reduced.values():
-            for part in (block.keys, block.values, block.offsets):
-                waiting[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        for run in store.graph:
-            for part in (run.keys, run.values):
-                graph[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        for shelf in store.shelves.values():
-            for place, size in shelf.bytes_by_place().items():
-                total["mid", place] += size
+    for layer in layers:
+        for window in (layer.window, layer.unrotated):
+            if window is not None:
+                _split(window, layer.current, total)
+        history = layer.history
+        held = [part for held in (*history.waiting.values(), history.rewritten) if held for part in held.tensors()]
+        waiting |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held}
+        parts = [*history.tensors(), *layer.watched.tensors(), *(layer.mid.tensors() if layer.mid else ())]
+        small |= _storages(part for part in parts if part.untyped_storage().data_ptr() not in waiting)
+        for store in history.stores.values():
+            for location, size in store.bytes_by_location().items():
+                total["mid", location] += size
     total["digests", "device"] = sum(small.values())
     total["recent", "device"] += sum(waiting.values())
-    total["mid", "device"] += sum(graph.values())
-    return [Held(tier=tier, place=place, bytes=n) for (tier, place), n in total.most_common() if n]
+    return [MemoryUsage(tier=tier, location=location, bytes=n) for (tier, location), n in total.most_common() if n]
 
 
-def _parts(value: MidTokens | Selection | None) -> list[object]:
-    return [] if value is None else [getattr(value, field.name) for field in attrs.fields(type(value))]
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of each storage once: rows that part ways share some."""
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
 
 
-def _split(store: LayerStore, buffer: Tensor, total: Counter[tuple[Part, Place]]) -> None:
-    """Credit the slots of a context buffer to the tiers that are in them."""
-    whole = buffer.untyped_storage().nbytes()
-    slot = whole // buffer.shape[2]
-    recent = max(0, store.tail - store.head - store.current)
-    parts: dict[Part, int] = {
-        "sink": store.sink_tokens,
-        "mid": 0 if store.stale else store.mid_tokens,
-        "recent": recent,
-        "current": min(store.current, store.tail - store.head),
-    }
-    for tier, tokens in parts.items():
-        total[tier, "device"] += tokens * slot
-    total["spare", "device"] += whole - slot * sum(parts.values())
+def _split(window: Window, current: int, total: Counter[tuple[Part, Location]]) -> None:
+    """Credit the slots of a window to the tiers that are in them."""
+    now = min(current, window.recent)
+    parts: dict[Part, int] = {"sink": window.sink, "mid": window.mid, "recent": window.recent - now, "current": now}
+    for plane in window.planes.values():
+        whole = plane.untyped_storage().nbytes()
+        slot = whole // plane.shape[2]
+        for tier, tokens in parts.items():
+            total[tier, "device"] += tokens * slot
+        total["spare", "device"] += whole - slot * sum(parts.values())
 
 
-def bytes_in(held: Iterable[Held], place: Place) -> int:
-    """All bytes in `place`."""
-    return sum(h.bytes for h in held if h.place == place)
+def bytes_in(usage: Iterable[MemoryUsage], location: Location) -> int:
+    """All bytes in `location`."""
+    return sum(one.bytes for one in usage if one.location == location)

@@ -1,231 +1,187 @@
-"""The archive: every mid block, attended now or not. `Archive` is the policy, a `Shelf` holds one layer's blocks."""
+"""The archive: every mid block, attended now or not.
 
+`Archive` is the policy that says where blocks live, and opens a `BlockStore` for each layer and form. A store knows
+nothing of keys and values: it holds named tensors, which a `Codec` made of them and turns back into them.
+"""
+
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
 
+import attrs
 import torch
+from attrs import validators as v
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvtiers.blocks import Blocks, Place
-from kvtiers.errors import GeometryError
+from kvtiers.blocks import Location
+from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError, SlotError
+from kvtiers.geometry import Geometry
+from kvtiers.state import Saved, State
+
+Parts = Mapping[str, Tensor]
+"""What a codec made of a run of blocks: tensors by name, each [batch, kv_heads, blocks, ...]."""
 
 
-class Shelf(ABC):
-    """The archived blocks of one layer in one form, all of one size, in order of origin."""
+class ByteBudget:
+    """Counts the bytes that the stores of one cache hold in one archive, and refuses what would exceed the limit."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.span = 0
-        self.tokens = 0
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._stores: weakref.WeakSet[BlockStore] = weakref.WeakSet()
 
-    @abstractmethod
-    def write(self, blocks: Blocks) -> None:
-        """Append `blocks`. Either all of them are held afterwards, or an error is raised and nothing changed."""
-
-    @abstractmethod
-    def drop_last(self, count: int) -> None:
-        """Forget the newest `count` blocks, which the last `write` brought."""
-
-    @abstractmethod
-    def read(
-        self, index: Int[Tensor, "batch kv_heads chosen"]
-    ) -> tuple[
-        Float[Tensor, "batch kv_heads chosen tokens head_dim"],
-        Float[Tensor, "batch kv_heads chosen tokens value_dim"],
-        Float[Tensor, "#batch #kv_heads #chosen tokens axes"],
-    ]:
-        """Keys, values and offsets of the chosen blocks, on the device of `index`."""
-
-    @abstractmethod
-    def bytes_by_place(self) -> dict[Place, int]:
-        """Bytes of the storages (or files) held, by place."""
-
-    @abstractmethod
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
-        """Make new row i what row `rows[i]` was."""
-
-    @abstractmethod
-    def fork(self) -> "Shelf":
-        """An independent copy that continues from here."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything held, as named tensors, to be saved."""
-
-    @abstractmethod
-    def restore(self, tensors: Mapping[str, Tensor], *, count: int, span: int) -> None:
-        """Become what `tensors` of a saved shelf say."""
-
-    def admit(self, blocks: Blocks) -> None:
-        """Check that `blocks` are of the size of those already here."""
-        if self.count and (blocks.tokens != self.tokens or blocks.span != self.span):
-            raise GeometryError(
-                f"archived blocks of a layer are of one size, {self.tokens} tokens over {self.span} steps; got "
-                f"{blocks.tokens} tokens over {blocks.span} steps; commit blocks of one length"
-            )
-
-
-class Archive(ABC):
-    """Decides where archived data lives. A frozen setting; `open` gives each layer its shelf."""
-
-    place: ClassVar[Place]
-
-    @abstractmethod
-    def open(self) -> Shelf:
-        """A new, empty shelf for one layer and one form."""
-
-    def adopts(self, other: "Archive") -> bool:
-        """Whether `adopt` can go on with the shelves that `other` opened, as with another byte limit."""
-        return self == other
-
-    def adopt(self, shelf: Shelf) -> None:  # noqa: B027 (there may be nothing to do)
-        """Go on with a shelf that an archive which this one `adopts` has opened."""
-
-
-def lasting(shape: Sequence[int], *, like: Tensor, pinned: bool = False) -> Tensor:
-    """An empty tensor that is written in place later: one made under inference mode could not be, outside of it."""
-    with torch.inference_mode(False):
-        return torch.empty(*shape, dtype=like.dtype, device=like.device, pin_memory=pinned)
-
-
-class Growing:
-    """A tensor that grows along one axis by doubling, so that appending is cheap and nothing is concatenated.
-
-    pinned: in page-locked host memory, from which a GPU copies without waiting.
-    """
-
-    def __init__(self, axis: int, *, pinned: bool = False) -> None:
-        self.axis = axis
-        self.pinned = pinned
-        self.length = 0
-        self.buffer: Tensor | None = None
+    def enter(self, store: "BlockStore") -> None:
+        """Count `store` for as long as it lives."""
+        self._stores.add(store)
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.buffer is None else self.buffer.untyped_storage().nbytes()
+        return sum(sum(store.bytes_by_location().values()) for store in self._stores)
 
-    @property
-    def data(self) -> Tensor | None:
-        """What has been appended so far (a view)."""
-        return None if self.buffer is None else self.buffer.narrow(self.axis, 0, self.length)
-
-    def nbytes_after(self, rows: Tensor) -> int:
-        """Bytes that will be held once `rows` are appended."""
-        return rows.element_size() * (rows.numel() // rows.shape[self.axis]) * self._slots_after(rows)
-
-    def append(self, rows: Tensor) -> None:
-        """Append `rows` along the axis."""
-        slots = self._slots_after(rows)
-        if self.buffer is None or slots > self.buffer.shape[self.axis]:
-            shape = list(rows.shape)
-            shape[self.axis] = slots
-            grown = lasting(shape, like=rows, pinned=self.pinned)
-            if self.data is not None:
-                grown.narrow(self.axis, 0, self.length).copy_(self.data)
-            self.buffer = grown
-        self.buffer.narrow(self.axis, self.length, rows.shape[self.axis]).copy_(rows)
-        self.length += rows.shape[self.axis]
-
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
-        """Select along the first axis."""
-        if self.buffer is not None:
-            with torch.inference_mode(False):
-                self._hold(self.buffer.index_select(0, rows.to(self.buffer.device)))
-
-    def fork(self) -> "Growing":
-        other = Growing(self.axis, pinned=self.pinned)
-        other.length = self.length
-        if self.buffer is not None:
-            with torch.inference_mode(False):
-                other._hold(self.buffer.clone())
-        return other
-
-    def _slots_after(self, rows: Tensor) -> int:
-        needed = self.length + rows.shape[self.axis]
-        have = 0 if self.buffer is None else self.buffer.shape[self.axis]
-        return have if needed <= have else max(needed, 2 * have)
-
-    def _hold(self, buffer: Tensor) -> None:
-        self.buffer = buffer.pin_memory() if self.pinned else buffer
+    def admit(self, more: int, archive: str) -> None:
+        """Raise `ArchiveFullError` if `more` bytes would exceed the limit."""
+        if self.limit is not None and more > 0 and (held := self.nbytes) + more > self.limit:
+            raise ArchiveFullError(
+                f"archive {archive!r} holds {held:,} bytes and needs {more:,} more than its limit allows "
+                f"(limit_bytes = {self.limit:,}); swap to a policy whose archive has a larger limit_bytes, or start "
+                "with another archive or a compressor that keeps less. Nothing was lost: the blocks are still recent"
+            )
 
 
-class TensorShelf(Shelf):
-    """A shelf in memory, on the device the blocks come from or on the one that is named."""
+class BlockStore(State, ABC):
+    """The archived blocks of one layer in one form, in order of origin."""
 
-    def __init__(self, place: Place, device: torch.device | None = None, *, pinned: bool = False) -> None:
-        super().__init__()
-        self.place: Place = place
-        self.device, self.pinned = device, pinned
-        self._keys, self._values, self._offsets = (Growing(2, pinned=pinned) for _ in range(3))
-        self._constant: Tensor | None = None
+    count: int = 0
+    """How many blocks are held."""
+    budget: ByteBudget
 
-    def write(self, blocks: Blocks) -> None:
-        self.admit(blocks)
-        device = self.device or blocks.keys.device
-        if self.count and blocks.alike == (self._constant is None):
-            raise GeometryError("blocks with offsets of their own cannot follow blocks that share them")
-        if blocks.alike:
-            self._constant = blocks.offsets.to(device, torch.float32)
-        else:
-            self._offsets.append(blocks.offsets.expand(*blocks.keys.shape[:4], -1).to(device, torch.float32))
-        self._keys.append(blocks.keys.to(device))
-        self._values.append(blocks.values.to(device))
-        self.count += blocks.count
-        self.span, self.tokens = blocks.span, blocks.tokens
+    def join(self, budget: ByteBudget) -> None:
+        """Count the bytes held here in `budget` from now on."""
+        self.budget = budget
+        budget.enter(self)
 
+    @abstractmethod
+    def write(self, parts: Parts) -> None:
+        """Append a run of blocks. Either all of them are held afterwards, or an error is raised and nothing changed.
+
+        The first run decides the names, dtypes and shapes (beyond the blocks' axis) of all.
+        """
+
+    @abstractmethod
     def drop_last(self, count: int) -> None:
-        for part in (self._keys, self._values, self._offsets):
-            part.length = max(0, part.length - count)
-        self.count -= count
+        """Forget the newest `count` blocks."""
 
-    def read(self, index: Int[Tensor, "batch kv_heads chosen"]) -> Any:
-        at = index.to(self.device) if self.device is not None else index
-        offsets = self._constant.clone() if self._constant is not None else pick(self._offsets, at)
-        parts = (pick(self._keys, at), pick(self._values, at), offsets)
-        return tuple(part.to(index.device, non_blocking=True) for part in parts)
+    @abstractmethod
+    def read(self, index: Int[Tensor, "batch kv_heads chosen"]) -> dict[str, Tensor]:
+        """The parts of the chosen blocks of every row and head, [batch, kv_heads, chosen, ...], on `index`'s device."""
 
-    def bytes_by_place(self) -> dict[Place, int]:
-        constant = 0 if self._constant is None else self._constant.untyped_storage().nbytes()
-        return {self.place: self._keys.nbytes + self._values.nbytes + self._offsets.nbytes + constant}
+    @abstractmethod
+    def bytes_by_location(self) -> dict[Location, int]:
+        """Bytes of the storages (or files) held, by location."""
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
-        for part in (self._keys, self._values, self._offsets):
-            part.take(rows)
+    @abstractmethod
+    def fork(self) -> Self:
+        """An independent copy that continues from here. It may share what is held until one side writes."""
 
-    def fork(self) -> "TensorShelf":
-        other = self._empty()
-        other.count, other.span, other.tokens = self.count, self.span, self.tokens
-        other._keys, other._values, other._offsets = self._keys.fork(), self._values.fork(), self._offsets.fork()
-        other._constant = None if self._constant is None else self._constant.clone()
-        return other
+    @abstractmethod
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> Self:
+        """A copy whose row i is row `rows[i]` of this one. Blocks that are held stay as they are."""
 
-    def _empty(self) -> "TensorShelf":
-        return TensorShelf(self.place, self.device, pinned=self.pinned)
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """Everything held, by name as `write` takes it, to be saved."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        held = {"keys": self._keys.data, "values": self._values.data, "offsets": self._offsets.data}
-        held["constant"] = self._constant
-        return {name: part for name, part in held.items() if part is not None}
+    def dump(self) -> Saved:
+        return self.parts(), {"count": self.count}
 
-    def restore(self, tensors: Mapping[str, Tensor], *, count: int, span: int) -> None:
-        self.count, self.span = count, span
-        for name, part in (("keys", self._keys), ("values", self._values), ("offsets", self._offsets)):
-            if name in tensors:
-                part.append(tensors[name].to(self.device or tensors[name].device))
-        if "constant" in tensors:
-            self._constant = tensors["constant"].to(self.device or tensors["constant"].device)
-        self.tokens = tensors["keys"].shape[3] if count else 0
+    def fill(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        counts = {x.shape[2] if x.dim() > 2 else -1 for x in tensors.values()}
+        if about != {"count": next(iter(counts), 0)} or len(counts) > 1:
+            raise SavedCacheError(f"archived parts of {sorted(counts)} blocks are described by {about!r}")
+        if tensors:
+            self.write(tensors)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """None: `bytes_by_location` says what is held."""
+        yield from ()
+
+    def admit(self, parts: Parts, held: Parts) -> None:
+        """Raise `GeometryError` unless `parts` can follow the blocks that are held (any of which show how)."""
+        for name in {*parts, *held} if held else ():
+            a, b = parts.get(name), held.get(name)
+            same = a is not None and b is not None and a.dtype == b.dtype
+            if a is None or b is None or not same or (*a.shape[:2], *a.shape[3:]) != (*b.shape[:2], *b.shape[3:]):
+                said = ["none" if x is None else f"{tuple(x.shape)} {x.dtype}" for x in (a, b)]
+                raise GeometryError(
+                    f"archived blocks of a layer are of one size and made of the same parts; {name!r} is {said[0]} now "
+                    f"and was {said[1]} before (the third axis counts blocks); commit blocks of one length"
+                )
+
+
+@attrs.frozen(kw_only=True)
+class Archive(ABC):
+    """Decides where archived data lives. A frozen setting; `open` gives each layer its stores.
+
+    limit_bytes: the most bytes that all layers of a cache together may archive (None: no limit); then
+        `ArchiveFullError`.
+    """
+
+    location: ClassVar[Location]
+    limit_bytes: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
+
+    @abstractmethod
+    def open(self, budget: ByteBudget) -> BlockStore:
+        """A new, empty store for one layer and one form, whose bytes count in `budget`."""
+
+    def adopts(self, other: "Archive") -> bool:
+        """Whether this archive can go on with the stores that `other` opened, as with another byte limit."""
+        return attrs.evolve(self, limit_bytes=None) == attrs.evolve(other, limit_bytes=None)
+
+
+class Codec(ABC):
+    """Decides how archived keys and values are written. A frozen setting."""
+
+    exact: ClassVar[bool] = False
+    """Whether what is read back is, bit for bit, what was written."""
+
+    @abstractmethod
+    def encode(
+        self,
+        keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads blocks tokens value_dim"],
+    ) -> dict[str, Tensor]:
+        """Named tensors [batch, kv_heads, blocks, ...] that `decode` turns back. Blocks, heads and rows stay apart."""
+
+    @abstractmethod
+    def decode(
+        self, parts: Parts, dtype: torch.dtype
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads blocks tokens head_dim"],
+        Float[Tensor, "batch kv_heads blocks tokens value_dim"],
+    ]:
+        """Keys and values in `dtype`, of any blocks in any order."""
+
+    @abstractmethod
+    def block_bytes(self, tokens: int, geometry: Geometry) -> int:
+        """Bytes of one encoded block of `tokens` tokens, over all rows and KV heads."""
+
+    def tolerance(
+        self,
+        keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"],
+        values: Float[Tensor, "batch kv_heads blocks tokens value_dim"],
+    ) -> tuple[Tensor, Tensor]:
+        """The most by which each number that is read back may differ, for keys and for values. Broadcast."""
+        if not self.exact:
+            raise SlotError(f"{type(self).__name__} is not exact, so it must declare a tolerance()")
+        return keys.new_zeros(()), values.new_zeros(())
 
 
 def pick(
-    part: Growing, index: Int[Tensor, "batch kv_heads chosen"]
-) -> Float[Tensor, "batch kv_heads chosen tokens width"]:
+    part: Float[Tensor, "batch kv_heads slots *block"], index: Int[Tensor, "batch kv_heads chosen"]
+) -> Float[Tensor, "batch kv_heads chosen *block"]:
     """The chosen blocks of every row and head, in one copy of whole blocks."""
-    if part.buffer is None:
-        raise GeometryError("an empty shelf was read")
-    batch, heads, slots, tokens, width = part.buffer.shape
-    lane = torch.arange(batch * heads, device=part.buffer.device).view(batch, heads, 1) * slots
-    whole = part.buffer.view(batch * heads * slots, tokens * width)
-    return whole.index_select(0, (lane + index).flatten()).view(batch, heads, index.shape[-1], tokens, width)
+    batch, heads, slots, *block = part.shape
+    first = torch.arange(batch * heads, device=part.device).view(batch, heads, 1) * slots
+    whole = part.reshape(batch * heads * slots, -1)
+    return whole.index_select(0, (first + index).flatten()).view(batch, heads, index.shape[-1], *block)

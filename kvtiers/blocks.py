@@ -10,7 +10,7 @@ from torch import Tensor
 
 Tier = Literal["sink", "mid", "recent", "current"]
 Form = Literal["full", "compressed"]
-Place = Literal["device", "host", "disk"]
+Location = Literal["device", "host", "disk"]
 
 
 @attrs.frozen
@@ -29,14 +29,15 @@ class Extent:
 class Blocks:
     """A run of blocks of equal size, of one layer.
 
-    keys, values: [batch, kv_heads, blocks, tokens, head_dim].
+    keys, values: [batch, kv_heads, blocks, tokens, head_dim]; keys as the layer stores them (see `Moment.keys_rotated`).
     offsets: where each token lies, counted from the start of its block, along (time, ...); axes that agree are 1.
     starts: the first step of each block.
     span: how many steps a block occupies when a realigner places it.
-    rotated: the keys as attention sees them at their original positions (`keys` themselves under `gaps`), if known.
-    reduced: the reduced-resolution K/V that the model itself projected at commit, for a `SourceCompressor`.
-    own_offsets: a compressor sets it if it leaves other offsets in other blocks, which the shape of a single block of a
-        single row and head cannot show.
+    rotated: the keys rotated to their original positions, if known.
+    attention: how much each token was attended, by query head, for a compressor that asks (`Compressor.attention`).
+    bias: added to a token's logits: log n where it stands for n tokens, -inf where there is none. None means 0.
+    offsets_differ: a compressor sets it if tokens lie otherwise in other blocks, rows or heads, which the shape of a
+        single block of a single row and head cannot show.
     """
 
     keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
@@ -45,13 +46,14 @@ class Blocks:
     starts: Int[Tensor, "*selection blocks"]
     span: int
     rotated: Float[Tensor, "batch kv_heads blocks tokens head_dim"] | None = None
-    reduced: "Blocks | None" = None
-    own_offsets: bool = False
+    attention: Float[Tensor, "batch query_heads blocks tokens"] | None = None
+    bias: Float[Tensor, "#batch #kv_heads #blocks tokens"] | None = None
+    offsets_differ: bool = False
 
     @property
     def alike(self) -> bool:
         """Whether tokens lie alike in every block, so that the offsets of one stand for all."""
-        return not self.own_offsets and max(self.offsets.shape[:3]) == 1
+        return not self.offsets_differ and max(self.offsets.shape[:3]) == 1
 
     @property
     def count(self) -> int:
@@ -67,30 +69,36 @@ class Selection:
     """Which archived blocks a context attends: indices in order of origin, the same number for every row and head."""
 
     chosen: Int[Tensor, "batch kv_heads chosen"]
-    """Attended in the form that the policy's `recall` names."""
-    fringe: Int[Tensor, "batch kv_heads fringe"]
-    """Attended in compressed form."""
+    """Attended in the form that the policy's `attend` names."""
+    compressed: Int[Tensor, "batch kv_heads compressed"]
+    """Attended in compressed form beside them."""
     shared: bool = False
     """Whether all KV heads attend the same blocks, so that what is worked out for one stands for all."""
+
+    @property
+    def both(self) -> Int[Tensor, "batch kv_heads blocks"]:
+        """All attended blocks in order of origin."""
+        return torch.cat([self.chosen, self.compressed], -1).sort(-1).values
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class Context:
     """What one attention call sees: sink, selected mid, recent, current, in this order of origin.
 
-    keys are placed (rotated) unless the realigner leaves gaps. `current` tokens at the end are the forward's own.
+    keys are rotated to where they are placed. `current` tokens at the end are the forward's own.
     """
 
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
     current: int
-    mask: Bool[Tensor, "current tokens"] | Bool[Tensor, "batch kv_heads 1 tokens"] | None
-    """True where a current token may attend; none where every token may. It differs by row and KV head where blocks of
-    different length are attended (video): the shorter ones have padding behind them."""
+    mask: Bool[Tensor, "current tokens"] | None
+    """True where a current token may attend; None where every token may, or where plain causal order says it all."""
     causal: bool
-    """True when `mask` is none because plain causal order says it all (no history yet)."""
+    """True when `mask` is None because plain causal order says it all (no history yet)."""
     banded: bool = False
     """True when `mask` hides more than the future: what a policy drops while these tokens pass."""
+    bias: Float[Tensor, "batch kv_heads tokens"] | None = None
+    """Added to every query's logits of a token; None where all is 0."""
     locate: Callable[[], tuple[Tensor, Tensor]] = attrs.field(repr=False)
 
     @property
@@ -103,6 +111,22 @@ class Context:
         """The position that each key has in this context."""
         return self.locate()[1]
 
+    def logit_bias(self, query_heads: int, dtype: torch.dtype) -> Float[Tensor, "batch query_heads queries tokens"] | None:
+        """Mask and bias as one tensor to add to the logits of `query_heads` heads; None if there is neither.
+
+        `queries` is 1 where all current tokens may see the same.
+        """
+        if self.bias is None and self.mask is None and not self.causal:
+            return None
+        allowed = self.mask
+        if allowed is None and self.causal:
+            allowed = torch.ones(self.current, self.keys.shape[2], dtype=torch.bool, device=self.keys.device).tril()
+        if self.bias is None:
+            added = torch.zeros(1, 1, 1, 1, dtype=dtype, device=self.keys.device)
+        else:
+            added = self.bias.to(dtype).repeat_interleave(query_heads // self.bias.shape[1], 1)[:, :, None]
+        return added if allowed is None else added.masked_fill(~allowed, -torch.inf)
+
 
 def run_of(
     keys: Float[Tensor, "batch kv_heads tokens head_dim"],
@@ -113,7 +137,7 @@ def run_of(
     first: int,
     span: int,
     rotated: Float[Tensor, "batch kv_heads tokens head_dim"] | None = None,
-    reduced: Blocks | None = None,
+    attention: Float[Tensor, "batch query_heads tokens"] | None = None,
 ) -> Blocks:
     """Cut a run of `count` equal blocks out of consecutive tokens whose first step is `first`, without copying."""
     tokens = keys.shape[2] // count
@@ -126,5 +150,5 @@ def run_of(
         starts=first + span * torch.arange(count, device=keys.device),
         span=span,
         rotated=None if rotated is None else rotated.unflatten(2, (count, tokens)),
-        reduced=reduced,
+        attention=None if attention is None else attention.unflatten(2, (count, tokens)),
     )

@@ -1,212 +1,41 @@
-"""`TieredCache`: the layers of a model, and the rows of a batch. Rows that advance together share one store."""
+"""`TieredCache`: the layers of a model, and the rows of a batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvtiers import accounting, saving, session, swap
-from kvtiers.blocks import Context, Extent, Tier
+from kvtiers import saving
+from kvtiers.accounting import MemoryUsage, memory_usage_of
+from kvtiers.archive import Archive, ByteBudget
+from kvtiers.blocks import Blocks, Context, Extent, Tier
+from kvtiers.changes import check_policy, why_not_crop
 from kvtiers.errors import CropError, GeometryError, SwapError
+from kvtiers.events import Event
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
+from kvtiers.plugins import Observers
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore, Observe
+from kvtiers.rows import LayerRows, of_rows
 
-
-class Ragged:
-    """Which columns of a forward are real tokens, by row. Worked out once per forward, for all layers."""
-
-    def __init__(self, valid: Bool[Tensor, "batch steps"]) -> None:
-        host = valid.cpu()
-        patterns: dict[bytes, int] = {}
-        self.pattern_of_row: list[int] = []
-        self.columns: list[Tensor] = []
-        for row in host:
-            key = bytes(row.tolist())
-            if key not in patterns:
-                patterns[key] = len(patterns)
-                self.columns.append(row.nonzero()[:, 0].to(valid.device))
-            self.pattern_of_row.append(patterns[key])
-        self.tokens = int(host.sum())
-        """Real tokens of all rows."""
-
-    @staticmethod
-    def of(valid: Bool[Tensor, "batch steps"] | None) -> "Ragged | None":
-        """None if every token of every row is real."""
-        return None if valid is None or bool(valid.all()) else Ragged(valid)
-
-
-@attrs.frozen(eq=False, kw_only=True)
-class Turn:
-    """One chunk of some rows of a forward, appended and selected: attend `query` to `context`.
-
-    rows: which rows of the batch (none: all). columns: which columns of the forward.
-    query: [rows, query_heads, columns, head_dim], placed.
-    """
-
-    rows: Int[Tensor, " rows"] | None
-    columns: slice | Int[Tensor, " columns"]
-    query: Float[Tensor, "rows query_heads columns head_dim"]
-    context: Context
-
-
-@attrs.define(eq=False)
-class Lane:
-    """Rows with the same history extents, and their store. rows: none means all of them."""
-
-    rows: Int[Tensor, " rows"] | None
-    store: LayerStore
-
-
-class Layer:
-    """One layer: its lanes. A batch without padding is one lane."""
-
-    def __init__(self, make: Callable[[int], LayerStore], number: int) -> None:
-        self._make = make
-        self.number = number
-        """The model's number for this layer."""
-        self.lanes: list[Lane] = []
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen by all rows together."""
-        return sum(lane.store.seen * lane.store.geometry.batch for lane in self.lanes)
-
-    @property
-    def seen(self) -> int:
-        """Steps seen by the row that has seen most."""
-        return max((lane.store.seen for lane in self.lanes), default=0)
-
-    def seen_by_row(self) -> list[int]:
-        """Steps seen by each row; empty before the first tokens."""
-        seen = {row: lane.store.seen for lane in self.lanes for row in _numbers(lane)}
-        return [seen[row] for row in sorted(seen)]
-
-    @property
-    def batch(self) -> int | None:
-        """Rows, or none before the first tokens."""
-        return sum(lane.store.geometry.batch for lane in self.lanes) or None
-
-    def check_batch(self, batch: int) -> None:
-        """Raise `GeometryError` unless a forward of `batch` rows can go on from here."""
-        if self.seen and self.batch != batch:
-            raise GeometryError(
-                f"layer {self.number} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by "
-                "itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
-            )
-
-    def _split(self, batch: int, ragged: Ragged | None) -> list[tuple[Lane, Tensor | None]]:
-        """The lanes of this forward with their valid columns (none: all), split where rows part ways."""
-        self.check_batch(batch)
-        if self.batch != batch:
-            self.lanes = [Lane(None, self._make(batch))]
-        if ragged is None:
-            return [(lane, None) for lane in self.lanes]
-        lanes: list[tuple[Lane, Tensor | None]] = []
-        for lane in self.lanes:
-            rows = list(range(batch)) if lane.rows is None else lane.rows.tolist()
-            groups: dict[int, list[int]] = {}
-            for at, row in enumerate(rows):
-                groups.setdefault(ragged.pattern_of_row[row], []).append(at)
-            for pattern, members in groups.items():
-                columns = ragged.columns[pattern]
-                if len(groups) == 1:
-                    lanes.append((lane, columns))
-                    continue
-                own = session.fork(lane.store) if lane.store.seen else self._make(len(members))
-                if lane.store.seen:
-                    session.take(own, torch.tensor(members, device=columns.device))
-                lanes.append((Lane(torch.tensor([rows[m] for m in members], device=columns.device), own), columns))
-        self.lanes = [lane for lane, _ in lanes]
-        return lanes
-
-    def turns(
-        self,
-        query: Float[Tensor, "batch query_heads steps head_dim"],
-        keys: Float[Tensor, "batch kv_heads steps head_dim"],
-        values: Float[Tensor, "batch kv_heads steps value_dim"],
-        ragged: Ragged | None = None,
-    ) -> Iterator[Turn]:
-        """Feed a forward of any length through the three verbs, cut on the policy's absolute chunk grid (text)."""
-        for lane, columns in self._split(keys.shape[0], ragged):
-            length = keys.shape[2] if columns is None else columns.numel()
-            size = lane.store.policy.chunk_size
-            start = 0
-            while start < length:
-                stop = length if size is None else min(length, start + size - lane.store.seen % size)
-                where = slice(start, stop) if columns is None else columns[start:stop]
-                q, k, v = (_part(x, lane.rows, where, stop - start) for x in (query, keys, values))
-                lane.store.append(k, v)
-                lane.store.select(q)
-                yield Turn(rows=lane.rows, columns=where, query=lane.store.place_query(q), context=lane.store.context())
-                start = stop
-
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
-        """Make new row i what row `rows[i]` was."""
-        if rows.numel() == 0 or rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
-            raise GeometryError(
-                f"rows to keep are named by their numbers, got a tensor {tuple(rows.shape)} of {rows.dtype}; "
-                "name at least one row, or reset() the cache"
-            )
-        if self.batch is not None and (rows.device.type == "cpu" or len(self.lanes) > 1):
-            absent = sorted({row for row in rows.tolist() if not 0 <= row < self.batch})
-            if absent:  # rows on a GPU are not looked at, which would wait for it
-                raise GeometryError(f"layer {self.number} holds rows 0 to {self.batch - 1} and no row {absent[0]}")
-        if len(self.lanes) == 1:
-            session.take(self.lanes[0].store, rows)
-            self.lanes[0].rows = None
-            return
-        wanted = rows.tolist()
-        lanes = []
-        for lane in self.lanes:
-            own = {row: at for at, row in enumerate(lane.rows.tolist())} if lane.rows is not None else {}
-            new = [(i, own[row]) for i, row in enumerate(wanted) if row in own]
-            if new:
-                session.take(lane.store, torch.tensor([at for _, at in new], device=rows.device))
-                lanes.append(Lane(torch.tensor([i for i, _ in new], device=rows.device), lane.store))
-        if len(lanes) == 1:
-            lanes[0].rows = None
-        self.lanes = lanes
-
-    def stores(self) -> list[LayerStore]:
-        return [lane.store for lane in self.lanes]
-
-    def adopt(self, lanes: Sequence[tuple[Tensor | None, LayerStore]]) -> None:
-        """Become `lanes`: the rows (none: all) and store of each."""
-        self.lanes = [Lane(rows, store) for rows, store in lanes]
-
-
-def _numbers(lane: Lane) -> list[int]:
-    """The rows of a lane by number."""
-    numbers: list[int] = list(range(lane.store.geometry.batch)) if lane.rows is None else lane.rows.tolist()
-    return numbers
-
-
-def _part(x: Tensor, rows: Tensor | None, where: slice | Tensor, length: int) -> Tensor:
-    """Some rows and columns of a forward; the tensor itself where that is all of them."""
-    x = _rows(x, rows)
-    return x if isinstance(where, slice) and length == x.shape[2] else x[:, :, where]
-
-
-def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)
+Observe = Callable[[Event], None]
 
 
 class TieredCache:
-    """What a transformer remembers: one `Layer` per layer of the model.
+    """What a transformer remembers: one `LayerRows` per layer of the model.
 
     policies: one for all layers, or one each. geometries: one per layer (their `batch` is taken from the first tokens).
-    rotaries: how each layer rotates, or none where it does not.
-    numbers: what the model calls these layers, for messages and events (none: 0, 1, ...).
-    observe: told of every `kvtiers.events.Event`.
+    rotaries: how each layer rotates, or None where it does not.
+    numbers: what the model calls these layers, for messages and events (None: 0, 1, ...).
+    observe: told of every `kvtiers.events.Event`, as observers of plugins are; one that raises is not called again.
     check: refuse keys or values that are not finite (looks at every token, so it costs a wait on a GPU).
-    keep_graph: let gradients flow through compressed blocks that the model projected (see `SourceCompressor`) to what
-        made them; their graphs are held as long as the cache.
+    layer: the class of each layer, for one that does more (training).
     """
 
     def __init__(
@@ -218,7 +47,7 @@ class TieredCache:
         numbers: Sequence[int] | None = None,
         observe: Observe | None = None,
         check: bool = False,
-        keep_graph: bool = False,
+        layer: type[Layer] = Layer,
     ) -> None:
         count = len(geometries)
         each = [policies] * count if isinstance(policies, Policy) else list(policies)
@@ -232,159 +61,198 @@ class TieredCache:
             )
         self.policies, self.geometries, self.rotaries = each, list(geometries), rotary
         self.numbers = list(range(count)) if numbers is None else list(numbers)
-        self.observe, self.check, self.keep_graph = observe, check, keep_graph
+        self.observe, self.check, self.layer_class = observe, check, layer
+        self.tell = Observers(observe)
+        """Tells every observer of an event; false while there is none."""
+        self._budgets: dict[Archive, ByteBudget] = {}
         for index in range(count):
-            self._store(index, 1)
-        self.layers = [self._layer(index) for index in range(count)]
+            self.new_layer(index, 1)
+        self.layers = [self._rows_of(index) for index in range(count)]
 
-    def _store(self, index: int, batch: int) -> LayerStore:
-        return LayerStore(
-            self.policies[index],
-            attrs.evolve(self.geometries[index], batch=batch),
+    def new_layer(self, index: int, batch: int) -> Layer:
+        """An empty layer like number `index` of the cache, for `batch` rows."""
+        policy = self.policies[index]
+        return self.layer_class(
+            policy=policy,
+            geometry=attrs.evolve(self.geometries[index], batch=batch),
             layer=self.numbers[index],
             rotary=self.rotaries[index],
-            observe=self.observe,
+            observe=self.tell,
             check=self.check,
-            keep_graph=self.keep_graph,
+            budget=self.budget(policy.archive),
         )
 
-    def _layer(self, index: int) -> Layer:
-        return Layer(lambda batch: self._store(index, batch), self.numbers[index])
+    def budget(self, archive: Archive) -> ByteBudget:
+        """The byte budget of this cache in `archive`."""
+        return self._budgets.setdefault(archive, ByteBudget(archive.limit_bytes))
 
-    # ------------------------------------------------------------------ the three verbs
+    def _rows_of(self, index: int) -> LayerRows:
+        return LayerRows(lambda batch: self.new_layer(index, batch), self.numbers[index])
 
-    def append(
-        self,
-        layer: int,
-        keys: Float[Tensor, "batch kv_heads steps head_dim"],
-        values: Float[Tensor, "batch kv_heads steps value_dim"],
-    ) -> None:
-        """Add current tokens, at most one chunk, for rows without padding (with padding, use `layers[i].turns`)."""
-        for lane, _ in self.layers[layer]._split(keys.shape[0], None):
-            lane.store.append(_rows(keys, lane.rows), _rows(values, lane.rows))
+    # ------------------------------------------------------------------ the verbs
 
-    def draft(
+    def write(
         self,
         layer: int,
         keys: Float[Tensor, "batch kv_heads tokens head_dim"],
         values: Float[Tensor, "batch kv_heads tokens value_dim"],
+        *,
+        replace: bool = False,
     ) -> None:
-        """Take a block's tokens as the current ones, in place of those that are (video: a denoise step)."""
-        for lane, _ in self.layers[layer]._split(keys.shape[0], None):
-            lane.store.draft(_rows(keys, lane.rows), _rows(values, lane.rows))
+        """Take current tokens, at most one chunk, for rows without padding (with padding, use `layers[i].chunks`).
 
-    def commit(
-        self,
-        layer: int,
-        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-        values: Float[Tensor, "batch kv_heads tokens value_dim"],
-    ) -> None:
-        """Write a block in place of its drafts and make it history (video: the clean pass)."""
-        self.draft(layer, keys, values)
-        for lane in self.layers[layer].lanes:
-            lane.store.settle()
-
-    def settle(self) -> None:
-        """Make the current tokens of every layer history. After an error it can be called again."""
-        for store in self.stores():
-            store.settle()
+        replace: in place of the current ones, which otherwise become history (video: a denoise step).
+        """
+        for group in self.layers[layer].for_rows(keys.shape[0]):
+            group.layer.write(of_rows(keys, group.rows), of_rows(values, group.rows), replace=replace)
 
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
         """Let the policy choose which archived blocks are attended."""
-        for lane in self.layers[layer].lanes:
-            lane.store.select(None if query is None else _rows(query, lane.rows))
-
-    def reselect(self) -> None:
-        """Let every layer choose anew at its next `select`, whatever its policy's refresh says."""
-        for store in self.stores():
-            store.reselect()
+        for group in self.layers[layer].groups:
+            group.layer.select(None if query is None else of_rows(query, group.rows))
 
     def context(self, layer: int) -> Context:
         """What attention sees. Pure. Rows whose histories differ in length have `contexts`."""
-        return self._only(layer).context()
+        return self.only(layer).context()
 
-    def _only(self, layer: int) -> LayerStore:
-        lanes = self.layers[layer].lanes
-        if len(lanes) != 1:
+    def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
+        """The context of each group of rows (None: all rows) that has seen a token."""
+        return [(group.rows, group.layer.context()) for group in self.layers[layer].groups if group.layer.num_steps]
+
+    def commit(self, layer: int | None = None, *, compressed: Sequence[Blocks | None] | None = None) -> None:
+        """Make the current tokens of a layer (None: of all) history. After an error it can be called again.
+
+        compressed: for each layer the compressed form of its current block, where the policy is given it (video).
+        """
+        for index, rows in enumerate(self.layers):
+            if layer is None or index == layer:
+                for one in rows.layers():
+                    one.commit(None if compressed is None else compressed[index])
+
+    def reselect(self) -> None:
+        """Let every layer choose anew at its next `select`, whatever its policy's refresh says."""
+        for layer in self.every_layer():
+            layer.reselect()
+
+    def only(self, layer: int) -> Layer:
+        """The layer that serves all rows. Raises `GeometryError` if rows have parted ways, or none have come."""
+        groups = self.layers[layer].groups
+        if len(groups) != 1:
             raise GeometryError(
-                f"layer {layer} has {len(lanes)} groups of rows with histories of different length (or none yet); "
+                f"layer {layer} has {len(groups)} groups of rows with histories of different length (or none yet); "
                 "read contexts(layer) instead"
             )
-        return lanes[0].store
+        return groups[0].layer
 
     def place_query(
         self, layer: int, query: Float[Tensor, "batch query_heads tokens head_dim"]
     ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
-        """Rotate the current tokens' queries to where their keys are placed (nothing to do under `gaps`)."""
-        return self._only(layer).place_query(query)
+        """Rotate the current tokens' queries to where their keys are placed (nothing to do if none are rotated)."""
+        return self.only(layer).place_query(query)
 
-    def beside(
-        self,
-        layer: int,
-        query: Float[Tensor, "batch query_heads tokens head_dim"],
-        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-        values: Float[Tensor, "batch kv_heads tokens value_dim"],
-        offsets: Float[Tensor, "tokens axes"],
-        span: int,
-    ) -> tuple[Tensor, Context]:
-        """Hold the reduced K/V of the current block (see `LayerStore.beside`)."""
-        return self._only(layer).beside(query, keys, values, offsets, span)
-
-    def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
-        """The context of each group of rows (none: all rows) that has seen a token."""
-        return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes if lane.store.seen]
+    def set_prompt(self, prompt: Tensor | None) -> None:
+        """Tell policies the embedding of the prompt (see `Moment.prompt`)."""
+        for layer in self.every_layer():
+            layer.prompt = prompt
 
     # ------------------------------------------------------------------ as a whole
 
     @property
-    def seen(self) -> int:
+    def num_steps(self) -> int:
         """Steps that the first layer has seen."""
-        return self.layers[0].seen if self.layers else 0
+        return self.layers[0].num_steps if self.layers else 0
 
     @property
-    def settled(self) -> int:
+    def committed_steps(self) -> int:
         """Steps that are history in every layer and row; later ones are current."""
-        return min((store.settled for store in self.stores()), default=0)
+        return min((layer.committed_steps for layer in self.every_layer()), default=0)
 
-    def stores(self) -> list[LayerStore]:
-        """Every store of every layer."""
-        return [store for layer in self.layers for store in layer.stores()]
+    def every_layer(self) -> list[Layer]:
+        """Every `Layer`, of all layers of the model and all groups of rows."""
+        return [layer for rows in self.layers for layer in rows.layers()]
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """If what happens inside fails, every layer is as it was before, or refuses to go on."""
+        layers, groups, policies = self.every_layer(), [rows.groups for rows in self.layers], self.policies
+        for layer in layers:
+            layer.check_whole()
+        before = [layer.before() for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, state in zip(layers, before, strict=True):
+                layer.go_back(state)
+            for rows, held in zip(self.layers, groups, strict=True):
+                rows.groups = held
+            self.policies = policies
+            raise
 
     def reset(self) -> None:
         """Forget everything; buffers and archived files are freed."""
         for layer in self.layers:
-            layer.lanes = []
+            layer.groups = ()
 
     def crop(self, steps: int) -> None:
         """Roll every row back to its first `steps` steps, exactly, or raise `CropError` and change nothing."""
         if self.geometries and not self.geometries[0].causal:
-            self._crop_to([steps for _ in self.stores()])  # a pass that failed may have left drafts in some layers
+            self._crop_to([steps for _ in self.every_layer()])  # a pass that failed may have left drafts in some layers
         else:
-            self.crop_by(self.seen - steps)
+            self.crop_by(self.num_steps - steps)
 
     def crop_by(self, steps: int) -> None:
         """Remove the newest `steps` steps of every row, exactly, or raise `CropError` and change nothing."""
-        self._crop_to([store.seen - steps for store in self.stores()])
+        self._crop_to([layer.num_steps - steps for layer in self.every_layer()])
 
     def _crop_to(self, wanted: Sequence[int]) -> None:
-        """Roll each store back to its own number of steps, or none."""
-        for store, steps in zip(self.stores(), wanted, strict=True):
-            reason = session.crop_reason(store, steps)
+        """Roll each layer back to its own number of steps, or none."""
+        layers = self.every_layer()
+        for layer, steps in zip(layers, wanted, strict=True):
+            reason = why_not_crop(layer, steps)
             if reason is not None:
                 raise CropError(
-                    f"layer {store.layer} cannot give back {store.seen - steps} of {store.seen} steps: {reason}; "
-                    "fork() the cache before steps that may have to be undone"
+                    f"layer {layer.layer} cannot give back {layer.num_steps - steps} of {layer.num_steps} steps: "
+                    f"{reason}; fork() the cache before steps that may have to be undone"
                 )
-        for store, steps in zip(self.stores(), wanted, strict=True):
-            session.crop(store, steps)
+        with self.all_or_nothing():
+            for layer, steps in zip(layers, wanted, strict=True):
+                layer.crop(steps)
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
-        """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""
-        for layer in self.layers:
-            layer.take(rows)
+    def compact(self, *, recent: int) -> None:
+        """Age now, in every layer, what is older than the newest `recent` steps, whatever the policy's `recent` is."""
+        if isinstance(recent, bool) or not isinstance(recent, int) or recent < 0:
+            raise GeometryError(f"compact() keeps a whole number of recent steps of at least 0, got recent={recent!r}")
+        with self.all_or_nothing():
+            for layer in self.every_layer():
+                layer.compact(recent)
+
+    def rewind_recent(self) -> int:
+        """Forget the recent and current steps of every row; returns how many must be fed again.
+
+        Rows must have come equally far. What has left recent stays.
+        """
+        with self.all_or_nothing():
+            steps = {layer.rewind_recent() for layer in self.every_layer()}
+            if len(steps) > 1:
+                raise CropError(f"rows and layers would have to be fed again {sorted(steps)} steps; rewind rows one by one")
+        return next(iter(steps), 0)
+
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Make new row i what row `rows[i]` was, in every layer or (on an error) in none."""
+        made = [layer.with_rows(rows) for layer in self.layers]
+        with self.all_or_nothing():
+            for layer, groups in zip(self.layers, made, strict=True):
+                layer.groups = groups
+        self._join()
+
+    def _join(self) -> None:
+        """Count what every layer has archived in this cache's budgets."""
+        for index, rows in enumerate(self.layers):
+            for layer in rows.layers():
+                layer.join(self.budget(self.policies[index].archive))
 
     def fork(self) -> "TieredCache":
-        """An independent copy that continues exactly from here."""
+        """An independent copy that continues exactly from here. Archived blocks are shared until one side writes."""
         other = TieredCache(
             self.policies,
             self.geometries,
@@ -392,10 +260,11 @@ class TieredCache:
             numbers=self.numbers,
             observe=self.observe,
             check=self.check,
-            keep_graph=self.keep_graph,
+            layer=self.layer_class,
         )
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            theirs.adopt([(lane.rows, session.fork(lane.store)) for lane in mine.lanes])
+            theirs.groups = tuple(attrs.evolve(group, layer=group.layer.fork()) for group in mine.groups)
+        other._join()
         return other
 
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
@@ -409,18 +278,26 @@ class TieredCache:
             )
         for policy, geometry in zip(each, self.geometries, strict=True):
             policy.check_budget(geometry)
-        for layer, policy in zip(self.layers, each, strict=True):
-            for store in layer.stores():
-                swap.check(store, policy)
+        for rows, policy in zip(self.layers, each, strict=True):
+            for layer in rows.layers():
+                check_policy(layer, policy)
         rotates = [policy.realigner.rotates for policy in (*self.policies, *each)]
         if any(rotates) != all(rotates):
             raise SwapError(
                 "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
             )
-        for layer, policy in zip(self.layers, each, strict=True):
-            for store in layer.stores():
-                swap.apply(store, policy)
-        self.policies = list(each)
+        for old, new in {(old.archive, new.archive) for old, new in zip(self.policies, each, strict=True)}:
+            held, limit = self.budget(old).nbytes, new.limit_bytes
+            if limit is not None and held > limit:
+                raise SwapError(
+                    f"the archive holds {held:,} bytes, more than limit_bytes = {limit:,}; give it no less than it holds"
+                )
+        with self.all_or_nothing():
+            for rows, policy in zip(self.layers, each, strict=True):
+                for layer in rows.layers():
+                    layer.set_policy(policy)
+            self.policies = list(each)
+        self._join()
 
     def save(
         self,
@@ -433,7 +310,7 @@ class TieredCache:
 
         extra, beside: plain data and tensors to keep with it.
         """
-        saving.save(self, Path(path), dict(extra or {}), dict(beside or {}))
+        saving.save(self.layers, self._outline(), Path(path), dict(extra or {}), dict(beside or {}))
 
     def load(
         self,
@@ -448,28 +325,36 @@ class TieredCache:
         expect: what `extra` must say. beside: is given the tensors that were kept with it. On an error
         (`SavedCacheError`) this cache is unchanged.
         """
-        extra, kept = saving.load(self, Path(path), torch.device(device), dict(expect or {}))
+        groups, extra, kept = saving.load(
+            self.new_layer, self._outline(), Path(path), torch.device(device), dict(expect or {})
+        )
+        for layer, those in zip(self.layers, groups, strict=True):
+            layer.groups = those
         if beside is not None:
             beside |= kept
         return extra
 
-    def held(self) -> list[accounting.Held]:
-        """Bytes held per tier and place."""
-        return accounting.held_by(self.stores())
+    def _outline(self) -> list[dict[str, Any]]:
+        """What must agree between the cache that was saved and the one that loads, for each layer."""
+        return [saving.outline(*each) for each in zip(self.policies, self.geometries, self.rotaries, strict=True)]
+
+    def memory_usage(self) -> list[MemoryUsage]:
+        """Bytes held per tier and location."""
+        return memory_usage_of(self.every_layer())
 
     def attended(self) -> list[int]:
         """Tokens that the last step of each layer attended, per row and KV head (of its longest row)."""
-        return [max((store.tail - store.begin for store in layer.stores()), default=0) for layer in self.layers]
+        return [max((layer.attended for layer in rows.layers()), default=0) for rows in self.layers]
 
-    def census(self, layer: int = 0, row: int = 0) -> dict[str, int]:
+    def tier_counts(self, layer: int = 0, row: int = 0) -> dict[str, int]:
         """How many steps of a row are in each tier, and how many a policy dropped."""
-        for lane in self.layers[layer].lanes:
-            if lane.rows is None or row in lane.rows.tolist():
-                return lane.store.census()
+        for group in self.layers[layer].groups:
+            if row in group.numbers():
+                return group.layer.tier_counts()
         return {}
 
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
         """The blocks of the row that has seen most, each with its tier."""
-        stores = self.layers[layer].stores()
-        store = max(stores, key=lambda s: s.seen) if stores else None
-        return [] if store is None else store.timeline.layout(store.settled)
+        layers = self.layers[layer].layers()
+        longest = max(layers, key=lambda one: one.num_steps) if layers else None
+        return [] if longest is None else longest.timeline.layout(longest.committed_steps)

@@ -26,9 +26,8 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"the command line needs {error.name}; pip install 'kvtiers[cli]'") from error
 
-COMMANDS, BENCHMARKS, MODELS = "kvtiers.commands", "kvtiers.benchmarks", "kvtiers.models"
-"""Entry-point groups: commands, commands of `bench`, and functions that tell the `kvtiers.planning.Shape` of a model by
-its name."""
+COMMANDS, BENCHMARKS = "kvtiers.commands", "kvtiers.benchmarks"
+"""Entry-point groups: commands, and commands of `bench`."""
 
 
 class Commands(click.Group):
@@ -49,7 +48,7 @@ class Commands(click.Group):
         entry = next(iter(entries))
         try:
             command = entry.load()
-        except Exception as error:  # noqa: BLE001 - a command that fails to load must not break the others
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a command that fails to load must not break the others
             return _broken(entry, explain(error))
         if not isinstance(command, click.Command):
             return _broken(entry, f"{entry.value} is a {type(command).__name__}, which is no click command")
@@ -161,19 +160,19 @@ def _presets_for(shape: Shape) -> list[str]:
 
 
 def _shape(model: str, **wanted: Any) -> Shape:
-    """What the installed integrations know of `model`."""
+    """What the installed plugins know of `model`."""
     reasons = []
-    for entry in metadata.entry_points(group=MODELS):
+    for name in registry().names("shape"):
         try:
-            found = entry.load()(model, **wanted)
+            found = registry().factory("shape", name)(model, **wanted)
         except MissingExtraError as error:
             reasons.append(str(error))
             continue
         if isinstance(found, Shape):
             return found
     raise PolicyError(
-        f"no installed integration knows a model {model!r}; give wan2.1-t2v-1.3b, the hub id of a language model, or "
-        f"a folder with a config.json. {' '.join(reasons)}".rstrip()
+        f"no installed plugin knows a model {model!r}; give one that `kvtiers plan --help` names, or a folder with a "
+        f"config.json. {' '.join(reasons)}".rstrip()
     )
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 
 import pluggy
 
-from kvtiers.archive import Archive
+from kvtiers.archive import Archive, Codec
 from kvtiers.events import Event
-from kvtiers.policy import Compressor, Policy, Realigner, Retriever, Sink
+from kvtiers.planning import Shape
+from kvtiers.policy import Policy
+from kvtiers.slots import Compressor, Realigner, Retriever, Sink
 
 PROJECT = "kvtiers"
 
@@ -49,6 +51,21 @@ def kvtiers_realigners() -> Mapping[str, Callable[..., Realigner]]:  # type: ign
 @hookspec
 def kvtiers_archives() -> Mapping[str, Callable[..., Archive]]:  # type: ignore[empty-body]
     """Name -> factory for the slot `archive`. Since 0.1."""
+
+
+@hookspec
+def kvtiers_codecs() -> Mapping[str, Callable[..., Codec]]:  # type: ignore[empty-body]
+    """Name -> factory for the slot `codec`. Since 0.2."""
+
+
+@hookspec
+def kvtiers_shapes() -> Mapping[str, Callable[..., Shape | None]]:  # type: ignore[empty-body]
+    """Name -> function that knows models of one kind, for `kvtiers plan`. Since 0.2.
+
+    It is called with the model's name (or folder), and what is wanted of it as keywords (see `kvtiers plan --help`):
+    `size`, `seconds`, `fps`, `block_frames` (video), `tokens` (text) and `dtype`. It returns None for a model that it
+    does not know.
+    """
 
 
 @hookspec

@@ -58,42 +58,39 @@ def cost(policy: Policy, shape: Shape) -> Cost:
     geometry, block = shape.geometry, policy.block_steps(shape.geometry)
     current = min((policy.chunk_size or 1) if geometry.causal else block, shape.steps)
     bound = policy.bound(geometry)
-    archives = policy.recent is not None and not policy.compressor.drops and not policy.in_place
+    archives = policy.recent is not None and policy.archives
     aged = 0 if policy.recent is None else max(0, shape.steps - policy.anchors(geometry) - policy.recent)
     blocks = aged // block if archives else 0
     attended = shape.tokens if bound is None else min(bound, shape.tokens)
-    if archives and policy.recall == "compressed":
+    if archives and policy.attend == "compressed":
         past = max(0, shape.steps - current - policy.anchors(geometry) - (policy.recent or 0)) // block
         chosen = policy.retriever.count(policy.top_k, past)
-        further = min(policy.fringe, past - chosen) if chosen else 0
+        further = min(policy.top_k_compressed, past - chosen) if chosen else 0
         mid = (chosen + further) * policy.block_tokens(geometry, "compressed")
         attended = min(attended, shape.tokens - past * block * geometry.tokens_per_step + mid)
-    of_block = sum(policy.block_tokens(geometry, form) for form in policy.forms) * shape.token_bytes
+    of_block = policy.archived_bytes(geometry) * shape.layers if policy.archives else 0
     allocated = policy.bound_bytes(geometry, blocks)
     without = 0 if bound is None else current * geometry.tokens_per_step
     return Cost(
         attended=attended,
         cached_bytes=(attended - without) * shape.token_bytes,
         device_bytes=shape.layers * (_doubled(policy, shape, blocks) if allocated is None else allocated),
-        archive_bytes=0 if policy.archive.place == "device" else blocks * of_block,
+        archive_bytes=0 if policy.archive.location == "device" else blocks * of_block,
         growth_bytes=shape.growth_steps // block * of_block if archives else 0,
         work=attended / shape.tokens,
     )
 
 
 def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:
-    """The most bytes that one layer holds on the device if its context buffer grows, which it does by doubling."""
+    """The most bytes that one layer holds on the device if its window grows, which it does by doubling."""
     geometry = shape.geometry
     slots = shape.tokens
     if not policy.in_place:
         slots += policy.anchors(geometry) * geometry.tokens_per_step + (policy.mid_bound(geometry) or 0)
-    held = slots * (geometry.token_bytes + (geometry.key_bytes if policy.realigner.rotates else 0))
-    rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
-    full = policy.block_tokens(geometry, "full")
-    digest = policy.retriever.digest_floats(full, geometry.head_dim) * 4 * rows + 8
-    chosen = rows * (3 * 8 + full * 8 * (axes + 1))
-    archived = sum(policy.block_tokens(geometry, form) for form in policy.forms) * (
-        geometry.token_bytes + 4 * rows * axes
-    )
-    held += blocks * (digest + chosen + (archived if policy.archive.place == "device" else 0))
-    return 2 * held + policy.compressor.state_bytes(geometry)
+    rotates = policy.realigner.rotates and not policy.in_place
+    held = slots * (policy.token_bytes(geometry) + (geometry.key_bytes if rotates else 0))
+    if policy.archives:
+        rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
+        chosen = rows * (3 * 8 + max(policy.block_tokens(geometry, form) for form in policy.forms) * 8 * (axes + 1))
+        held += blocks * (policy.hot_bytes(geometry) + chosen)
+    return 2 * held

@@ -2,7 +2,7 @@
 
 A plugin that fails is recorded with its distribution and exception. It is raised when someone asks for a name that it
 may have provided, and never before, so a broken package that nobody uses breaks nothing. `KVTIERS_DISABLE_PLUGINS=a,b`
-skips plugins by entry-point name or distribution.
+skips plugins by entry-point name or distribution, `KVTIERS_PLUGINS=a,b` loads only these.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from kvtiers.errors import PluginError, UnknownPolicyError
 from kvtiers.events import Event
 
 GROUP = "kvtiers"
-DISABLE = "KVTIERS_DISABLE_PLUGINS"
+DISABLE, ONLY = "KVTIERS_DISABLE_PLUGINS", "KVTIERS_PLUGINS"
 HOOKS: Mapping[str, str] = {
     "policy": "kvtiers_policies",
     "sinks": "kvtiers_sinks",
@@ -31,8 +31,11 @@ HOOKS: Mapping[str, str] = {
     "retriever": "kvtiers_retrievers",
     "realigner": "kvtiers_realigners",
     "archive": "kvtiers_archives",
+    "codec": "kvtiers_codecs",
+    "shape": "kvtiers_shapes",
 }
-"""What can be asked for by name (a preset, or one of `kvtiers.policy.SLOTS`), and the hook that provides it."""
+"""What can be asked for by name (a preset, one of `kvtiers.policy.SLOTS`, or what knows the shapes of models), and the
+hook that provides it."""
 
 _log = logging.getLogger("kvtiers")
 Factory = Callable[..., Any]
@@ -73,11 +76,11 @@ class Plugin:
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Loaded:
-    """A plugin with what only the registry needs. One manager per plugin: a failure stays inside."""
+    """A plugin with what only the registry needs: what it provides by hook, and its observer."""
 
     plugin: Plugin
-    manager: pluggy.PluginManager
-    factories: Mapping[str, Mapping[str, Factory]]
+    factories: Mapping[str, Mapping[str, Factory]] = attrs.field(factory=dict)
+    observe: Callable[..., Any] | None = None
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
@@ -95,16 +98,19 @@ class Registry:
     """The plugins in use. `registry()` is the one of this process; build others from (name, module) pairs in tests."""
 
     def __init__(self, plugins: Iterable[tuple[str, object]] = ()) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
         self._loaded: list[_Loaded] = []
-        self._observers: list[_Loaded] = []
+        self._observers: tuple[_Loaded, ...] = ()
         for name, plugin in plugins:
-            self._add(_inspect(plugin, Plugin(name=name, distribution="(given)", version="", module=_module(plugin))))
+            record = Plugin(name=name, distribution="(given)", version="", module=_module(plugin))
+            self._add(self._inspect(plugin, record))
 
     @classmethod
     def installed(cls) -> "Registry":
         """A registry of every installed plugin, loaded one by one. Never raises."""
         found = cls()
-        skipped = {name.strip() for name in os.environ.get(DISABLE, "").split(",")} - {""}
+        skipped, only = ({name.strip() for name in os.environ.get(env, "").split(",")} - {""} for env in (DISABLE, ONLY))
         seen = set()
         for entry in metadata.entry_points(group=GROUP):
             distribution = entry.dist.name if entry.dist else "(unknown)"
@@ -114,7 +120,8 @@ class Registry:
                 continue
             seen.add(identity)
             record = Plugin(name=entry.name, distribution=distribution, version=version, module=entry.value)
-            found._add(_load(entry, record, disabled=bool({entry.name, distribution} & skipped)))
+            names = {entry.name, distribution}
+            found._add(found._load(entry, record, disabled=bool(names & skipped) or bool(only and not names & only)))
         return found
 
     @property
@@ -143,8 +150,10 @@ class Registry:
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
         if any(loaded.plugin.name == name for loaded in self._loaded):
             raise PluginError(f"a plugin named {name!r} is registered already; choose another name, or unregister it")
-        loaded = _inspect(plugin, Plugin(name=name, distribution="(given)", version="", module=_module(plugin)))
+        record = Plugin(name=name, distribution="(given)", version="", module=_module(plugin))
+        loaded = self._inspect(plugin, record)
         if loaded.plugin.error is not None:
+            self._manager.unregister(name=name)
             raise PluginError(f"plugin {name!r} cannot be registered: {explain(loaded.plugin.error)}") from (
                 loaded.plugin.error
             )
@@ -152,6 +161,7 @@ class Registry:
             for each in names:
                 if each in self.names(kind):
                     origin = self._providers(kind, each)[0].plugin.origin
+                    self._manager.unregister(name=name)
                     raise PluginError(f"plugin {name!r} provides the {kind} {each!r}, as {origin} does; rename it")
         self._add(loaded)
         return loaded.plugin
@@ -161,8 +171,10 @@ class Registry:
         known = [loaded.plugin.name for loaded in self._loaded]
         if name not in known:
             raise PluginError(f"no plugin is named {name!r}; registered: {', '.join(known)}.{suggest(name, known)}")
+        if self._manager.has_plugin(name):
+            self._manager.unregister(name=name)
         self._loaded = [loaded for loaded in self._loaded if loaded.plugin.name != name]
-        self._observers = [loaded for loaded in self._observers if loaded.plugin.name != name]
+        self._observers = tuple(loaded for loaded in self._observers if loaded.plugin.name != name)
 
     @contextmanager
     def registered(self, plugin: object, name: str | None = None) -> Iterator[Plugin]:
@@ -180,17 +192,55 @@ class Registry:
 
     def observe(self, event: Event) -> None:
         """Tell every observer. One that raises is logged and not called again."""
-        for loaded in tuple(self._observers):
+        for loaded in self._observers:
             try:
-                loaded.manager.hook.kvtiers_observe(event=event)
+                if loaded.observe is not None:
+                    loaded.observe(event)
             except Exception:  # noqa: BLE001 - an observer never breaks generation
-                self._observers = [other for other in self._observers if other is not loaded]
+                self._observers = tuple(other for other in self._observers if other is not loaded)
                 _log.warning("observer %s failed and is not called again", loaded.plugin.origin, exc_info=True)
+
+    def _load(self, entry: metadata.EntryPoint, record: Plugin, *, disabled: bool) -> _Loaded:
+        if disabled:
+            return _Loaded(plugin=attrs.evolve(record, disabled=True))
+        try:
+            module = entry.load()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded, and raised when it is asked for
+            return _broken(record, error)
+        return self._inspect(module, record)
+
+    def _inspect(self, plugin: object, record: Plugin) -> _Loaded:
+        """Register `plugin`, call its providing hooks, and note everything that goes wrong."""
+        try:
+            self._manager.register(plugin, record.name)
+        except Exception as error:  # noqa: BLE001 - recorded, and raised when it is asked for
+            if self._manager.has_plugin(record.name):
+                self._manager.unregister(name=record.name)
+            return _broken(record, error)
+        errors = _misspelled(self._manager, plugin)
+        failed = set(HOOKS) if errors else set()  # what a misspelled hook would have provided is not known
+        own = {caller.name: impl.function for caller in self._manager.get_hookcallers(plugin) or ()
+               for impl in caller.get_hookimpls() if impl.plugin is plugin}  # fmt: skip
+        factories: dict[str, Mapping[str, Factory]] = {}
+        for kind, hook in HOOKS.items():
+            try:
+                factories[kind] = _provided(hook, own[hook]() if hook in own else None)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded, and raised when it is asked for
+                errors.append(_plain(error))
+                failed.add(kind)
+        listed = attrs.evolve(
+            record,
+            provides={kind: tuple(sorted(found)) for kind, found in factories.items() if found},
+            observes="kvtiers_observe" in own,
+            errors=tuple(errors),
+            failed=frozenset(failed),
+        )
+        return _Loaded(plugin=listed, factories=factories, observe=own.get("kvtiers_observe"))
 
     def _add(self, loaded: _Loaded) -> None:
         self._loaded.append(loaded)
-        if loaded.plugin.observes:
-            self._observers = [*self._observers, loaded]
+        if loaded.observe is not None:
+            self._observers = (*self._observers, loaded)
 
     def _providers(self, kind: str, name: str) -> list[_Loaded]:
         return [loaded for loaded in self._loaded if name in loaded.factories.get(kind, {})]
@@ -235,47 +285,13 @@ def _module(plugin: object) -> str:
     return plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
 
 
-def _load(entry: metadata.EntryPoint, record: Plugin, *, disabled: bool) -> _Loaded:
-    empty = pluggy.PluginManager(hookspecs.PROJECT)
-    if disabled:
-        return _Loaded(plugin=attrs.evolve(record, disabled=True), manager=empty, factories={})
-    try:
-        module = entry.load()
-    except Exception as error:  # noqa: BLE001 - recorded, and raised when it is asked for
-        broken = attrs.evolve(record, errors=(error,), failed=frozenset(HOOKS))
-        return _Loaded(plugin=broken, manager=empty, factories={})
-    return _inspect(module, record)
+def _broken(record: Plugin, error: BaseException) -> _Loaded:
+    return _Loaded(plugin=attrs.evolve(record, errors=(_plain(error),), failed=frozenset(HOOKS)))
 
 
-def _inspect(plugin: object, record: Plugin) -> _Loaded:
-    """Register `plugin` with a manager of its own, call its providing hooks, and note everything that goes wrong."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    errors: list[Exception] = []
-    failed: set[str] = set()
-    factories: dict[str, Mapping[str, Factory]] = {}
-    try:
-        manager.register(plugin, record.name)
-    except Exception as error:  # noqa: BLE001 - recorded, and raised when it is asked for
-        broken = attrs.evolve(record, errors=(error,), failed=frozenset(HOOKS))
-        return _Loaded(plugin=broken, manager=pluggy.PluginManager(hookspecs.PROJECT), factories={})
-    errors += _misspelled(manager, plugin)
-    if errors:  # what the misspelled hook would have provided is not known
-        failed.update(HOOKS)
-    for kind, hook in HOOKS.items():
-        try:
-            factories[kind] = _provided(hook, getattr(manager.hook, hook)())
-        except Exception as error:  # noqa: BLE001 - recorded, and raised when it is asked for
-            errors.append(error)
-            failed.add(kind)
-    listed = attrs.evolve(
-        record,
-        provides={kind: tuple(sorted(found)) for kind, found in factories.items() if found},
-        observes=bool(manager.hook.kvtiers_observe.get_hookimpls()),
-        errors=tuple(errors),
-        failed=frozenset(failed),
-    )
-    return _Loaded(plugin=listed, manager=manager, factories=factories)
+def _plain(error: BaseException) -> Exception:
+    """An error that may be raised later: a plugin that asked to end the process does not get to."""
+    return error if isinstance(error, Exception) else PluginError(f"it raised {explain(error)}")
 
 
 def _misspelled(manager: pluggy.PluginManager, plugin: object) -> list[Exception]:
@@ -297,19 +313,18 @@ def _misspelled(manager: pluggy.PluginManager, plugin: object) -> list[Exception
     return found
 
 
-def _provided(hook: str, results: list[Any]) -> Mapping[str, Factory]:
-    """Check what one hook of one plugin returned. pluggy leaves out a hook that is absent or returned none."""
-    given: dict[str, Factory] = {}
-    for result in results:
-        if not isinstance(result, Mapping):
-            raise PluginError(f"hook {hook} must return a mapping of name to factory, got {type(result).__name__}")
-        for name, factory in result.items():
-            if not isinstance(name, str) or not name:
-                raise PluginError(f"hook {hook} must map names (text), got the key {name!r}")
-            if not callable(factory):
-                raise PluginError(f"hook {hook} must map {name!r} to a factory, got {type(factory).__name__}")
-            given[name] = factory
-    return given
+def _provided(hook: str, result: object) -> Mapping[str, Factory]:
+    """Check what one hook of one plugin returned; None is nothing."""
+    if result is None:
+        return {}
+    if not isinstance(result, Mapping):
+        raise PluginError(f"hook {hook} must return a mapping of name to factory, got {type(result).__name__}")
+    for name, factory in result.items():
+        if not isinstance(name, str) or not name:
+            raise PluginError(f"hook {hook} must map names (text), got the key {name!r}")
+        if not callable(factory):
+            raise PluginError(f"hook {hook} must map {name!r} to a factory, got {type(factory).__name__}")
+    return dict(result)
 
 
 @cache
@@ -328,16 +343,23 @@ def unregister(name: str) -> None:
     registry().unregister(name)
 
 
-def observers_active() -> bool:
-    """Whether anybody listens in this process."""
-    return registry().observers_active()
+class Observers:
+    """Tells a cache's own observer, and those of plugins, of every event. It never raises an `Exception`.
 
+    It is false while nobody listens, so that an event need not even be made.
+    """
 
-def observe(event: Event) -> None:
-    """Tell every observer of this process."""
-    registry().observe(event)
+    def __init__(self, own: Callable[[Event], None] | None) -> None:
+        self.own = own
 
+    def __bool__(self) -> bool:
+        return self.own is not None or registry().observers_active()
 
-def observer() -> Callable[[Event], None] | None:
-    """`observe`, or none if nobody listens, so that a cache need not make events for nobody."""
-    return observe if observers_active() else None
+    def __call__(self, event: Event) -> None:
+        if self.own is not None:
+            try:
+                self.own(event)
+            except Exception:  # noqa: BLE001 - an observer never breaks generation
+                _log.warning("observer %r failed and is not called again", self.own, exc_info=True)
+                self.own = None
+        registry().observe(event)

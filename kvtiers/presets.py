@@ -9,10 +9,11 @@ from typing import Any
 
 import attrs
 
-from kvtiers.archive import Archive
+from kvtiers.archive import Archive, Codec
 from kvtiers.errors import PluginError, PolicyError, SlotError
 from kvtiers.plugins import Registry, explain, registry, suggest
-from kvtiers.policy import SLOTS, Compressor, Policy, Realigner, Retriever, Sink
+from kvtiers.policy import SLOTS, Policy
+from kvtiers.slots import Compressor, Realigner, Retriever, Sink
 
 KINDS: Mapping[str, type] = {
     "policy": Policy,
@@ -21,6 +22,7 @@ KINDS: Mapping[str, type] = {
     "retriever": Retriever,
     "realigner": Realigner,
     "archive": Archive,
+    "codec": Codec,
 }
 _FIELDS = tuple(field.name for field in attrs.fields(Policy))
 
@@ -44,8 +46,8 @@ def policy(name: str | Policy, **changes: Any) -> Policy:
     idle = "compressed" not in made.forms and not (made.compressor.keeps or made.compressor.drops)
     if "compressor" in changes and idle:
         raise PolicyError(
-            f"compressor {changes['compressor']!r} would never be asked: recall = 'full' attends blocks as they were "
-            "and fringe = 0 attends no others; add recall='compressed' or fringe=n"
+            f"compressor {changes['compressor']!r} would never be asked: attend = 'full' attends blocks as they were "
+            "and top_k_compressed = 0 attends no others; add attend='compressed' or top_k_compressed=n"
         )
     return made
 

@@ -1,51 +1,67 @@
-"""A cache as one safetensors file: never pickle, checked against truncation and change, written whole or not at all."""
+"""A cache as one safetensors file: never pickle, checked against truncation, change and nonsense, written whole."""
 
 import hashlib
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvtiers import session
 from kvtiers.errors import SavedCacheError
+from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
+from kvtiers.policy import Policy
 from kvtiers.presets import describe
+from kvtiers.rotary import Rotary
+from kvtiers.rows import LayerRows, RowGroup
 
-if TYPE_CHECKING:
-    from kvtiers.cache import TieredCache
-
-FORMAT = "kvtiers-cache-1"
+FORMAT = "kvtiers-cache-2"
 
 
-def save(cache: "TieredCache", path: Path, extra: dict[str, Any], beside: Mapping[str, Tensor]) -> None:
-    """Write `cache` to `path`, with plain data and tensors beside it."""
+def save(
+    layers: Sequence[LayerRows],
+    outline: list[dict[str, Any]],
+    path: Path,
+    extra: dict[str, Any],
+    beside: Mapping[str, Tensor],
+) -> None:
+    """Write `layers` to `path`, with plain data and tensors beside them."""
     tensors = {f"beside.{name}": part.contiguous() for name, part in beside.items()}
-    layers: list[list[dict[str, Any]]] = []
-    for index, layer in enumerate(cache.layers):
-        lanes = []
-        for number, lane in enumerate(layer.lanes):
-            own, numbers = session.dump(lane.store)
-            tensors |= {f"{index}.{number}.{name}": part.contiguous() for name, part in own.items()}
-            lanes.append({"rows": None if lane.rows is None else lane.rows.tolist(), "numbers": numbers})
-        layers.append(lanes)
-    about = json.dumps({"policies": _descriptions(cache), "layers": layers, "extra": extra}, sort_keys=True)
-    metadata = {"format": FORMAT, "about": about, "sha256": _checksum(tensors, about)}
+    said: list[list[dict[str, Any]]] = []
+    for index, layer in enumerate(layers):
+        groups = []
+        for number, group in enumerate(layer.groups):
+            own, about = group.layer.dump()
+            tensors |= {f"{index}.{number}.{name}": part.contiguous().clone() for name, part in own.items()}
+            rows = None if group.rows is None else group.rows.tolist()
+            groups.append({"rows": rows, "batch": group.layer.geometry.batch, "state": about})
+        said.append(groups)
+    about_all = json.dumps({"policies": outline, "layers": said, "extra": extra}, sort_keys=True)
+    write_file(path, tensors, {"format": FORMAT, "about": about_all, "sha256": _checksum(tensors, about_all)})
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all. Raises `SavedCacheError` if that cannot be."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
+        if (path.is_symlink() or path.exists()) and not stat.S_ISREG(path.lstat().st_mode):
+            kind = "a folder" if path.is_dir() else "a symbolic link" if path.is_symlink() else "no regular file"
+            raise SavedCacheError(f"{path} is {kind}, which would be replaced; give the path of a file")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".{os.getpid()}.partial")
+    except (OSError, ValueError) as error:
         raise SavedCacheError(f"{path} cannot be written: {error}; give a path in a folder that exists") from error
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(dict(tensors), temporary, metadata=metadata)
         Path(temporary).replace(path)
-    except IsADirectoryError as error:
-        raise SavedCacheError(f"{path} is a folder; give the path of a file") from error
+    except (OSError, SafetensorError) as error:
+        raise SavedCacheError(f"{path} cannot be written: {error}; is the disk full?") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -63,14 +79,20 @@ def extra(path: Path) -> dict[str, Any]:
     return kept
 
 
+Groups = list[tuple[RowGroup, ...]]
+
+
 @torch.inference_mode(mode=False)
 def load(
-    cache: "TieredCache", path: Path, device: torch.device, expect: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fill `cache` from `path` and return what was kept beside it."""
+    new_layer: Callable[[int, int], Layer],
+    outline: list[dict[str, Any]],
+    path: Path,
+    device: torch.device,
+    expect: Mapping[str, Any],
+) -> tuple[Groups, dict[str, Any], dict[str, Tensor]]:
+    """The groups of every layer that `path` says, and what was kept beside them."""
     tensors, about = _read(path)
-    tensors = {name: part.to(device) for name, part in tensors.items()}
-    wanted = {"policies": json.loads(json.dumps(_descriptions(cache))), **expect}
+    wanted = {"policies": json.loads(json.dumps(outline)), **expect}
     difference = _difference(
         {"policies": about["policies"], **{name: about["extra"].get(name) for name in expect}}, wanted
     )
@@ -78,24 +100,44 @@ def load(
         raise SavedCacheError(
             f"{path} was saved from another model or policy: {difference}; make the cache with what it was saved with"
         )
-    lanes_of_layers = []
     try:
-        for index, saved in enumerate(about["layers"]):
-            lanes = []
-            for number, lane in enumerate(saved):
-                store = cache._store(index, int(lane["numbers"]["batch"]))
-                start = f"{index}.{number}."
-                own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-                session.restore(store, own, lane["numbers"])
-                rows = None if lane["rows"] is None else torch.tensor(lane["rows"], device=device)
-                lanes.append((rows, store))
-            lanes_of_layers.append(lanes)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise SavedCacheError(f"{path} lacks a part that this cache needs ({error!r}); save it again") from error
-    for layer, lanes in zip(cache.layers, lanes_of_layers, strict=True):
-        layer.adopt(lanes)
-    kept = {name.removeprefix("beside."): t for name, t in tensors.items() if name.startswith("beside.")}
-    return about["extra"], kept
+        groups = [
+            _groups(new_layer, index, saved, tensors, device)
+            for index, saved in enumerate(_listed(about["layers"], len(outline)))
+        ]
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        # what a crafted file can hold is more than its declared state; nothing was changed yet
+        raise SavedCacheError(f"{path} does not describe this cache: {error}") from error
+    kept = {name.removeprefix("beside."): part.to(device) for name, part in tensors.items() if name.startswith("beside.")}
+    return groups, about["extra"], kept
+
+
+def _listed(value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != count:
+        raise SavedCacheError(f"{count} layers are expected, not what the file says")
+    return value
+
+
+def _groups(
+    new_layer: Callable[[int, int], Layer], index: int, saved: Any, tensors: Mapping[str, Tensor], device: torch.device
+) -> tuple[RowGroup, ...]:
+    """The groups of rows of one layer."""
+    groups, rows = [], []
+    for number, group in enumerate(saved):
+        batch, named = group["batch"], group["rows"]
+        members = list(range(batch)) if named is None else named
+        if not 0 < batch == len(members) or (named is None and len(saved) > 1):
+            raise SavedCacheError(f"a group of layer {index} holds rows {named} of {batch}")
+        layer = new_layer(index, batch)
+        start = f"{index}.{number}."
+        own = {name.removeprefix(start): part for name, part in tensors.items() if name.startswith(start)}
+        archived = {name for name in own if name.startswith("history.stores.")}
+        layer.fill({n: x if n in archived else x.to(device) for n, x in own.items()}, group["state"])
+        rows += members
+        groups.append(RowGroup(None if named is None else torch.tensor(named, device=device), layer))
+    if sorted(rows) != list(range(len(rows))):
+        raise SavedCacheError(f"the groups of layer {index} hold rows {sorted(rows)}")
+    return tuple(groups)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,17 +161,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
-def _descriptions(cache: "TieredCache") -> list[dict[str, Any]]:
-    """What must agree between the cache that was saved and the one that loads, for each layer."""
-    said = []
-    for policy, geometry, rotary in zip(cache.policies, cache.geometries, cache.rotaries, strict=True):
-        shape = [geometry.kv_heads, geometry.query_heads, geometry.head_dim, geometry.value_dim, list(geometry.grid)]
-        turn = None
-        if rotary is not None and policy.realigner.rotates:
-            frequencies = torch.cat([f.double().cpu() for f in rotary.frequencies]).numpy().tobytes()
-            turn = [rotary.layout, rotary.scaling, hashlib.sha256(frequencies).hexdigest()]
-        said.append({"policy": describe(policy), "shape": shape, "dtype": str(geometry.dtype), "rotary": turn})
-    return said
+def outline(policy: Policy, geometry: Geometry, rotary: Rotary | None) -> dict[str, Any]:
+    """What must agree between a layer that was saved and the one that loads it."""
+    shape = [geometry.kv_heads, geometry.query_heads, geometry.head_dim, geometry.value_dim, list(geometry.grid)]
+    turn = None
+    if rotary is not None and policy.realigner.rotates:
+        frequencies = torch.cat([f.double().cpu() for f in rotary.frequencies]).numpy().tobytes()
+        turn = [rotary.layout, rotary.scaling, hashlib.sha256(frequencies).hexdigest()]
+    return {"policy": describe(policy), "shape": shape, "dtype": str(geometry.dtype), "rotary": turn}
 
 
 def _difference(saved: Any, wanted: Any, where: str = "") -> str | None:

@@ -1,74 +1,190 @@
-"""The slots of a layer's context buffer: how room is made for new tokens, and for mid before recent.
+"""The slots of a policy as abstract classes, except archive and codec (`kvtiers.archive`).
 
-`sink | mid | recent | current` lie side by side. Recent and current stay where they were written and slide right as
-blocks leave; when the end is reached everything moves back to the beginning, into a larger buffer if there is no limit.
+A policy decides; the layer moves tensors. A policy sees metadata, digests, a query or blocks, and returns a decision or
+new blocks. It holds settings only (it is a frozen value), so one instance serves every layer.
 """
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
+import attrs
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvtiers.archive import lasting
+from kvtiers.blocks import Blocks, Extent, Form
+from kvtiers.errors import SlotError
+from kvtiers.geometry import Geometry
+from kvtiers.rotary import Rotary
 
-if TYPE_CHECKING:
-    from kvtiers.store import LayerStore
-
-
-def reserve(store: "LayerStore", tokens: int, keys: Tensor, values: Tensor) -> None:
-    """Make sure that `tokens` more slots follow the tail, for tensors like `keys` and `values`."""
-    if store.keys is None:
-        slots = store.policy.slots(store.geometry)
-        bound = store.policy.mid_bound(store.geometry) or 0
-        room = bound + tokens if slots is None else slots
-        store.keys = lasting((*keys.shape[:2], room, keys.shape[3]), like=keys)
-        store.raw = lasting(store.keys.shape, like=keys) if store.rotates else None
-        store.values = lasting((*values.shape[:2], room, values.shape[3]), like=values)
-        store.tail = bound
-    elif store.tail + tokens > store.keys.shape[2]:
-        _relocate(store, _reserved(store), tokens)
+Attention = Literal["sum", "latest", "max"]
 
 
-def make_room(store: "LayerStore", before: int) -> None:
-    """Make sure that `before` slots precede recent."""
-    if store.head < before:
-        _relocate(store, max(before, _reserved(store)), 0)
+@attrs.frozen(eq=False, kw_only=True)
+class Moment:
+    """Where and when a policy is asked.
+
+    step: how many steps are history. keys_rotated: whether stored keys are rotated to their original positions by the
+    model (under a realigner that leaves positions alone) or not rotated. blocks_differ: whether archived blocks differ in
+    length, so that a shorter one has zeros in place of digests that it lacks. prompt: the embedding of the prompt, if there
+    is one (video). queries: the latest queries, as many as `Compressor.window` says, rotated as keys are, or None.
+    """
+
+    layer: int
+    step: int
+    geometry: Geometry
+    device: torch.device
+    rotary: Rotary | None = None
+    keys_rotated: bool = True
+    blocks_differ: bool = False
+    prompt: Float[Tensor, "#batch words channels"] | None = None
+    queries: Float[Tensor, "batch query_heads window head_dim"] | None = None
 
 
-def move_sink(store: "LayerStore", slot: int) -> None:
-    """Move the sink to `slot`."""
-    if slot != store.sink_slot and store.sink_tokens:
-        for buffer in store._all_buffers():
-            moved = buffer[:, :, store.sink_slot : store.sink_slot + store.sink_tokens].clone()
-            buffer[:, :, slot : slot + store.sink_tokens] = moved
-    store.sink_slot = slot
+class Sink(ABC):
+    """Decides which blocks are anchors. Anchors are the beginning: the first block that is none ends the sink tier."""
+
+    @abstractmethod
+    def is_anchor(self, block: Extent, sink: int) -> bool:
+        """Whether `block` is an anchor, given the policy's `sink` setting (steps)."""
+
+    def steps(self, sink: int, block: int = 1) -> int:
+        """How many steps from the beginning are anchors, where blocks have `block` steps."""
+        end = 0
+        while end < sink and self.is_anchor(Extent(end, end + block), sink):
+            end += block
+        return end
 
 
-def _reserved(store: "LayerStore") -> int:
-    """Slots before recent: what sink and mid may come to need, or need now if there is no limit."""
-    bound = store.policy.mid_bound(store.geometry)
-    if bound is None or store.policy.in_place:
-        return store.sink_tokens + store.mid_tokens
-    return store.policy.anchors(store.geometry) * store.geometry.tokens_per_step + bound
+class Compressor(ABC):
+    """Decides what a block becomes when it leaves recent, or what all of mid becomes. Works on one layer's K/V."""
+
+    drops: ClassVar[bool] = False
+    """True if nothing of a block remains; then `age` is not called."""
+    keeps: ClassVar[bool] = False
+    """True if a block stays as it is; then `age` is not called."""
+    given: ClassVar[bool] = False
+    """True if the compressed form comes with the block, in `commit(compressed=...)`; then `age` is not called."""
+    rewrites: ClassVar[bool] = False
+    """True if `rewrite` makes all of mid anew whenever blocks leave recent; then nothing is archived or retrieved."""
+
+    @property
+    def attention(self) -> Attention | None:
+        """Which attention `Blocks.attention` is to hold: of every token, by query head, over the real context.
+
+        `sum` and `max` are over all queries since the token came; `latest` sums over the newest `window` queries.
+        """
+        return None
+
+    @property
+    def window(self) -> int:
+        """How many of the latest queries the layer keeps for `attention` = "latest" and for `Moment.queries`."""
+        return 0
+
+    @abstractmethod
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
+        """What `blocks` become: as many blocks, which must not be changed in place. None drops them."""
+
+    def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
+        """What mid becomes, as one block, when `leaving` leave recent and it was `mid` (None: nothing yet)."""
+        raise SlotError(f"{type(self).__name__} says that it rewrites, but defines no rewrite()")
+
+    @abstractmethod
+    def compressed_tokens(self, tokens: int) -> int:
+        """How many tokens a block of `tokens` tokens becomes."""
+
+    def block_tokens(self, steps: int, geometry: Geometry) -> int:
+        """How many tokens a block of `steps` steps becomes. To be overridden where that depends on the grid."""
+        return self.compressed_tokens(steps * geometry.tokens_per_step)
+
+    def mid_tokens(self, geometry: Geometry) -> int:
+        """The most tokens that `rewrite` makes of all of mid."""
+        raise SlotError(f"{type(self).__name__} says that it rewrites, but defines no mid_tokens()")
 
 
-def _relocate(store: "LayerStore", head: int, extra: int) -> None:
-    """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
-    size, old_head = store.tail - store.head, store.head
-    needed = head + size + extra
-    sink, mid = store.sink_tokens, 0 if store.stale else store.mid_tokens
-    for name in ("keys", "raw", "values"):
-        buffer: Tensor | None = getattr(store, name)
-        if buffer is None:
-            continue
-        anchors = buffer[:, :, store.sink_slot : store.sink_slot + sink]
-        rest = buffer[:, :, old_head - mid : store.tail]
-        if needed > buffer.shape[2]:
-            room = max(needed, 2 * buffer.shape[2]) if store.policy.slots(store.geometry) is None else needed
-            target = lasting((*buffer.shape[:2], room, buffer.shape[3]), like=buffer)
-        else:
-            anchors, rest, target = anchors.clone(), rest.clone(), buffer
-        target[:, :, head - mid : head + size] = rest
-        target[:, :, head - mid - sink : head - mid] = anchors
-        setattr(store, name, target)
-    store.tail = head + size
-    store.sink_slot = head - mid - sink
+class Retriever(ABC):
+    """Decides which archived blocks a query attends."""
+
+    needs_query: ClassVar[bool] = True
+    """False if the choice does not depend on the query."""
+    needs_digests: ClassVar[bool] = True
+    """False if blocks can be chosen by their number alone."""
+    attends_all: ClassVar[bool] = False
+    """True if every archived block is attended, however many there are."""
+
+    @property
+    def digests(self) -> Form:
+        """The form of a block that `digest` is given."""
+        return "full"
+
+    def most(self, top_k: int) -> int:
+        """The most blocks that are attended, where not all are."""
+        return top_k
+
+    def count(self, top_k: int, archived: int) -> int:
+        """How many of `archived` blocks are attended."""
+        return archived if self.attends_all else min(self.most(top_k), archived)
+
+    def digest(self, blocks: Blocks, moment: Moment) -> Tensor:
+        """The small tensors that are kept on the device for `blocks`: [batch, kv_heads, blocks, digests, width].
+
+        `blocks` are of the form that `digests` names, with `rotated`. Any dtype. Where blocks differ in length, a
+        shorter one may have fewer digests; `score` is given zeros in their place.
+        """
+        raise SlotError(f"{type(self).__name__} needs digests but defines no digest()")
+
+    def digest_bytes(self, tokens: int, geometry: Geometry) -> int:
+        """Bytes of the digests of one block of `tokens` tokens and one KV head, at most."""
+        return 0
+
+    @abstractmethod
+    def score(
+        self,
+        query: Float[Tensor, "batch query_heads queries head_dim"] | None,
+        digests: Tensor | None,
+        archived: int,
+        moment: Moment,
+    ) -> Float[Tensor, "#batch #kv_heads archived"]:
+        """How much each archived block matters to `query` (rotated at its origin); the highest are attended."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Placement:
+    """Where a context's blocks are put: `shift` is added to the original time of the tokens of that tier."""
+
+    sink_shift: int
+    mid_starts: Float[Tensor, "*selection chosen"]
+    recent_shift: int
+    mid_from: int | None = None
+    """Where mid begins, if its blocks follow one another without gap: then nothing else need be looked at."""
+
+
+class Realigner(ABC):
+    """Decides which positions an assembled context gets."""
+
+    rotates: ClassVar[bool] = True
+    """False if keys keep the rotation that the model gave them."""
+
+    @property
+    def sink_moves(self) -> Literal["never", "again", "anew"]:
+        """How anchors are rotated when their place changes: `again` from where they were, which rounds every time, or
+        `anew` from their unrotated keys, of which a copy is then kept."""
+        return "never"
+
+    @abstractmethod
+    def place(
+        self,
+        *,
+        sink: int,
+        starts: Int[Tensor, "*selection chosen"],
+        spans: Int[Tensor, "*selection chosen"],
+        total: int,
+        recent: int,
+        moment: Moment,
+    ) -> Placement:
+        """Place a context of `sink` steps, then mid blocks, then recent (and current) from step `recent`.
+
+        starts, spans: original first steps and lengths of the mid blocks, in order; `total` is the sum of one row's and
+        head's spans, or the most that it can be where blocks differ in length (given as a number, so that nothing waits
+        for the device).
+        """

@@ -1,4 +1,4 @@
-"""Which blocks exist and which tier each is in: a pure function of the settings and the steps seen. No tensors."""
+"""Which blocks exist, which tier each is in, and what the next commit moves. A pure value; no tensors."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import attrs
 from attrs import validators as v
 
 from kvtiers.blocks import Extent, Tier
+from kvtiers.errors import SavedCacheError
 
 _COUNT = [v.instance_of(int), v.ge(0)]
 
@@ -18,6 +19,8 @@ class Timeline:
     A block is `sink` if it lies before `sink` steps, `mid` once its end is at least `recent` steps in the past, and
     `recent` until then; an unfinished block is recent. For video the grid is given: `cuts` are the ends of the
     committed blocks, in order, and `sink` is the end of the last block that is an anchor.
+
+    origin: where the grid starts (None: where the sink ends); a block that was cut short moves it to its end.
     """
 
     sink: int = attrs.field(validator=_COUNT)
@@ -25,49 +28,76 @@ class Timeline:
     """None: nothing ever leaves recent."""
     block_size: int = attrs.field(validator=[v.instance_of(int), v.ge(1)])
     cuts: Sequence[int] | None = None
+    origin: int | None = None
 
-    def recent_start(self, seen: int) -> int:
-        """The first step of the recent tier when `seen` steps are history (at least the end of the sink)."""
-        first = min(self.sink, seen)
+    @property
+    def start(self) -> int:
+        """The first step of the grid."""
+        return self.sink if self.origin is None else self.origin
+
+    def extended(self, stop: int, *, anchor: bool) -> "Timeline":
+        """With one more committed block, which ends at `stop` and is an anchor or not (video)."""
+        return attrs.evolve(self, cuts=(*(self.cuts or ()), stop), sink=stop if anchor else self.sink)
+
+    def restored(self, *, sink: object, origin: object, cuts: object) -> "Timeline":
+        """With what a file says of it. Raises `SavedCacheError` for what no timeline of these settings could be."""
+        steps = [*(cuts if isinstance(cuts, list) else []), sink, *([] if origin is None else [origin])]
+        whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in steps)
+        if not whole or (cuts is None) != (self.cuts is None) or (self.cuts is None and sink != self.sink):
+            raise SavedCacheError(f"a timeline of sink {sink!r}, origin {origin!r}, cuts {cuts!r} belongs to no such layer")
+        ends = None if cuts is None else tuple(steps[: len(steps) - (1 if origin is None else 2)])
+        if ends is not None and sink not in (0, *ends):
+            raise SavedCacheError(f"a sink of {sink!r} steps ends inside a block")
+        return attrs.evolve(self, sink=sink, origin=origin, cuts=ends)
+
+    def recent_start_at(self, steps: int) -> int:
+        """The first step of the recent tier when `steps` steps are history (at least the end of the sink)."""
+        first = min(self.sink, steps)
         if self.recent is None:
             return first
         if self.cuts is not None:
-            past = bisect_right(self.cuts, seen - self.recent)
+            past = bisect_right(self.cuts, steps - self.recent)
             return max(first, self.cuts[past - 1]) if past else first
-        return first + max(0, seen - self.recent - self.sink) // self.block_size * self.block_size
+        if steps < self.start:
+            return first
+        return self.start + max(0, steps - self.recent - self.start) // self.block_size * self.block_size
 
-    def mid_blocks(self, seen: int) -> int:
-        """How many blocks are mid when `seen` steps are history."""
-        return sum(tier == "mid" for _, tier in self.layout(seen))
+    def mid_blocks(self, steps: int) -> int:
+        """How many blocks are mid when `steps` steps are history."""
+        return sum(tier == "mid" for _, tier in self.layout(steps))
 
-    def tier(self, step: int, seen: int) -> Tier:
-        """The tier of one step when `seen` steps are history; later steps are current."""
-        if step >= seen:
+    def tier(self, step: int, steps: int) -> Tier:
+        """The tier of one step when `steps` steps are history; later steps are current."""
+        if step >= steps:
             return "current"
         if step < self.sink:
             return "sink"
-        return "mid" if step < self.recent_start(seen) else "recent"
+        return "mid" if step < self.recent_start_at(steps) else "recent"
 
-    def layout(self, seen: int) -> list[tuple[Extent, Tier]]:
-        """Every block of the first `seen` steps with its tier, in order; they tile 0..seen."""
+    def layout(self, steps: int) -> list[tuple[Extent, Tier]]:
+        """Every block of the first `steps` steps with its tier, in order; they tile 0..steps."""
         if self.cuts is not None:
-            ends = [cut for cut in self.cuts if cut <= seen]
+            ends = [cut for cut in self.cuts if cut <= steps]
         else:
-            first = min(self.sink, seen)
-            ends = [*([first] if first else []), *range(first + self.block_size, seen + 1, self.block_size)]
-            if seen and (not ends or ends[-1] < seen):
-                ends.append(seen)
-        return [(Extent(a, b), self.tier(a, seen)) for a, b in zip([0, *ends], ends, strict=False)]
+            first = min(self.sink, steps)
+            ends = [*([first] if first else []), *range(first + self.block_size, steps + 1, self.block_size)]
+            if self.start > self.sink:  # what came before a block that was cut short
+                before = [*range(first + self.block_size, self.start, self.block_size), self.start]
+                after = range(self.start + self.block_size, steps + 1, self.block_size)
+                ends = [end for end in [*([first] if first else []), *before, *after] if end <= steps]
+            if steps and (not ends or ends[-1] < steps):
+                ends.append(steps)
+        return [(Extent(a, b), self.tier(a, steps)) for a, b in zip([0, *ends], ends, strict=False)]
 
     def aged(self, before: int, now: int) -> list[Extent]:
         """The blocks that leave recent when history grows from `before` to `now` steps."""
-        first, stop = max(self.recent_start(before), self.sink), self.recent_start(now)
+        first, stop = max(self.recent_start_at(before), self.sink), self.recent_start_at(now)
         return self.blocks(first, stop)
 
     def blocks(self, start: int, stop: int) -> list[Extent]:
-        """The blocks from `start` to `stop`, both on the grid."""
+        """The blocks from `start` to `stop`; only the last may be cut short (text)."""
         if self.cuts is not None:
             ends = list(self.cuts[bisect_right(self.cuts, start) : bisect_right(self.cuts, stop)])
         else:
-            ends = list(range(start + self.block_size, stop + 1, self.block_size))
+            ends = [*range(start + self.block_size, stop, self.block_size), *([stop] if stop > start else [])]
         return [Extent(a, b) for a, b in zip([start, *ends[:-1]], ends, strict=True)] if ends else []

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvtiers.blocks import Blocks, Form
 from kvtiers.errors import SlotError
-from kvtiers.policy import Retriever
+from kvtiers.geometry import Geometry
+from kvtiers.slots import Moment, Retriever
 from kvtiers_policies.digests import absent, groups, query_groups, spread
 
 _OPTIONAL_COUNT = v.optional([v.instance_of(int), v.ge(1)])
@@ -51,30 +52,34 @@ class Affinity(Retriever):
     def digests(self) -> Form:
         return self.form
 
-    def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests head_dim"]:
+    def digest(self, blocks: Blocks, moment: Moment) -> Float[Tensor, "batch kv_heads blocks digests head_dim"]:
         """The float32 sum of each group's keys; their mean for `softmax`, where the last group may be smaller."""
         softmax = self.normalise == "softmax"
         parts = [g.mean(-2) if softmax else g.sum(-2) for g in groups(blocks, self.digest_tokens)]
         return torch.stack(parts, dim=-2)
 
-    def digest_floats(self, tokens: int, head_dim: int) -> int:
-        return head_dim * -(-tokens // (self.digest_tokens or tokens))
+    def digest_bytes(self, tokens: int, geometry: Geometry) -> int:
+        return 4 * geometry.head_dim * -(-tokens // (self.digest_tokens or tokens))
 
     def score(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"] | None,
-        digests: Float[Tensor, "batch kv_heads blocks digests head_dim"] | None,
+        digests: Tensor | None,
         archived: int,
+        moment: Moment,
     ) -> Float[Tensor, "#batch #kv_heads archived"]:
         if query is None or digests is None:
             raise SlotError("retriever 'affinity' needs a query and digests")
         if self.queries is not None and self.queries < query.shape[2]:
             query = query[:, :, spread(self.queries, query.shape[2])]
-        per_head = self._per_head(query.float(), digests)
         if self.heads == "mean":
-            half = max(1, query.shape[1] // 2)
+            half, group = max(1, query.shape[1] // 2), query.shape[1] // digests.shape[1]
+            kv_heads = -(-half // group)  # of the others nothing is looked at
+            some = query[:, : kv_heads * group].float()
+            per_head = self._per_head(some, digests[:, :kv_heads], moment)
             scores = per_head.flatten(1, 2)[:, :half].mean(1, keepdim=True)
         else:
+            per_head = self._per_head(query.float(), digests, moment)
             scores = per_head.sum(2) if self.combine == "sum" else per_head.amax(2)
         return scores.mean(0, keepdim=True) if self.rows == "mean" else scores
 
@@ -82,13 +87,14 @@ class Affinity(Retriever):
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"],
         digests: Float[Tensor, "batch kv_heads blocks digests head_dim"],
+        moment: Moment,
     ) -> Float[Tensor, "batch kv_heads group blocks"]:
         """The score of every block for every query head, over all queries."""
         grouped = query_groups(query, digests.shape[1]) / query.shape[-1] ** 0.5
         if self.normalise == "none" and self.combine == "sum":
             return torch.einsum("bkhd,bknd->bkhn", grouped.sum(3), digests.sum(3))
         logits = torch.einsum("bkhqd,bkmd->bkhqm", grouped, digests.flatten(2, 3))
-        if self.normalise == "softmax" or self.combine == "max":
+        if moment.blocks_differ and (self.normalise == "softmax" or self.combine == "max"):
             logits = logits.masked_fill(absent(digests).flatten(2)[:, :, None, None], -torch.inf)
         shares: Tensor = logits.softmax(-1) if self.normalise == "softmax" else logits
         of_block = (shares.amax(3) if self.combine == "max" else shares.sum(3)).unflatten(-1, digests.shape[2:4])

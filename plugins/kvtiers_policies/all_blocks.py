@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvtiers.policy import Retriever
+from kvtiers.slots import Moment, Retriever
 
 
 @attrs.frozen(kw_only=True)
@@ -16,14 +16,13 @@ class AllBlocks(Retriever):
 
     needs_query: ClassVar[bool] = False
     needs_digests: ClassVar[bool] = False
-
-    def count(self, top_k: int, archived: int) -> int:
-        return archived
+    attends_all: ClassVar[bool] = True
 
     def score(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"] | None,
-        digests: Float[Tensor, "batch kv_heads blocks digests width"] | None,
+        digests: Tensor | None,
         archived: int,
+        moment: Moment,
     ) -> Float[Tensor, "1 1 archived"]:
-        return torch.ones(1, 1, archived, device=None if query is None else query.device)
+        return torch.ones(1, 1, archived, device=moment.device)

@@ -4,19 +4,16 @@ from typing import ClassVar
 
 import attrs
 
-from kvtiers.archive import Shelf
-from kvtiers.blocks import Place
-from kvtiers_policies.memory import MemoryArchive, MemoryShelf
+from kvtiers.archive import Archive, BlockStore, ByteBudget
+from kvtiers.blocks import Location
+from kvtiers_policies.memory import MemoryBlockStore
 
 
 @attrs.frozen(kw_only=True)
-class DeviceArchive(MemoryArchive):
-    """Hold archived blocks where they were computed.
+class DeviceArchive(Archive):
+    """Hold archived blocks where they were computed."""
 
-    limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
-    """
+    location: ClassVar[Location] = "device"
 
-    place: ClassVar[Place] = "device"
-
-    def open(self) -> Shelf:
-        return MemoryShelf("device", ledger=self._ledger, limit_bytes=self.limit_bytes, device=None, pinned=False)
+    def open(self, budget: ByteBudget) -> BlockStore:
+        return MemoryBlockStore("device", budget)

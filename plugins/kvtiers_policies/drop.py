@@ -1,11 +1,11 @@
 """Compressor `drop`: what leaves recent is forgotten (StreamingLLM, arXiv 2309.17453, section 3.2)."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 
 from kvtiers.blocks import Blocks
-from kvtiers.policy import Compressor
+from kvtiers.slots import Compressor, Moment
 
 
 @attrs.frozen(kw_only=True)
@@ -14,8 +14,8 @@ class Drop(Compressor):
 
     drops: ClassVar[bool] = True
 
-    def age(self, blocks: Blocks, state: Any) -> tuple[Blocks | None, Any]:
-        return None, state
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
+        return None
 
     def compressed_tokens(self, tokens: int) -> int:
         return 0

@@ -3,7 +3,7 @@
 import attrs
 
 from kvtiers.blocks import Extent
-from kvtiers.policy import Sink
+from kvtiers.slots import Sink
 
 
 @attrs.frozen(kw_only=True)
@@ -12,3 +12,6 @@ class FirstSteps(Sink):
 
     def is_anchor(self, block: Extent, sink: int) -> bool:
         return block.start < sink
+
+    def steps(self, sink: int, block: int = 1) -> int:
+        return -(-sink // block) * block

@@ -12,7 +12,7 @@ from attrs import validators as v
 from jaxtyping import Int
 from torch import Tensor
 
-from kvtiers.policy import Placement, Realigner
+from kvtiers.slots import Moment, Placement, Realigner
 
 
 @attrs.frozen(kw_only=True)
@@ -20,14 +20,14 @@ class Incremental(Realigner):
     """Recent keeps the model's positions; mid blocks take consecutive spans before it, the sink those before them.
 
     rotations: `each` increment rotates the anchors once more, from where they were (the paper's), or they are rotated
-        `once`, from their unrotated keys, to the same place: `anchored` in other coordinates.
+        `once`, from their unrotated keys, to the same place: `contiguous` in other coordinates.
     """
 
     rotations: Literal["each", "once"] = attrs.field(default="each", validator=v.in_(("each", "once")))
 
     @property
-    def accumulates(self) -> bool:
-        return self.rotations == "each"
+    def sink_moves(self) -> Literal["never", "again", "anew"]:
+        return "again" if self.rotations == "each" else "anew"
 
     def place(
         self,
@@ -35,8 +35,9 @@ class Incremental(Realigner):
         sink: int,
         starts: Int[Tensor, "*selection chosen"],
         spans: Int[Tensor, "*selection chosen"],
-        recent: int,
         total: int,
+        recent: int,
+        moment: Moment,
     ) -> Placement:
         before = (spans.cumsum(-1) - spans).double()
         first = recent - total

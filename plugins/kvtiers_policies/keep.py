@@ -1,11 +1,11 @@
 """Compressor `keep`: a block stays as it is, for policies that choose what to attend (Quest, arXiv 2406.10774)."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 
 from kvtiers.blocks import Blocks
-from kvtiers.policy import Compressor
+from kvtiers.slots import Compressor, Moment
 
 
 @attrs.frozen(kw_only=True)
@@ -14,8 +14,8 @@ class Keep(Compressor):
 
     keeps: ClassVar[bool] = True
 
-    def age(self, blocks: Blocks, state: Any) -> tuple[Blocks | None, Any]:
-        return blocks, state
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
+        return blocks
 
     def compressed_tokens(self, tokens: int) -> int:
         return tokens

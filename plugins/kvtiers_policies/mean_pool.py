@@ -3,15 +3,13 @@
 It is the untrained stand-in on text for PackForcing's compressed blocks (arXiv 2603.25730, section 3.2).
 """
 
-from typing import Any
-
 import attrs
 from attrs import validators as v
 from jaxtyping import Float
 from torch import Tensor, cat
 
 from kvtiers.blocks import Blocks
-from kvtiers.policy import Compressor
+from kvtiers.slots import Compressor, Moment
 
 
 @attrs.frozen(kw_only=True)
@@ -19,16 +17,19 @@ class MeanPool(Compressor):
     """Every run of `ratio` consecutive tokens of a block becomes one token; the last run of a block may be shorter.
 
     Keys, values and offsets are averaged, in float32, so that a pooled token lies at the center of those it stands for.
-    The block keeps its span. Keys are averaged as stored: unrotated, unless the realigner is `gaps`.
+    The block keeps its span. Keys are averaged as stored: unrotated, unless the realigner is `original`.
     """
 
     ratio: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])
 
-    def age(self, blocks: Blocks, state: Any) -> tuple[Blocks | None, Any]:
-        pooled = attrs.evolve(
-            blocks, keys=self._mean(blocks.keys), values=self._mean(blocks.values), offsets=self._mean(blocks.offsets)
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
+        return attrs.evolve(
+            blocks,
+            keys=self._mean(blocks.keys),
+            values=self._mean(blocks.values),
+            offsets=self._mean(blocks.offsets),
+            attention=None,
         )
-        return pooled, state
 
     def compressed_tokens(self, tokens: int) -> int:
         return -(-tokens // self.ratio)

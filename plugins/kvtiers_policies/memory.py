@@ -1,64 +1,66 @@
-"""What the archives in memory share: a `TensorShelf` with a byte limit and, for the host of a GPU, pinned pages."""
+"""What the archives in memory share: a store whose parts grow by doubling, on the device or in the host's memory."""
 
-import attrs
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from kvtiers.archive import Archive, Shelf, TensorShelf
-from kvtiers.blocks import Blocks, Place
-from kvtiers_policies.ledger import Ledger, fits, ledger, limit_bytes
-
-
-class MemoryShelf(TensorShelf):
-    """A shelf in memory that refuses, before it writes anything, what would exceed its archive's limit."""
-
-    def __init__(
-        self, place: Place, *, ledger: Ledger, limit_bytes: int | None, device: torch.device | None, pinned: bool
-    ) -> None:
-        super().__init__(place, device, pinned=pinned)
-        self._ledger, self._limit = ledger, limit_bytes
-        ledger.enter(self)
-
-    def under(self, ledger: Ledger, limit_bytes: int | None) -> None:
-        """Count what is held here in `ledger` instead, up to `limit_bytes`."""
-        self._ledger.leave(self)
-        self._ledger, self._limit = ledger, limit_bytes
-        ledger.enter(self)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.bytes_by_place().values())
-
-    def write(self, blocks: Blocks) -> None:
-        self.admit(blocks)
-        self._ledger.admit(self._nbytes_after(blocks) - self.nbytes, self._limit, self.place)
-        super().write(blocks)
-
-    def _empty(self) -> "MemoryShelf":
-        return MemoryShelf(
-            self.place, ledger=self._ledger, limit_bytes=self._limit, device=self.device, pinned=self.pinned
-        )
-
-    def _nbytes_after(self, blocks: Blocks) -> int:
-        offsets = blocks.offsets.to(torch.float32)
-        held = self._keys.nbytes_after(blocks.keys) + self._values.nbytes_after(blocks.values)
-        if blocks.alike:
-            return held + offsets.numel() * offsets.element_size()
-        return held + self._offsets.nbytes_after(offsets.expand(*blocks.keys.shape[:4], -1))
+from kvtiers.archive import BlockStore, ByteBudget, Parts, pick
+from kvtiers.blocks import Location
+from kvtiers.errors import GeometryError
+from kvtiers.growing import Growing
 
 
-@attrs.frozen(kw_only=True)
-class MemoryArchive(Archive):
-    """An archive of `MemoryShelf`s.
+class MemoryBlockStore(BlockStore):
+    """Blocks in memory, on the device that they come from or on the one that is named.
 
-    limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
+    It refuses, before it writes anything, what would exceed its budget.
     """
 
-    limit_bytes: int | None = limit_bytes()
-    _ledger: Ledger = ledger()
+    def __init__(self, location: Location, budget: ByteBudget, device: torch.device | None = None) -> None:
+        self.location: Location = location
+        self.device = device
+        self.pinned = device is not None and device.type == "cpu" and torch.cuda.is_available()
+        self._parts: dict[str, Growing] = {}
+        self.join(budget)
 
-    def adopts(self, other: Archive) -> bool:
-        return type(self) is type(other) and (self == other or fits(other, self.limit_bytes))
+    def write(self, parts: Parts) -> None:
+        held = {name: part.data for name, part in self._parts.items() if part.data is not None and self.count}
+        self.admit(parts, held)
+        grown = {name: self._parts.get(name) or Growing(2, pinned=self.pinned) for name in parts}
+        more = sum(part.nbytes_after(parts[name]) - part.nbytes for name, part in grown.items())
+        self.budget.admit(more, self.location)
+        for name, part in grown.items():
+            part.length = self.count  # what a write that failed left behind is overwritten
+            part.append(parts[name].to(self.device or parts[name].device))
+        self._parts, self.count = grown, self.count + next(iter(parts.values())).shape[2]
 
-    def adopt(self, shelf: Shelf) -> None:
-        if isinstance(shelf, MemoryShelf):
-            shelf.under(self._ledger, self.limit_bytes)
+    def drop_last(self, count: int) -> None:
+        self.count -= count
+        for part in self._parts.values():
+            part.length = self.count
+
+    def read(self, index: Int[Tensor, "batch kv_heads chosen"]) -> dict[str, Tensor]:
+        if not self.count:
+            raise GeometryError("an empty store was read")
+        at = index.to(self.device or index.device)
+        found = {name: pick(part.buffer, at) for name, part in self._parts.items() if part.buffer is not None}
+        if self.pinned and index.device.type == "cuda":  # only pages that stay in place are copied while nothing waits
+            found = {name: part.pin_memory() for name, part in found.items()}
+        return {name: part.to(index.device, non_blocking=True) for name, part in found.items()}
+
+    def bytes_by_location(self) -> dict[Location, int]:
+        return {self.location: sum(part.nbytes for part in self._parts.values())}
+
+    def fork(self) -> "MemoryBlockStore":
+        return self._with({name: part.fork() for name, part in self._parts.items()})
+
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> "MemoryBlockStore":
+        return self._with({name: part.select_rows(rows) for name, part in self._parts.items()})
+
+    def _with(self, parts: dict[str, Growing]) -> "MemoryBlockStore":
+        other = MemoryBlockStore(self.location, self.budget, self.device)
+        other._parts, other.count = parts, self.count
+        return other
+
+    def parts(self) -> dict[str, Tensor]:
+        return {name: part.data[:, :, : self.count] for name, part in self._parts.items() if part.data is not None}

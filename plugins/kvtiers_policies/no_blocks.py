@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvtiers.policy import Retriever
+from kvtiers.slots import Moment, Retriever
 
 
 @attrs.frozen(kw_only=True)
@@ -17,13 +17,14 @@ class NoBlocks(Retriever):
     needs_query: ClassVar[bool] = False
     needs_digests: ClassVar[bool] = False
 
-    def count(self, top_k: int, archived: int) -> int:
+    def most(self, top_k: int) -> int:
         return 0
 
     def score(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"] | None,
-        digests: Float[Tensor, "batch kv_heads blocks digests width"] | None,
+        digests: Tensor | None,
         archived: int,
+        moment: Moment,
     ) -> Float[Tensor, "1 1 archived"]:
-        return torch.zeros(1, 1, archived, device=None if query is None else query.device)
+        return torch.zeros(1, 1, archived, device=moment.device)

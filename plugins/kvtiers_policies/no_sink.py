@@ -3,7 +3,7 @@
 import attrs
 
 from kvtiers.blocks import Extent
-from kvtiers.policy import Sink
+from kvtiers.slots import Sink
 
 
 @attrs.frozen(kw_only=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kvtiers.blocks import Blocks
 from kvtiers.errors import SlotError
-from kvtiers.policy import Retriever
+from kvtiers.geometry import Geometry
+from kvtiers.slots import Moment, Retriever
 from kvtiers_policies.digests import absent, groups, query_groups
 
 
@@ -24,19 +25,20 @@ class PageBounds(Retriever):
 
     digest_tokens: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
 
-    def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests width"]:
+    def digest(self, blocks: Blocks, moment: Moment) -> Float[Tensor, "batch kv_heads blocks digests width"]:
         """Per digest, the least value of each channel, then the greatest, in float32."""
         parts = [torch.cat([g.amin(-2), g.amax(-2)], dim=-1) for g in groups(blocks, self.digest_tokens)]
         return torch.stack(parts, dim=-2)
 
-    def digest_floats(self, tokens: int, head_dim: int) -> int:
-        return 2 * head_dim * -(-tokens // (self.digest_tokens or tokens))
+    def digest_bytes(self, tokens: int, geometry: Geometry) -> int:
+        return 4 * 2 * geometry.head_dim * -(-tokens // (self.digest_tokens or tokens))
 
     def score(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"] | None,
-        digests: Float[Tensor, "batch kv_heads blocks digests width"] | None,
+        digests: Tensor | None,
         archived: int,
+        moment: Moment,
     ) -> Float[Tensor, "batch kv_heads archived"]:
         if query is None or digests is None:
             raise SlotError("retriever 'page-bounds' needs a query and digests")
@@ -44,6 +46,7 @@ class PageBounds(Retriever):
         grouped = query_groups(query.float(), digests.shape[1]).flatten(2, 3)
         bounds = torch.einsum("bkqd,bkngd->bkqng", grouped.clamp(min=0), greatest)
         bounds += torch.einsum("bkqd,bkngd->bkqng", grouped.clamp(max=0), least)
-        bounds = bounds.masked_fill(absent(digests)[:, :, None], -torch.inf)
+        if moment.blocks_differ:
+            bounds = bounds.masked_fill(absent(digests)[:, :, None], -torch.inf)
         pads = (grouped == 0).all(-1)
         return bounds.amax(-1).masked_fill(pads[..., None], -torch.inf).amax(2)

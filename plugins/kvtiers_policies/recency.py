@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvtiers.policy import Retriever
+from kvtiers.slots import Moment, Retriever
 
 
 @attrs.frozen(kw_only=True)
@@ -23,7 +23,8 @@ class Recency(Retriever):
     def score(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"] | None,
-        digests: Float[Tensor, "batch kv_heads blocks digests width"] | None,
+        digests: Tensor | None,
         archived: int,
+        moment: Moment,
     ) -> Float[Tensor, "1 1 archived"]:
-        return torch.arange(archived, dtype=torch.float32, device=None if query is None else query.device)[None, None]
+        return torch.arange(archived, dtype=torch.float32, device=moment.device)[None, None]

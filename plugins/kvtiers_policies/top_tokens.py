@@ -2,15 +2,12 @@
 
 By `key-norm`: the lowest norms stay (Devoto et al., arXiv 2406.11430, section 3).
 By `key-similarity`: the keys least like the block's mean direction stay (KeyDiff, arXiv 2504.15364, section 3).
-By `attention`: the keys that the latest queries attend most stay (SnapKV, arXiv 2404.14469, section 4). Deviations: the
-    softmax is over the block alone, since blocks are compressed one by one, and neighbours are not pooled.
+By `attention`: the keys that the latest queries attend most stay (SnapKV, arXiv 2404.14469, section 4). Deviations:
+    blocks are compressed one by one, and neighbours are not pooled.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
 import attrs
-import torch
 from attrs import validators as v
 from jaxtyping import Float
 from torch import Tensor
@@ -18,10 +15,9 @@ from torch.nn import functional
 
 from kvtiers.blocks import Blocks
 from kvtiers.errors import PolicyError
-from kvtiers.geometry import Geometry
-from kvtiers.policy import Compressor, Source
+from kvtiers.slots import Attention, Compressor, Moment
 
-_ScoredKeys = Float[Tensor, "batch kv_heads blocks tokens head_dim"]
+_Keys = Float[Tensor, "batch kv_heads blocks tokens head_dim"]
 _Scores = Float[Tensor, "batch kv_heads blocks tokens"]
 
 
@@ -29,13 +25,12 @@ _Scores = Float[Tensor, "batch kv_heads blocks tokens"]
 class TopTokens(Compressor):
     """Keep `keep` tokens of every block and KV head, in order of origin; of equal scores the newer token stays.
 
-    `window` is how many of the latest queries `attention` looks at; the state is these queries, [batch, query_heads,
-    <= window, head_dim], rotated at their original positions like the keys they are held against.
+    window: how many of the latest queries `attention` looks at.
     """
 
     keep: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])
     by: str = attrs.field(default="key-norm")
-    window: int = attrs.field(default=32, validator=[v.instance_of(int), v.ge(1)])
+    latest: int = attrs.field(default=32, alias="window", validator=[v.instance_of(int), v.ge(1)])
 
     @by.validator
     def _check_by(self, _: object, value: object) -> None:
@@ -43,65 +38,57 @@ class TopTokens(Compressor):
             raise PolicyError(f"by must be one of {', '.join(map(repr, _SCORES))}, got {value!r}")
 
     @property
-    def prepares(self) -> bool:
-        return self.by == "attention"
+    def attention(self) -> Attention | None:
+        return "latest" if self.by == "attention" else None
 
-    def prepare(self, source: Source, state: Tensor | None) -> Tensor | None:
-        """The latest `window` queries."""
-        if not self.prepares or source.queries is None:
-            return state
-        latest = source.queries[:, :, -self.window :]
-        if state is None or latest.shape[2] == self.window:
-            return latest.clone()
-        return torch.cat([state, latest], dim=2)[:, :, -self.window :].clone()
+    @property
+    def window(self) -> int:
+        return self.latest if self.by == "attention" else 0
 
-    def age(self, blocks: Blocks, state: Tensor | None) -> tuple[Blocks | None, Any]:
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
         if self.keep >= blocks.tokens:
-            return blocks, state
-        scores = _SCORES[self.by](blocks.keys if blocks.rotated is None else blocks.rotated, state)
+            return attrs.evolve(blocks, attention=None)
+        scores = _SCORES[self.by](blocks)
         newest_first = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : self.keep]
         kept = (blocks.tokens - 1 - newest_first).sort(dim=-1).values
         offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1)
-        compressed = attrs.evolve(
+        return attrs.evolve(
             blocks,
             keys=blocks.keys.take_along_dim(kept[..., None], dim=3),
             values=blocks.values.take_along_dim(kept[..., None], dim=3),
             offsets=offsets.take_along_dim(kept[..., None], dim=3),
-            own_offsets=True,
+            offsets_differ=True,
             rotated=None,
+            attention=None,
         )
-        return compressed, state
 
     def compressed_tokens(self, tokens: int) -> int:
         return min(self.keep, tokens)
 
-    def state_bytes(self, geometry: Geometry) -> int:
-        query_bytes = geometry.batch * geometry.query_heads * geometry.head_dim * geometry.dtype.itemsize
-        return self.window * query_bytes if self.prepares else 0
+
+def _keys(blocks: Blocks) -> _Keys:
+    """The keys as attention sees them at their original positions."""
+    return (blocks.keys if blocks.rotated is None else blocks.rotated).float()
 
 
-def _low_norm(keys: _ScoredKeys, _queries: Tensor | None) -> _Scores:
-    norms: _Scores = keys.float().norm(dim=-1)
-    return -norms
+def _low_norm(blocks: Blocks) -> _Scores:
+    return -_keys(blocks).norm(dim=-1)
 
 
-def _unlike_the_mean(keys: _ScoredKeys, _queries: Tensor | None) -> _Scores:
-    anchor = functional.normalize(keys.float(), dim=-1).mean(dim=-2, keepdim=True)
-    return -functional.cosine_similarity(keys.float(), anchor, dim=-1)
+def _unlike_the_mean(blocks: Blocks) -> _Scores:
+    keys = _keys(blocks)
+    anchor = functional.normalize(keys, dim=-1).mean(dim=-2, keepdim=True)
+    return -functional.cosine_similarity(keys, anchor, dim=-1)
 
 
-def _attention_mass(keys: _ScoredKeys, queries: Tensor | None) -> _Scores:
-    if queries is None:
-        raise PolicyError(
-            "compressor 'top-tokens' by='attention' has seen no queries; commit with queries, or choose by='key-norm'"
-        )
-    grouped = queries.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    logits = torch.einsum("bkqd,bkntd->bknqt", grouped, keys.float()) / keys.shape[-1] ** 0.5
-    mass: _Scores = logits.softmax(dim=-1).sum(dim=-2)
+def _attention_mass(blocks: Blocks) -> _Scores:
+    if blocks.attention is None:
+        raise PolicyError("compressor 'top-tokens' by='attention' was given no attention; it works in a layer alone")
+    mass: _Scores = blocks.attention.unflatten(1, (blocks.keys.shape[1], -1)).sum(2)
     return mass
 
 
-_SCORES: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+_SCORES: Mapping[str, Callable[[Blocks], Tensor]] = {
     "key-norm": _low_norm,
     "key-similarity": _unlike_the_mean,
     "attention": _attention_mass,

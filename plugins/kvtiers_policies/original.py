@@ -1,4 +1,4 @@
-"""Realigner `gaps`: blocks stay where they were seen, keys keep the model's rotation (RoFormer, arXiv 2104.09864)."""
+"""Realigner `original`: blocks stay where they were, keys keep the model's rotation (RoFormer, arXiv 2104.09864)."""
 
 from typing import ClassVar
 
@@ -6,11 +6,11 @@ import attrs
 from jaxtyping import Int
 from torch import Tensor
 
-from kvtiers.policy import Placement, Realigner
+from kvtiers.slots import Moment, Placement, Realigner
 
 
 @attrs.frozen(kw_only=True)
-class Gaps(Realigner):
+class Original(Realigner):
     """Leave a gap where blocks are not attended. The only choice for a model without rotary embedding."""
 
     rotates: ClassVar[bool] = False
@@ -21,7 +21,8 @@ class Gaps(Realigner):
         sink: int,
         starts: Int[Tensor, "*selection chosen"],
         spans: Int[Tensor, "*selection chosen"],
-        recent: int,
         total: int,
+        recent: int,
+        moment: Moment,
     ) -> Placement:
         return Placement(sink_shift=0, mid_starts=starts.double(), recent_shift=0)

@@ -1,0 +1,119 @@
+"""What blocks become when they leave recent: compressed, checked and archived, dropped, or made part of a new mid.
+
+It works on blocks and a history, and knows no slots.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from kvtiers import events
+from kvtiers.blocks import Blocks, Form
+from kvtiers.errors import SlotError
+from kvtiers.history import History
+from kvtiers.mid import Fetched, HeldBlocks, MidTokens
+from kvtiers.slots import Moment
+
+Tell = Callable[..., None]
+"""Called with a kind of event and its fields."""
+
+
+def archived(history: History, blocks: Blocks, first: int, span: int, moment: Moment, tell: Tell) -> bool:
+    """Archive blocks of `span` steps from step `first` on, in the forms that the policy wants.
+
+    False if the compressor drops them. On an error nothing is archived.
+    """
+    policy, compressor = history.policy, history.policy.compressor
+    starts = [first + number * span for number in range(blocks.count)]
+    kept: dict[Form, Blocks] = {"full": blocks} if "full" in policy.forms else {}
+    if "compressed" in policy.forms:
+        made = blocks if compressor.keeps else None
+        if compressor.given:
+            made = _given(history, starts)
+        elif not compressor.keeps:
+            made = compressor.age(blocks, moment)
+        if made is not blocks:
+            after = 0 if made is None else made.count * made.tokens
+            before = blocks.count * blocks.tokens
+            tell(events.Compressed, blocks=blocks.count, tokens_before=before, tokens_after=after)
+        if made is None:
+            return False
+        _check(history, made, blocks.count, policy.compressor.block_tokens(span, moment.geometry), "age")
+        # `rotated` was of the tokens that these were made of
+        kept["compressed"] = made if made is blocks else attrs.evolve(made, rotated=None)
+    sizes = history.add(kept, first, span, moment)
+    for form, size in sizes.items():
+        tell(events.Archived, blocks=kept[form].count, location=policy.archive.location, bytes=size)
+    history.waiting = {start: held for start, held in history.waiting.items() if int(start) not in starts}
+    return True
+
+
+def _given(history: History, starts: Sequence[int]) -> Blocks:
+    """The compressed forms that came with some blocks, as one run."""
+    blocks = [history.waiting[str(start)].blocks for start in starts]
+    return attrs.evolve(
+        blocks[0],
+        keys=torch.cat([block.keys for block in blocks], 2),
+        values=torch.cat([block.values for block in blocks], 2),
+        starts=torch.cat([block.starts for block in blocks]),
+    )
+
+
+def rewrite(history: History, leaving: Blocks, attention: Tensor | None, moment: Moment) -> None:
+    """Let the compressor make all of mid anew. attention: what mid got, [batch, query_heads, tokens], if watched."""
+    mid = None if history.rewritten is None else history.rewritten.blocks
+    if mid is not None and attention is not None:
+        mid = attrs.evolve(mid, attention=attention[:, :, None])
+    made = history.policy.compressor.rewrite(leaving, mid, moment)
+    if made is not None:
+        _check(history, made, 1, history.policy.compressor.mid_tokens(moment.geometry), "rewrite", at_most=True)
+        made = attrs.evolve(made, starts=made.starts.reshape(-1)[:1], rotated=None)
+    history.rewritten = None if made is None else HeldBlocks.of(made)
+
+
+def rewritten(history: History) -> Fetched | None:
+    """All of mid, as a rewriting compressor made it."""
+    held = history.rewritten
+    if held is None:
+        return None
+    starts = held.starts.view(1, 1, 1)
+    return Fetched(
+        keys=held.keys.flatten(2, 3),
+        values=held.values.flatten(2, 3),
+        bias=None if held.bias is None else held.bias.flatten(2, 3),
+        where=MidTokens(offsets=held.offsets.flatten(2, 3), starts=starts, placed=starts),
+        spans=torch.full_like(starts, held.span),
+        total=held.span,
+        attention=None if held.attention is None else held.attention.flatten(2, 3),
+    )
+
+
+def _check(history: History, made: Any, count: int, tokens: int, method: str, *, at_most: bool = False) -> None:
+    """Raise `SlotError` unless a compressor made what is due. Looks at shapes, dtype and device alone."""
+    compressor = history.policy.compressor
+    who = f"layer {history.layer}: {type(compressor).__name__}.{'commit(compressed=...)' if compressor.given else method + '()'}"
+    if not isinstance(made, Blocks):
+        raise SlotError(f"{who} returned a {type(made).__name__}; due is Blocks, or None where blocks are dropped")
+    keys, values, most = made.keys, made.values, "at most " if at_most else ""
+    due = (history.batch, history.kv_heads, count)
+    enough = keys.dim() == 5 and (keys.shape[3] <= tokens if at_most else keys.shape[3] == tokens)
+    if not enough or keys.shape[:3] != due or keys.shape[:4] != values.shape[:4]:
+        declared = "mid_tokens()" if at_most else "compressed_tokens()"
+        raise SlotError(
+            f"{who} made keys {tuple(keys.shape)} and values {tuple(values.shape)}; due is [batch, kv_heads, blocks, "
+            f"tokens, width] with {due} and {most}{tokens} tokens, as {declared} says"
+        )
+    if {keys.dtype, values.dtype} != {history.dtype}:
+        raise SlotError(f"{who} made keys of {keys.dtype} and values of {values.dtype}; due is {history.dtype}")
+    lead = (*due, keys.shape[3])
+    for name, part, ends in (("offsets", made.offsets, 1), ("bias", made.bias, 0)):
+        if part is None:
+            continue
+        shape = part.shape[: part.dim() - ends]
+        if part.dim() != 4 + ends or any(a not in (1, b) for a, b in zip(shape, lead, strict=True)) or shape[3] != lead[3]:
+            raise SlotError(f"{who} made {name} {tuple(part.shape)}; due is {lead}, where the first three may be 1")
+        if part.device != keys.device:
+            raise SlotError(f"{who} made {name} on {part.device}; due is {keys.device}, as keys are")

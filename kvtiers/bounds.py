@@ -1,0 +1,176 @@
+"""How many tokens and bytes a policy can come to need: one set of formulas, for bounds, buffers and `kvtiers plan`."""
+
+from kvtiers.archive import Archive, Codec
+from kvtiers.blocks import Form
+from kvtiers.errors import BudgetError
+from kvtiers.geometry import Geometry
+from kvtiers.slots import Compressor, Realigner, Retriever, Sink
+
+_BLOCK_WITHOUT_SLACK = 16
+"""Steps. From this block size on, moving `recent` once per block is cheap."""
+_LEAST_SLACK = 64
+"""Spare slots, so that smaller blocks do not move all of `recent` each time one leaves it."""
+
+
+class Bounds:
+    """What `kvtiers.Policy` can say of its costs. Sizes are per layer; `geometry` is the layer's."""
+
+    sinks: Sink
+    compressor: Compressor
+    retriever: Retriever
+    realigner: Realigner
+    archive: Archive
+    codec: Codec
+    sink: int
+    recent: int | None
+    top_k: int
+    top_k_compressed: int
+    attend: Form
+    block_size: int
+    chunk_size: int | None
+    budget: int | None
+
+    @property
+    def forms(self) -> frozenset[Form]:
+        """The forms in which blocks are archived; a compressor that drops archives none."""
+        return frozenset({self.attend, "compressed"} if self.top_k_compressed else {self.attend})
+
+    @property
+    def in_place(self) -> bool:
+        """Whether history stays where it is because every block is kept exactly, attended, and on the device."""
+        keeps = self.compressor.keeps and self.archive.location == "device" and self.codec.exact
+        return self.recent is None or (keeps and self.retriever.attends_all)
+
+    @property
+    def archives(self) -> bool:
+        """Whether blocks that leave recent are archived."""
+        return not (self.in_place or self.compressor.drops or self.compressor.rewrites)
+
+    def anchors(self, geometry: Geometry) -> int:
+        """The most steps that the sink tier comes to hold."""
+        if geometry.causal:
+            return self.sinks.steps(self.sink)
+        commit = geometry.steps_per_commit
+        exact = self.sinks.steps(self.sink, commit)
+        return exact if geometry.even or not exact else max(exact, self.sink + commit - 1)
+
+    def block_steps(self, geometry: Geometry) -> int:
+        """Steps of a block, at most."""
+        return self.block_size if geometry.causal else geometry.steps_per_commit
+
+    def block_tokens(self, geometry: Geometry, form: Form) -> int:
+        """Tokens of one archived block in `form`, at most."""
+        steps = self.block_steps(geometry)
+        if form == "full" or self.compressor.keeps:
+            return steps * geometry.tokens_per_step
+        return self.compressor.block_tokens(steps, geometry)
+
+    def mid_bound(self, geometry: Geometry) -> int | None:
+        """The most mid tokens attended, or None if there is no limit."""
+        if self.recent is None or self.compressor.drops:
+            return 0
+        if self.compressor.rewrites:
+            return self.compressor.mid_tokens(geometry)
+        if self.retriever.attends_all:
+            return None
+        chosen = self.retriever.most(self.top_k) * self.block_tokens(geometry, self.attend)
+        return chosen + self.top_k_compressed * (
+            self.block_tokens(geometry, "compressed") if self.top_k_compressed else 0
+        )
+
+    def _recent_bound(self, geometry: Geometry) -> int:
+        """The most steps that recent comes to hold."""
+        block = self.block_steps(geometry)
+        most = (self.recent or 0) + block - 1
+        return most // block * block if not geometry.causal and geometry.even else most
+
+    def bound(self, geometry: Geometry) -> int | None:
+        """The most tokens that one attention call sees, per row and KV head; None if there is no limit."""
+        mid = self.mid_bound(geometry)
+        current = self.chunk_size if geometry.causal else self.block_steps(geometry)
+        if mid is None or self.recent is None or current is None:
+            return None
+        return (self.anchors(geometry) + self._recent_bound(geometry) + current) * geometry.tokens_per_step + mid
+
+    def slack(self, geometry: Geometry) -> int:
+        """Spare slots behind the current ones, so that small blocks do not move the whole recent tier each time."""
+        if self.recent is None or not geometry.causal or self.block_size >= _BLOCK_WITHOUT_SLACK:
+            return 0
+        return self.recent // 2 + _LEAST_SLACK
+
+    def slots(self, geometry: Geometry) -> int | None:
+        """Token slots of a layer's window: `bound`, and room for the recent tier to slide; None if it grows."""
+        bound = self.bound(geometry)
+        return None if bound is None else bound + self.slack(geometry)
+
+    def unrotated_slots(self, geometry: Geometry) -> int:
+        """Slots of unrotated keys: of the tokens that may be rotated again, or archived, once they are not current.
+
+        A compressor whose form is given needs no keys of the blocks that leave at the next commit, so that what is
+        held then is what stays recent.
+        """
+        if not self.realigner.rotates or self.bound(geometry) is None:
+            return 0
+        recent, current = self._recent_bound(geometry), self.chunk_size or 0
+        if not geometry.causal:
+            current = 0 if self.compressor.given and geometry.even and recent else self.block_steps(geometry)
+        return (recent + current) * geometry.tokens_per_step + self.slack(geometry)
+
+    def token_bytes(self, geometry: Geometry) -> int:
+        """Bytes of one token of the window: its key and value, and the attention it got if that is kept."""
+        attention = 4 * geometry.batch * geometry.query_heads if self.compressor.attention in ("sum", "max") else 0
+        return geometry.token_bytes + attention
+
+    def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0) -> int | None:
+        """The most bytes one layer holds on the device, everything counted; None if there is no limit.
+
+        Counted: the window with current slots and slack, unrotated keys, the latest queries, biases, digests, what is
+        noted of the selection, and an archive on the device of `archived_blocks` blocks. Growing tensors hold at most
+        twice what they need.
+        """
+        slots = self.slots(geometry)
+        if slots is None:
+            return None
+        rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
+        held = slots * self.token_bytes(geometry) + self.unrotated_slots(geometry) * geometry.key_bytes
+        if self.realigner.sink_moves == "anew":
+            held += self.anchors(geometry) * geometry.tokens_per_step * geometry.key_bytes
+        queries = geometry.batch * geometry.query_heads * geometry.head_dim * geometry.dtype.itemsize
+        held += 2 * self.compressor.window * queries
+        uneven = 0 if geometry.even else 4 * rows
+        held += slots * uneven
+        if self.compressor.rewrites:
+            return held + self.compressor.mid_tokens(geometry) * (
+                self.token_bytes(geometry) + 4 * geometry.batch * geometry.query_heads + rows * (4 + 16 * axes)
+            )
+        if self.compressor.given and self.recent is not None:
+            waiting = -(-self.recent // self.block_steps(geometry)) + 1
+            held += waiting * self.block_tokens(geometry, "compressed") * (geometry.token_bytes + 8 * 4)
+        if not self.archives:
+            return held
+        chosen = self.retriever.count(self.top_k, archived_blocks) + self.top_k_compressed
+        tokens = max(self.block_tokens(geometry, form) for form in self.forms)
+        held += chosen * rows * (4 * 8 + tokens * 8 * (axes + 1))
+        return held + 2 * archived_blocks * self.hot_bytes(geometry)
+
+    def hot_bytes(self, geometry: Geometry) -> int:
+        """Bytes that one archived block keeps on the device: digests, where it lies, and itself if it is archived there."""
+        rows = geometry.batch * geometry.kv_heads
+        of_digest = self.block_tokens(geometry, self.retriever.digests) if self.retriever.needs_digests else 0
+        hot = self.retriever.digest_bytes(of_digest, geometry) * rows + 16
+        tokens = [self.block_tokens(geometry, form) for form in self.forms]
+        hot += sum(tokens) * (4 * rows * (1 + len(geometry.grid)) + (0 if geometry.even else 4 * rows))
+        return hot + (self.archived_bytes(geometry) if self.archive.location == "device" else 0)
+
+    def archived_bytes(self, geometry: Geometry) -> int:
+        """Bytes that one block takes in the archive, in all its forms, as the codec writes it."""
+        return sum(self.codec.block_bytes(self.block_tokens(geometry, form), geometry) for form in self.forms)
+
+    def check_budget(self, geometry: Geometry) -> None:
+        """Raise `BudgetError` if a context could exceed the stated budget."""
+        bound = self.bound(geometry)
+        if self.budget is not None and (bound is None or bound > self.budget):
+            raise BudgetError(
+                f"this policy attends {'any number of' if bound is None else f'up to {bound}'} tokens, more than "
+                f"budget = {self.budget}; lower sink, recent, top_k or chunk_size, or raise budget"
+            )

@@ -1,0 +1,76 @@
+"""What can be undone or changed on a filled layer, exactly: why it cannot be rolled back, or go on under a policy."""
+
+import attrs
+
+from kvtiers.errors import SwapError
+from kvtiers.layer import Layer
+from kvtiers.policy import Policy
+
+_FREE = frozenset({"retriever", "top_k", "refresh", "chunk_size", "budget", "realigner", "top_k_compressed"})
+
+
+def why_not_crop(layer: Layer, steps: int) -> str | None:
+    """Why `layer` cannot be rolled back to `steps` steps exactly, or None if it can."""
+    policy, line = layer.policy, layer.timeline
+    if not 0 <= steps <= layer.num_steps:
+        return f"it holds {layer.num_steps} steps"
+    if steps in (0, layer.num_steps):
+        return None
+    if line.cuts is not None and steps not in line.cuts:
+        return f"step {steps} is inside a block"
+    first = 0 if policy.in_place else layer.recent_start
+    if steps < layer.committed_steps and line.recent_start_at(steps) < first and layer.recent_start > line.sink:
+        return f"blocks before step {layer.recent_start} have left recent since then"
+    if layer.watched.looks:
+        return f"{type(policy.compressor).__name__} has already looked at the later queries"
+    if not layer.geometry.causal:
+        return None  # every block of a video chooses anew
+    renewed = layer.history.count and policy.retriever.needs_query and layer.selected_at > steps
+    if renewed and policy.refresh_steps > 1:
+        return f"the selection was renewed at step {layer.selected_at}, by queries that would be gone"
+    if steps < layer.together_at:
+        return (
+            f"the tokens up to step {layer.together_at} chose together what they attend, those that would go included"
+        )
+    return None
+
+
+def check_policy(layer: Layer, policy: Policy) -> None:
+    """Raise `SwapError` if `layer`, as filled, cannot go on under `policy`."""
+    if layer.num_steps == 0:
+        return
+    old, number = layer.policy, layer.layer
+    names = [field.name for field in attrs.fields(Policy)]
+    fixed = [name for name in names if name not in _FREE and getattr(old, name) != getattr(policy, name)]
+    if policy.archive.adopts(old.archive):
+        fixed = [name for name in fixed if name != "archive"]
+    if fixed:
+        raise SwapError(
+            f"layer {number} is filled, so {', '.join(fixed)} cannot change any more; "
+            f"these can: {', '.join(sorted(_FREE))}, and an archive's limit_bytes (to no less than it holds). "
+            "Otherwise start a new cache"
+        )
+    if old.realigner.rotates != policy.realigner.rotates or old.realigner.sink_moves != policy.realigner.sink_moves:
+        raise SwapError(
+            f"layer {number} stores keys as {type(old.realigner).__name__} needs them, and "
+            f"{type(policy.realigner).__name__} needs others; start a new cache"
+        )
+    if old.in_place != policy.in_place and layer.recent_start > layer.timeline.sink:
+        raise SwapError(
+            f"layer {number} keeps its history {'in place' if old.in_place else 'in the archive'}, and this "
+            "change would move it; start a new cache"
+        )
+    if policy.compressor.given and layer.current and not layer.stale and layer.recent_start > layer.timeline.sink:
+        raise SwapError(f"layer {number} is in the middle of a block; commit or crop it first")
+    archived, form = layer.history.count, policy.retriever.digests
+    digests = archived and policy.retriever != old.retriever and policy.retriever.needs_digests
+    if digests and form not in layer.history.stores and not old.compressor.keeps:
+        raise SwapError(
+            f"layer {number} no longer has the {form} keys that {type(policy.retriever).__name__} digests; "
+            f"have them archived from the start (attend={form!r}), or start a new cache"
+        )
+    if archived and policy.top_k_compressed and "compressed" not in layer.history.stores:
+        raise SwapError(
+            f"layer {number} archived no compressed form for top_k_compressed={policy.top_k_compressed}; "
+            "set top_k_compressed from the start, or start a new cache"
+        )

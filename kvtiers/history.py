@@ -1,0 +1,378 @@
+"""What has left recent: the table of archived blocks, their digests and stores, or what a compressor made of it all.
+
+It knows blocks and no slots. `add` takes blocks in, all or none; `select` scores and chooses; `fetch` brings tokens.
+"""
+
+from collections.abc import Collection, Mapping
+
+import attrs
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvtiers.archive import BlockStore, ByteBudget
+from kvtiers.blocks import Blocks, Form, Selection
+from kvtiers.errors import GeometryError, SavedCacheError, SelectionError, SlotError
+from kvtiers.growing import Growing
+from kvtiers.mid import Fetched, HeldBlocks, MidTokens, entries, merged
+from kvtiers.policy import Policy, choose
+from kvtiers.slots import Moment
+from kvtiers.state import State, number, part, rows, shared
+
+
+@attrs.define(eq=False, slots=False, kw_only=True)
+class History(State):
+    """The archived blocks of a layer. Fields that hold tensors are shared with forks until one side writes.
+
+    Whatever is behind `count` blocks (in stores, tables, digests) was left by a failure and does not exist.
+    """
+
+    policy: Policy
+    batch: int
+    kv_heads: int
+    even: bool
+    dtype: torch.dtype
+    most_tokens: Mapping[Form, int]
+    """Tokens of the longest block in each form that is archived."""
+    longest: int
+    """Steps of the longest block."""
+    layer: int
+    budget: ByteBudget
+    count: int = number(0)
+    """How many blocks are archived."""
+    spans: tuple[int, ...] = number(())
+    """The steps of the blocks of other than the greatest length, ascending, where there are such blocks."""
+    table: Growing = part(factory=lambda: Growing(0))
+    """[blocks, 2]: the first step of each block, and the steps that it spans."""
+    digests: Growing = part(factory=lambda: Growing(2))
+    stores: dict[Form, BlockStore] = part(factory=dict)
+    constant: dict[Form, Tensor] = shared(named=True)
+    """[1, 1, 1, tokens, axes]: where the tokens of a block lie, while they lie alike in all."""
+    offsets: dict[Form, Growing] = part(factory=dict)
+    """[batch, kv_heads, blocks, tokens, axes], once they lie otherwise in some."""
+    bias: dict[Form, Growing] = part(factory=dict)
+    """[batch, kv_heads, blocks, tokens], from the first block on that has one."""
+    waiting: dict[str, HeldBlocks] = part(factory=dict)
+    """Compressed forms that came with blocks that have not left recent yet, by their first step."""
+    rewritten: HeldBlocks | None = part(None)
+    """All of mid, where a compressor rewrites it."""
+    chosen: Tensor | None = rows()
+    chosen_compressed: Tensor | None = rows()
+    chosen_shared: bool = number(False)
+
+    # ------------------------------------------------------------------ add
+
+    def add(self, kept: Mapping[Form, Blocks], first: int, span: int, moment: Moment) -> dict[Form, int]:
+        """Archive blocks of `span` steps from step `first` on, in every form, or raise and archive none.
+
+        Returns the bytes written, by form.
+        """
+        self._truncate()
+        forms = {form: self._filled(form, blocks) for form, blocks in kept.items()}
+        codec = self.policy.codec
+        encoded = {form: codec.encode(blocks.keys.detach(), blocks.values.detach()) for form, blocks in forms.items()}
+        count = next(iter(forms.values())).count
+        digest = self._digested(kept, moment)
+        starts = first + span * torch.arange(count, device=moment.device)
+        try:
+            stores = {form: self.stores.get(form) or self._opened() for form in forms}
+            for form, parts in encoded.items():
+                stores[form].write(parts)
+            self.stores = stores
+            for form, blocks in forms.items():
+                self._lay(form, blocks)
+            if digest is not None:
+                self.digests.append(digest)
+            self.table.append(torch.stack([starts, torch.full_like(starts, span)], 1))
+        except BaseException:
+            self._truncate()
+            raise
+        shorter = () if span == self.longest else (span,) * count
+        self.count, self.spans = self.count + count, tuple(sorted((*self.spans, *shorter))) if shorter else self.spans
+        return {form: sum(x.nbytes for x in parts.values()) for form, parts in encoded.items()}
+
+    def _opened(self) -> BlockStore:
+        return self.policy.archive.open(self.budget)
+
+    def _truncate(self) -> None:
+        """Forget what a failed `add` left behind."""
+        for store in self.stores.values():
+            if store.count > self.count:
+                store.drop_last(store.count - self.count)
+        for growing in (self.table, self.digests, *self.bias.values(), *self.offsets.values()):
+            growing.length = min(growing.length, self.count)
+        if not self.count:
+            self.constant, self.offsets, self.bias = {}, {}, {}
+
+    def _filled(self, form: Form, blocks: Blocks) -> Blocks:
+        """Blocks that are shorter than others get tokens that count for nothing behind theirs."""
+        more = self.most_tokens[form] - blocks.tokens
+        if more < 0:
+            raise GeometryError(
+                f"layer {self.layer}: {type(self.policy.compressor).__name__} made blocks of {blocks.tokens} tokens, and "
+                f"its compressed_tokens() says {self.most_tokens[form]}"
+            )
+        if not more:
+            return blocks
+        bias = blocks.keys.new_zeros(1, 1, 1, blocks.tokens, dtype=torch.float32) if blocks.bias is None else blocks.bias
+        return attrs.evolve(
+            blocks,
+            keys=pad(blocks.keys, (0, 0, 0, more)),
+            values=pad(blocks.values, (0, 0, 0, more)),
+            offsets=pad(blocks.offsets, (0, 0, 0, more)),
+            bias=pad(bias, (0, more), value=-torch.inf),
+            rotated=None,
+            offsets_differ=True,
+        )
+
+    def _lay(self, form: Form, blocks: Blocks) -> None:
+        """Note where the tokens of blocks lie, and their bias."""
+        wide = (self.batch, self.kv_heads)
+        offsets, known = blocks.offsets.float(), self.offsets.get(form)
+        if known is None and blocks.alike and self.even:
+            if form not in self.constant:
+                self.constant = {**self.constant, form: offsets.clone()}
+        else:
+            if known is None:
+                known = Growing(2)
+                if self.count:
+                    known.append(self.constant[form].expand(*wide, self.count, -1, -1))
+                self.offsets = {**self.offsets, form: known}
+            known.append(offsets.expand(*wide, blocks.count, -1, -1))
+        bias = self.bias.get(form)
+        if bias is None and blocks.bias is not None:
+            bias = Growing(2)
+            if self.count:
+                bias.append(blocks.bias.new_zeros(*wide, self.count, blocks.tokens, dtype=torch.float32))
+            self.bias = {**self.bias, form: bias}
+        if bias is not None:
+            own = blocks.keys.new_zeros(1, 1, 1, 1, dtype=torch.float32) if blocks.bias is None else blocks.bias.float()
+            bias.append(own.expand(*wide, blocks.count, blocks.tokens))
+
+    def _digested(self, kept: Mapping[Form, Blocks], moment: Moment) -> Tensor | None:
+        """The digests of blocks that are archived, all of one size."""
+        retriever = self.policy.retriever
+        if not retriever.needs_digests:
+            return None
+        blocks = kept.get(retriever.digests) or next(iter(kept.values()))
+        if blocks.rotated is None:
+            blocks = attrs.evolve(blocks, rotated=_rotated(blocks, moment))
+        made = retriever.digest(blocks, moment).detach()
+        what = f"layer {self.layer}: {type(retriever).__name__}.digest()"
+        if made.dim() != 5 or made.shape[:3] != (self.batch, self.kv_heads, blocks.count):
+            raise SlotError(
+                f"{what} returned {tuple(made.shape)}; due is [batch, kv_heads, blocks, digests, width] = "
+                f"{(self.batch, self.kv_heads, blocks.count)} and two more"
+            )
+        held = self.digests.data
+        most = self._most_digests(made, moment) if held is None else held.shape[3]
+        if made.shape[3] > most:
+            raise GeometryError(
+                f"{what} made {made.shape[3]} digests of a block of {blocks.tokens} tokens, and its digest_bytes() says "
+                f"{most} for the longest, {self.most_tokens[retriever.digests]} tokens; where blocks differ in length it "
+                "must tell the most"
+            )
+        return pad(made, (0, 0, 0, most - made.shape[3]))
+
+    def _most_digests(self, made: Tensor, moment: Moment) -> int:
+        """How many digests the longest block has."""
+        retriever = self.policy.retriever
+        of_block = retriever.digest_bytes(self.most_tokens[retriever.digests], moment.geometry)
+        return of_block // (made.shape[4] * made.element_size())
+
+    def digest_again(self, policy: Policy, moment: Moment) -> Growing:
+        """The digests of every archived block for the retriever of another policy."""
+        made = Growing(2)
+        if policy.retriever.needs_digests and self.count:
+            wanted: Form = policy.retriever.digests
+            form = wanted if wanted in self.stores else next(iter(self.stores))
+            other = attrs.evolve(self, policy=policy, digests=made)
+            for block in range(self.count):
+                made.append(other._digested({form: self.block(form, block)}, moment))
+        return made
+
+    # ------------------------------------------------------------------ select and fetch
+
+    @property
+    def selection(self) -> Selection | None:
+        """Which blocks are attended now."""
+        if self.chosen is None or self.chosen_compressed is None:
+            return None
+        return Selection(chosen=self.chosen, compressed=self.chosen_compressed, shared=self.chosen_shared)
+
+    @selection.setter
+    def selection(self, selection: Selection | None) -> None:
+        self.chosen = None if selection is None else selection.chosen
+        self.chosen_compressed = None if selection is None else selection.compressed
+        self.chosen_shared = selection is not None and selection.shared
+
+    @property
+    def starts(self) -> Tensor | None:
+        """The first step of every block, ascending."""
+        return None if self.table.data is None else self.table.data[: self.count, 0]
+
+    def select(self, query: Tensor | None, moment: Moment) -> Selection | None:
+        """Score every block by `query` and choose; None if no block is to be attended."""
+        policy, retriever = self.policy, self.policy.retriever
+        if query is None and retriever.needs_query and self.count:
+            raise SelectionError(
+                f"{type(retriever).__name__} chooses by the query, but layer {self.layer} was given none; "
+                "pass the current tokens' queries to select()"
+            )
+        count = retriever.count(policy.top_k, self.count)
+        more = min(policy.top_k_compressed, self.count - count) if count else 0
+        if not count:
+            return None
+        digests = self.digests.data
+        scores = retriever.score(query, None if digests is None else digests[:, :, : self.count], self.count, moment)
+        wide = (self.batch, self.kv_heads)
+        fits = scores.dim() == 3 and scores.shape[2] == self.count
+        if not fits or scores.shape[0] not in (1, wide[0]) or scores.shape[1] not in (1, wide[1]):
+            raise SlotError(
+                f"layer {self.layer}: {type(retriever).__name__}.score() returned {tuple(scores.shape)}; due is "
+                f"[batch, kv_heads, archived] = {(*wide, self.count)}, where the first two may be 1"
+            )
+        if scores.device != moment.device:
+            raise SlotError(
+                f"layer {self.layer}: {type(retriever).__name__}.score() returned scores on {scores.device}; due is "
+                f"{moment.device}, as Moment.device says"
+            )
+        ranked = choose(scores, count + more)
+        best, next_best = ranked[..., :count].sort(-1).values, ranked[..., count:].sort(-1).values
+        return Selection(
+            chosen=best.expand(*wide, -1),
+            compressed=next_best.expand(*wide, -1),
+            shared=scores.shape[1] == 1 and not more,
+        )
+
+    def fetch(self, selection: Selection) -> Fetched:
+        """The chosen blocks in the form that the policy attends, and those attended in compressed form beside them."""
+        attend = self.policy.attend
+        one = selection.chosen[:, :1] if selection.shared else selection.chosen
+        chosen = self._fetch(attend, selection.chosen, one)
+        if not selection.compressed.shape[-1]:
+            return chosen
+        both = merged(chosen, self._fetch("compressed", selection.compressed, selection.compressed), selection)
+        return attrs.evolve(both, total=self._most_steps(selection.chosen.shape[-1] + selection.compressed.shape[-1]))
+
+    def block(self, form: Form, number: int) -> Blocks:
+        """Archived block `number` of every row and head, with its own length. Waits for the device."""
+        device = None if self.table.data is None else self.table.data.device
+        index = torch.full((self.batch, self.kv_heads, 1), number, device=device)
+        found = self._fetch(form, index, index[:, :1])
+        tokens, offsets = self.most_tokens[form], found.where.offsets
+        valid = tokens if found.bias is None else int((found.bias > -torch.inf).any(0).any(0).sum())
+        return Blocks(
+            keys=found.keys[:, :, None, :valid],
+            values=found.values[:, :, None, :valid],
+            offsets=offsets[:, :, None, :valid],
+            starts=found.where.starts.flatten()[:1],
+            span=int(found.spans.flatten()[0]),
+            bias=None if found.bias is None else found.bias[:, :, None, :valid],
+        )
+
+    def parts(self, form: Form, index: Int[Tensor, "batch kv_heads chosen"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of some blocks as the codec reads them back, [batch, kv_heads, chosen, tokens, width]."""
+        return self.policy.codec.decode(self.stores[form].read(index), self.dtype)
+
+    def offsets_at(self, form: Form, index: Int[Tensor, "#batch #kv_heads chosen"]) -> Tensor:
+        """Where the tokens of some blocks lie, [#batch, #kv_heads, #chosen, tokens, axes]."""
+        differ = self.offsets.get(form)
+        return self.constant[form] if differ is None or differ.data is None else entries(differ.data, index)
+
+    def _fetch(self, form: Form, index: Tensor, one: Tensor) -> Fetched:
+        """The blocks of `index`; `one` is the same, of one KV head if that stands for all."""
+        if self.table.data is None or not self.count:
+            raise SelectionError(f"layer {self.layer} has no archived blocks to select")
+        keys, values = self.parts(form, index)
+        count = index.shape[-1]
+        where = self.table.data[one]
+        differ, bias = form in self.offsets, self.bias.get(form)
+        offsets = self.offsets_at(form, index if differ else one)
+        return Fetched(
+            keys=keys.flatten(2, 3),
+            values=values.flatten(2, 3),
+            bias=None if bias is None or bias.data is None else entries(bias.data, index).flatten(2, 3),
+            where=MidTokens(
+                offsets=offsets.expand(*offsets.shape[:2], count, -1, -1).flatten(2, 3),
+                starts=where[..., 0],
+                placed=where[..., 0],
+            ),
+            spans=where[..., 1],
+            total=self._most_steps(count),
+            whole=form == "full" and not self.spans and not differ,
+        )
+
+    def _most_steps(self, count: int) -> int:
+        """The most steps that `count` of the blocks span together."""
+        long = min(count, self.count - len(self.spans))
+        rest = count - long
+        return long * self.longest + (sum(self.spans[-rest:]) if rest else 0)
+
+    # ------------------------------------------------------------------ as a whole
+
+    def keep(self, forms: Collection[Form]) -> None:
+        """Forget what is archived in other forms than these."""
+        for name in ("stores", "constant", "offsets", "bias"):
+            setattr(self, name, {form: held for form, held in getattr(self, name).items() if form in forms})
+
+    def crop(self, steps: int) -> None:
+        """Forget what waits for blocks beyond `steps`."""
+        self.waiting = {start: held for start, held in self.waiting.items() if int(start) < steps}
+
+    def join(self, budget: ByteBudget) -> None:
+        """Count what the stores hold in `budget` from now on."""
+        self.budget = budget
+        for store in self.stores.values():
+            store.join(budget)
+
+    def select_rows(self, at: Tensor) -> "History":
+        other = super().select_rows(at)
+        other.batch = at.numel()
+        return other
+
+    def empty(self, name: str) -> State:
+        if name == "stores":
+            return self._opened()
+        made = {"waiting": HeldBlocks, "rewritten": HeldBlocks}.get(name)
+        return made() if made is not None else Growing(0 if name == "table" else 2)
+
+    def check(self, moment: Moment) -> None:
+        """Raise `SavedCacheError` unless what was filled makes sense for this layer."""
+        forms = set(self.policy.forms) if self.count else set(self.stores)
+        lengths = {self.table.length, *(store.count for store in self.stores.values())}
+        lengths |= {growing.length for growing in (*self.bias.values(), *self.offsets.values())}
+        if self.policy.retriever.needs_digests:
+            lengths.add(self.digests.length)
+        told = {*self.constant, *self.offsets}
+        wrong = lengths - {self.count} or set(self.stores) != forms or (self.count and told != forms)
+        chosen = [x for x in (self.chosen, self.chosen_compressed) if x is not None]
+        wide = (self.batch, self.kv_heads)
+        for x in chosen:
+            bad = x.dtype != torch.long or x.dim() != 3 or x.shape[:2] != wide
+            wrong = wrong or bad or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.count)
+        axes = 1 + len(moment.geometry.grid)
+        for form in forms if not wrong else ():
+            index = torch.zeros(*wide, 1, dtype=torch.long)
+            keys, values = self.parts(form, index)
+            shape = (*wide, 1, self.most_tokens[form])
+            geometry = moment.geometry
+            wrong = wrong or keys.shape != (*shape, geometry.head_dim) or values.shape != (*shape, geometry.value_dim)
+            offsets = self.offsets_at(form, index.to(moment.device))
+            wrong = wrong or offsets.dim() != 5 or offsets.shape[3:] != (self.most_tokens[form], axes)
+        for held in (*self.waiting.values(), *([self.rewritten] if self.rewritten else [])):
+            tensors = (held.keys, held.values)
+            wrong = wrong or any(x is None or x.dim() != 5 or x.shape[:2] != wide for x in tensors)
+            wrong = wrong or held.offsets is None or held.starts is None
+        if wrong:
+            raise SavedCacheError(f"the archive of layer {self.layer} does not fit together: {lengths} blocks, {forms}")
+
+
+def _rotated(blocks: Blocks, moment: Moment) -> Tensor:
+    """The keys of `blocks` at their original positions."""
+    if moment.keys_rotated or moment.rotary is None:
+        return blocks.keys
+    positions = blocks.offsets.double().expand(*blocks.offsets.shape[:2], blocks.count, -1, -1).clone()
+    positions[..., 0] += blocks.starts[:, None]
+    return moment.rotary.rotate(blocks.keys, positions)

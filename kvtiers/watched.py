@@ -1,0 +1,109 @@
+"""What a compressor asks a layer to watch: the latest queries, and how much attention each token got.
+
+Attention is over the real context, as placed, in float32: one more q.k per forward for `sum` and `max`, kept in a plane
+of the window; `latest` is worked out of the latest queries when blocks leave.
+"""
+
+import attrs
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvtiers.masks import causal
+from kvtiers.slots import Attention, Compressor
+from kvtiers.state import State, rows
+from kvtiers.window import Window
+
+Got = Float[Tensor, "batch query_heads tokens"]
+
+
+@attrs.define(eq=False, slots=False, kw_only=True)
+class Watched(State):
+    """The latest queries of a layer, and what attention the pass over the current tokens gave.
+
+    Queries are held as the layer's keys are: rotated by the model, or unrotated if a realigner rotates.
+    """
+
+    kind: Attention | None = None
+    size: int = 0
+    committed: Tensor | None = rows()
+    """The latest queries of history, [batch, query_heads, <= size, head_dim]."""
+    fresh: Tensor | None = rows()
+    """Those of the current tokens."""
+    got: Tensor | None = rows()
+    """Attention that the current tokens gave, [batch, query_heads, tokens of the context]; noted by `commit`."""
+
+    @staticmethod
+    def of(compressor: Compressor) -> "Watched":
+        """What `compressor` asks for."""
+        return Watched(kind=compressor.attention, size=compressor.window)
+
+    @property
+    def counts(self) -> bool:
+        """Whether attention is noted with every forward."""
+        return self.kind in ("sum", "max")
+
+    @property
+    def looks(self) -> bool:
+        """Whether queries are looked at."""
+        return self.counts or self.size > 0
+
+    @property
+    def latest(self) -> Float[Tensor, "batch query_heads window head_dim"] | None:
+        """The latest queries, those of current tokens included."""
+        parts = [part for part in (self.committed, self.fresh) if part is not None]
+        return torch.cat(parts, 2)[:, :, -self.size :] if parts else None
+
+    def look(self, query: Tensor, placed: Tensor, window: Window, *, masked: bool) -> None:
+        """Note the current tokens' queries; `placed` are the same at their place, `masked` if they see their past."""
+        if self.size:
+            self.fresh = query[:, :, -self.size :].clone()
+        if self.counts:
+            shares = attention(placed, window, [window.attended], late=placed.shape[2] if masked else 0)
+            self.got = shares.sum(2) if self.kind == "sum" else shares.amax(2)
+
+    def retract(self) -> None:
+        """The current tokens are given up."""
+        self.fresh = self.got = None
+
+    def commit(self, window: Window) -> None:
+        """The current tokens become history."""
+        if self.fresh is not None:
+            self.committed, self.fresh = self.latest, None
+        if self.got is not None:
+            held = window.view("attention", window.attended)[..., 0]
+            seen = held + self.got if self.kind == "sum" else torch.maximum(held, self.got)
+            window.write("attention", window.attended, seen[..., None])
+            self.got = None
+
+    def of_leaving(self, window: Window, placed: Tensor | None, tokens: int, *, masked: bool) -> Got | None:
+        """What attention the oldest `tokens` recent tokens got; `placed`: the latest queries at their place."""
+        if self.kind is None:
+            return None
+        if self.counts:
+            return window.view("attention", slice(window.head, window.head + tokens))[..., 0].clone()
+        if placed is None:
+            return window.planes["rotated"].new_zeros(*self._shape(window), tokens)
+        parts = [slice(window.sink_slot, window.sink_slot + window.sink)]
+        parts.append(slice(window.head - window.mid, window.tail))
+        shares = attention(placed, window, parts, late=placed.shape[2] if masked else 0).sum(2)
+        first = window.sink + window.mid
+        return shares[:, :, first : first + tokens]
+
+    def _shape(self, window: Window) -> tuple[int, int]:
+        keys = window.planes["rotated"]
+        return keys.shape[0], keys.shape[1]
+
+
+def attention(
+    query: Float[Tensor, "batch query_heads queries head_dim"], window: Window, parts: list[slice], *, late: int
+) -> Float[Tensor, "batch query_heads queries tokens"]:
+    """The softmax weights of `query` over some slots of a window; the last `late` queries see no later token."""
+    keys = torch.cat([window.view("rotated", part) for part in parts], 2).float()
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
+    logits = grouped @ keys[:, :, None].mT / keys.shape[-1] ** 0.5
+    if "bias" in window.planes:
+        logits = logits + torch.cat([window.view("bias", part) for part in parts], 2)[:, :, None, None, :, 0]
+    if late > 1:
+        logits = logits.masked_fill(~causal(late, keys.shape[2], keys.device), -torch.inf)
+    return logits.softmax(-1).flatten(1, 2)

@@ -1,0 +1,186 @@
+"""The buffer that attention reads: `sink | mid | recent | current` side by side in one slice per call.
+
+Recent and current tokens stay where they were written and slide right as blocks leave. Sink and mid are written right
+before them, so that history is never concatenated. When the end is reached, everything moves back to the beginning,
+into a larger buffer if there is no limit. A window knows slots and tokens, and no policies.
+"""
+
+from collections.abc import Mapping
+
+import attrs
+from torch import Tensor, float32
+
+from kvtiers.errors import SavedCacheError
+from kvtiers.growing import lasting
+from kvtiers.state import State, number, rows
+
+Planes = Mapping[str, Tensor]
+"""Per-token tensors by name, each [batch, heads, tokens, width]."""
+
+
+@attrs.define(eq=False, slots=False, kw_only=True)
+class Window(State):
+    """Named planes of per-token tensors, [batch, heads, slots, width], that are written in place.
+
+    capacity: slots; None: as many as it takes, by doubling. front: slots kept free before recent for sink and mid;
+    None: as many as they have. A layer has one window that attention reads, and one of unrotated keys if keys may be
+    rotated again, whose tokens are recent and current alone.
+    """
+
+    capacity: int | None = None
+    front: int | None = 0
+    planes: dict[str, Tensor] = rows(named=True)
+    tail: int = number(0)
+    """The slot after the last token."""
+    sink: int = number(0)
+    """Tokens of the sink, which begin at `sink_slot`."""
+    sink_slot: int = number(0)
+    mid: int = number(0)
+    """Mid tokens, which end where recent begins."""
+    recent: int = number(0)
+    """Tokens of recent and current, which end at `tail`."""
+    sink_shift: int = number(0)
+    """Steps by which the sink's keys are placed beyond their origin."""
+    recent_shift: int = number(0)
+    """Steps by which the keys of recent and current are placed beyond their origin."""
+    moved: bool = False
+    """Whether tokens were written over since this was last set to False: then `undo` does not bring them back."""
+
+    @property
+    def head(self) -> int:
+        """The slot of the first recent token."""
+        return self.tail - self.recent
+
+    @property
+    def begin(self) -> int:
+        """The slot at which the context starts."""
+        return self.head - self.mid - self.sink
+
+    @property
+    def attended(self) -> slice:
+        """The slots of the context."""
+        return slice(self.begin, self.tail)
+
+    def append(self, parts: Planes, *, sink: int = 0) -> None:
+        """Write tokens behind recent; the first `sink` of them are anchors. Planes without a part get zeros."""
+        tokens = next(iter(parts.values())).shape[2]
+        self._reserve(tokens, parts)
+        here = slice(self.tail, self.tail + tokens)
+        for name, plane in self.planes.items():
+            plane[:, :, here] = parts.get(name, 0)
+        if sink and not self.sink:
+            self.sink_slot = self.tail
+        self.tail, self.sink, self.recent = self.tail + tokens, self.sink + sink, self.recent + tokens - sink
+
+    def retract(self, tokens: int) -> None:
+        """Give up the newest `tokens` tokens."""
+        recent = min(tokens, self.recent)
+        self.tail, self.recent, self.sink = self.tail - tokens, self.recent - recent, self.sink - (tokens - recent)
+
+    def anchor(self, tokens: int) -> None:
+        """Make the oldest `tokens` recent tokens part of the sink. There is no mid yet."""
+        if not self.sink:
+            self.sink_slot = self.head
+        self.sink, self.recent = self.sink + tokens, self.recent - tokens
+
+    def leave(self, tokens: int, *, stay: bool = False) -> None:
+        """The oldest `tokens` recent tokens leave. They become mid where they are if they `stay`; else mid is empty."""
+        self.recent, self.mid = self.recent - tokens, self.mid + tokens if stay else 0
+
+    def rejoin(self, tokens: int) -> None:
+        """The newest `tokens` mid tokens, which stayed where they are, are recent again."""
+        self.recent, self.mid = self.recent + tokens, self.mid - tokens
+
+    def insert(self, parts: Planes | None) -> None:
+        """Put mid tokens (None: no mid) before recent, in place of those that are there, and the sink before them."""
+        tokens = 0 if parts is None else next(iter(parts.values())).shape[2]
+        if self.head < self.sink + tokens:
+            self._relocate(max(self.sink + tokens, self._front()), 0, keep_mid=False)
+        slot = self.head - tokens - self.sink
+        self.moved = True
+        if slot != self.sink_slot and self.sink:
+            for plane in self.planes.values():
+                anchors = plane[:, :, self.sink_slot : self.sink_slot + self.sink].clone()
+                plane[:, :, slot : slot + self.sink] = anchors
+        for name, plane in self.planes.items():
+            if parts is not None:
+                plane[:, :, self.head - tokens : self.head] = parts.get(name, 0)
+        self.sink_slot, self.mid = slot, tokens
+
+    def add_plane(self, name: str, like: Tensor) -> None:
+        """A plane of zeros, float32, with the heads of `like` and one number a token."""
+        made = lasting((*like.shape[:2], self.slots, 1), like=like, dtype=float32).zero_()
+        self.planes = {**self.planes, name: made}
+
+    def view(self, name: str, where: slice) -> Tensor:
+        """Some slots of a plane, to be read; `write` changes them."""
+        return self.planes[name][:, :, where]
+
+    def write(self, name: str, where: slice, x: Tensor) -> None:
+        """Write over tokens that are here."""
+        self.moved = True
+        self.planes[name][:, :, where] = x
+
+    @property
+    def slots(self) -> int:
+        return next(iter(self.planes.values())).shape[2] if self.planes else 0
+
+    def tokens_by_tier(self) -> dict[str, int]:
+        """How many tokens of each tier are in the window; current ones count as recent."""
+        return {"sink": self.sink, "mid": self.mid, "recent": self.recent}
+
+    def check(self, geometry: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `SavedCacheError` unless the numbers make sense for planes of `shapes` ([batch, heads, width])."""
+        held = {name: (*plane.shape[:2], plane.shape[3]) for name, plane in self.planes.items() if plane.dim() == 4}
+        counts = (self.tail, self.sink, self.sink_slot, self.mid, self.recent)
+        fits = min(counts) >= 0 and self.head >= 0 and self.tail <= self.slots
+        fits = fits and self.sink_slot + self.sink <= self.slots and len({p.shape[2] for p in self.planes.values()}) < 2
+        expected = {name: shape for name, shape in shapes.items() if name in self.planes} if self.planes else {}
+        if not fits or held != expected or (self.planes and set(shapes) - {"bias"} - set(self.planes)):
+            raise SavedCacheError(f"the window of {geometry} is not one that this layer could have had: {counts}")
+
+    def dump(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """As `State.dump`; slots in no use, and mid that is to be chosen anew, are saved as zeros."""
+        tensors, about = super().dump()
+        used = (slice(self.sink_slot, self.sink_slot + self.sink), slice(self.head - self.mid, self.tail))
+        for name, plane in self.planes.items():
+            kept = plane.new_zeros(plane.shape)
+            for where in used:
+                kept[:, :, where] = plane[:, :, where]
+            tensors[f"planes.{name}"] = kept
+        return tensors, about
+
+    def _front(self) -> int:
+        """Slots before recent: what sink and mid may come to need, or have now if there is no limit."""
+        return self.sink + self.mid if self.front is None else self.front
+
+    def _reserve(self, tokens: int, parts: Planes) -> None:
+        """Make sure that `tokens` more slots follow the tail."""
+        if not self.planes:
+            front = self.front or 0
+            room = front + tokens if self.capacity is None else max(self.capacity, front + tokens)
+            self.planes = {name: lasting((*x.shape[:2], room, x.shape[3]), like=x) for name, x in parts.items()}
+            self.tail = self.sink_slot = front
+        elif self.tail + tokens > self.slots:
+            self._relocate(self._front(), tokens, keep_mid=True)
+
+    def _relocate(self, head: int, extra: int, *, keep_mid: bool) -> None:
+        """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
+        sink, mid, old = self.sink, self.mid if keep_mid else 0, self.head
+        needed = head + self.recent + extra
+        grows = needed > self.slots
+        room = self.slots if not grows else needed if self.capacity is not None else max(needed, 2 * self.slots)
+        made = {}
+        for name, plane in self.planes.items():
+            anchors = plane[:, :, self.sink_slot : self.sink_slot + sink]
+            rest = plane[:, :, old - mid : self.tail]
+            target = plane
+            if grows:
+                target = lasting((*plane.shape[:2], room, plane.shape[3]), like=plane)
+            else:
+                anchors, rest, self.moved = anchors.clone(), rest.clone(), True
+            target[:, :, head - mid : head + self.recent] = rest
+            target[:, :, head - mid - sink : head - mid] = anchors
+            made[name] = target
+        self.planes, self.tail, self.sink_slot = made, head + self.recent, head - mid - sink
+        self.mid = mid
