@@ -16,8 +16,8 @@ Part = Tier | Literal["digests", "spare", "prompt"]
 
 @attrs.frozen(kw_only=True)
 class MemoryUsage:
-    """Bytes of one tier in one location. `digests` belong to mid, as does what is noted of where blocks lie; `spare` are
-    slots of a window in no use now; `prompt` are the keys and values of cross-attention (video)."""
+    """Bytes of one tier in one location. `digests` belong to mid, as does what is noted of where blocks lie;
+    `spare` are slots of a window in no use now; `prompt` are the keys and values of cross-attention (video)."""
 
     tier: Part
     location: Location

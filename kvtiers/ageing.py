@@ -44,7 +44,8 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
         _check(history, made, blocks.count, policy.compressor.block_tokens(span, moment.geometry), "age")
         # `rotated` was of the tokens that these were made of
         kept["compressed"] = made if made is blocks else attrs.evolve(made, rotated=None)
-    sizes = history.add(kept, first, span, moment)
+    digested = kept["compressed"] if policy.retriever.digests == "compressed" else blocks
+    sizes = history.add(kept, digested, first, span, moment)
     for form, size in sizes.items():
         tell(events.Archived, blocks=kept[form].count, location=policy.archive.location, bytes=size)
     history.waiting = {start: held for start, held in history.waiting.items() if int(start) not in starts}
@@ -94,7 +95,9 @@ def rewritten(history: History) -> Fetched | None:
 def _check(history: History, made: Any, count: int, tokens: int, method: str, *, at_most: bool = False) -> None:
     """Raise `SlotError` unless a compressor made what is due. Looks at shapes, dtype and device alone."""
     compressor = history.policy.compressor
-    who = f"layer {history.layer}: {type(compressor).__name__}.{'commit(compressed=...)' if compressor.given else method + '()'}"
+    who = f"layer {history.layer}: {type(compressor).__name__}.{method}()"
+    if compressor.given:
+        who = f"layer {history.layer}: commit(compressed=...) for {type(compressor).__name__}"
     if not isinstance(made, Blocks):
         raise SlotError(f"{who} returned a {type(made).__name__}; due is Blocks, or None where blocks are dropped")
     keys, values, most = made.keys, made.values, "at most " if at_most else ""
@@ -113,7 +116,11 @@ def _check(history: History, made: Any, count: int, tokens: int, method: str, *,
         if part is None:
             continue
         shape = part.shape[: part.dim() - ends]
-        if part.dim() != 4 + ends or any(a not in (1, b) for a, b in zip(shape, lead, strict=True)) or shape[3] != lead[3]:
+        if (
+            part.dim() != 4 + ends
+            or any(a not in (1, b) for a, b in zip(shape, lead, strict=True))
+            or shape[3] != lead[3]
+        ):
             raise SlotError(f"{who} made {name} {tuple(part.shape)}; due is {lead}, where the first three may be 1")
         if part.device != keys.device:
             raise SlotError(f"{who} made {name} on {part.device}; due is {keys.device}, as keys are")

@@ -29,7 +29,7 @@ class Extent:
 class Blocks:
     """A run of blocks of equal size, of one layer.
 
-    keys, values: [batch, kv_heads, blocks, tokens, head_dim]; keys as the layer stores them (see `Moment.keys_rotated`).
+    keys, values: [batch, kv_heads, blocks, tokens, head_dim]; keys as the layer stores them (`Moment.keys_rotated`).
     offsets: where each token lies, counted from the start of its block, along (time, ...); axes that agree are 1.
     starts: the first step of each block.
     span: how many steps a block occupies when a realigner places it.
@@ -111,7 +111,9 @@ class Context:
         """The position that each key has in this context."""
         return self.locate()[1]
 
-    def logit_bias(self, query_heads: int, dtype: torch.dtype) -> Float[Tensor, "batch query_heads queries tokens"] | None:
+    def logit_bias(
+        self, query_heads: int, dtype: torch.dtype
+    ) -> Float[Tensor, "batch query_heads queries tokens"] | None:
         """Mask and bias as one tensor to add to the logits of `query_heads` heads; None if there is neither.
 
         `queries` is 1 where all current tokens may see the same.

@@ -154,7 +154,7 @@ class Bounds:
         return held + 2 * archived_blocks * self.hot_bytes(geometry)
 
     def hot_bytes(self, geometry: Geometry) -> int:
-        """Bytes that one archived block keeps on the device: digests, where it lies, and itself if it is archived there."""
+        """Bytes that one archived block keeps on the device: digests, where it lies, and itself if it is there."""
         rows = geometry.batch * geometry.kv_heads
         of_digest = self.block_tokens(geometry, self.retriever.digests) if self.retriever.needs_digests else 0
         hot = self.retriever.digest_bytes(of_digest, geometry) * rows + 16

@@ -234,7 +234,9 @@ class TieredCache:
         with self.all_or_nothing():
             steps = {layer.rewind_recent() for layer in self.every_layer()}
             if len(steps) > 1:
-                raise CropError(f"rows and layers would have to be fed again {sorted(steps)} steps; rewind rows one by one")
+                raise CropError(
+                    f"rows and layers would have to be fed {sorted(steps)} steps again; rewind rows alone"
+                )
         return next(iter(steps), 0)
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
@@ -243,7 +245,7 @@ class TieredCache:
         with self.all_or_nothing():
             for layer, groups in zip(self.layers, made, strict=True):
                 layer.groups = groups
-        self._join()
+            self._join()
 
     def _join(self) -> None:
         """Count what every layer has archived in this cache's budgets."""
@@ -297,7 +299,7 @@ class TieredCache:
                 for layer in rows.layers():
                     layer.set_policy(policy)
             self.policies = list(each)
-        self._join()
+            self._join()
 
     def save(
         self,

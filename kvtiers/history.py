@@ -63,17 +63,19 @@ class History(State):
 
     # ------------------------------------------------------------------ add
 
-    def add(self, kept: Mapping[Form, Blocks], first: int, span: int, moment: Moment) -> dict[Form, int]:
+    def add(
+        self, kept: Mapping[Form, Blocks], digested: Blocks, first: int, span: int, moment: Moment
+    ) -> dict[Form, int]:
         """Archive blocks of `span` steps from step `first` on, in every form, or raise and archive none.
 
-        Returns the bytes written, by form.
+        digested: the same blocks in the form that the retriever digests. Returns the bytes written, by form.
         """
         self._truncate()
-        forms = {form: self._filled(form, blocks) for form, blocks in kept.items()}
+        forms = {form: self._lengthened(form, blocks) for form, blocks in kept.items()}
         codec = self.policy.codec
         encoded = {form: codec.encode(blocks.keys.detach(), blocks.values.detach()) for form, blocks in forms.items()}
         count = next(iter(forms.values())).count
-        digest = self._digested(kept, moment)
+        digest = self._digested(digested, moment)
         starts = first + span * torch.arange(count, device=moment.device)
         try:
             stores = {form: self.stores.get(form) or self._opened() for form in forms}
@@ -105,17 +107,19 @@ class History(State):
         if not self.count:
             self.constant, self.offsets, self.bias = {}, {}, {}
 
-    def _filled(self, form: Form, blocks: Blocks) -> Blocks:
+    def _lengthened(self, form: Form, blocks: Blocks) -> Blocks:
         """Blocks that are shorter than others get tokens that count for nothing behind theirs."""
         more = self.most_tokens[form] - blocks.tokens
         if more < 0:
             raise GeometryError(
-                f"layer {self.layer}: {type(self.policy.compressor).__name__} made blocks of {blocks.tokens} tokens, and "
-                f"its compressed_tokens() says {self.most_tokens[form]}"
+                f"layer {self.layer}: {type(self.policy.compressor).__name__} made blocks of {blocks.tokens} tokens, "
+                f"and its compressed_tokens() says {self.most_tokens[form]}"
             )
         if not more:
             return blocks
-        bias = blocks.keys.new_zeros(1, 1, 1, blocks.tokens, dtype=torch.float32) if blocks.bias is None else blocks.bias
+        bias = (
+            blocks.keys.new_zeros(1, 1, 1, blocks.tokens, dtype=torch.float32) if blocks.bias is None else blocks.bias
+        )
         return attrs.evolve(
             blocks,
             keys=pad(blocks.keys, (0, 0, 0, more)),
@@ -150,12 +154,11 @@ class History(State):
             own = blocks.keys.new_zeros(1, 1, 1, 1, dtype=torch.float32) if blocks.bias is None else blocks.bias.float()
             bias.append(own.expand(*wide, blocks.count, blocks.tokens))
 
-    def _digested(self, kept: Mapping[Form, Blocks], moment: Moment) -> Tensor | None:
+    def _digested(self, blocks: Blocks, moment: Moment) -> Tensor | None:
         """The digests of blocks that are archived, all of one size."""
         retriever = self.policy.retriever
         if not retriever.needs_digests:
             return None
-        blocks = kept.get(retriever.digests) or next(iter(kept.values()))
         if blocks.rotated is None:
             blocks = attrs.evolve(blocks, rotated=_rotated(blocks, moment))
         made = retriever.digest(blocks, moment).detach()
@@ -170,8 +173,8 @@ class History(State):
         if made.shape[3] > most:
             raise GeometryError(
                 f"{what} made {made.shape[3]} digests of a block of {blocks.tokens} tokens, and its digest_bytes() says "
-                f"{most} for the longest, {self.most_tokens[retriever.digests]} tokens; where blocks differ in length it "
-                "must tell the most"
+                f"{most} for the longest, {self.most_tokens[retriever.digests]} tokens; where blocks differ in length "
+                "it must tell the most"
             )
         return pad(made, (0, 0, 0, most - made.shape[3]))
 
@@ -189,7 +192,9 @@ class History(State):
             form = wanted if wanted in self.stores else next(iter(self.stores))
             other = attrs.evolve(self, policy=policy, digests=made)
             for block in range(self.count):
-                made.append(other._digested({form: self.block(form, block)}, moment))
+                digest = other._digested(self.block(form, block), moment)
+                if digest is not None:
+                    made.append(digest)
         return made
 
     # ------------------------------------------------------------------ select and fetch

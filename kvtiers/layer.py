@@ -5,8 +5,7 @@ history (the archive and its index), put together in three verbs.
 history. `context` is pure. A verb that fails leaves the layer as it was, or the layer refuses to go on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,25 +16,23 @@ from torch import Tensor
 
 from kvtiers import ageing, events
 from kvtiers.archive import ByteBudget
-from kvtiers.blocks import Blocks, Context, Extent, run_of
+from kvtiers.blocks import Blocks, Extent, run_of
 from kvtiers.checks import admit, check_finite, check_layer
-from kvtiers.errors import InterruptedForwardError, SavedCacheError, SelectionError, SlotError
-from kvtiers.geometry import Geometry
+from kvtiers.errors import SavedCacheError, SlotError
 from kvtiers.history import History
-from kvtiers.mid import Fetched, HeldBlocks, MidTokens
+from kvtiers.mid import HeldBlocks, MidTokens
+from kvtiers.placing import Placing
 from kvtiers.policy import Policy
-from kvtiers.reading import Reading
-from kvtiers.slots import Placement
 from kvtiers.state import Saved, State
 from kvtiers.watched import Watched
 from kvtiers.window import Window
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
-class Layer(Reading):
+class Layer(Placing):
     """The tiers of one layer. It owns no tensor itself: window, history and what is watched do.
 
-    Fields and what only reads them are in `kvtiers.reading`.
+    Its fields and what only reads them are in `kvtiers.reading`, how a context is put together in `kvtiers.placing`.
     """
 
     def __attrs_post_init__(self) -> None:
@@ -64,7 +61,7 @@ class Layer(Reading):
             kept = anchors * per_step if policy.realigner.sink_moves == "anew" else 0
             slots = policy.unrotated_slots(geometry)
             self.unrotated = Window(capacity=slots + kept if slots else None, front=kept)
-        forms = policy.forms if policy.archives else frozenset()
+        forms = {*policy.forms, policy.retriever.digests} if policy.archives else set()
         self.history = History(
             policy=policy,
             batch=geometry.batch,
@@ -82,38 +79,6 @@ class Layer(Reading):
         """Slots before recent that sink and mid may come to need; None if there is no limit."""
         mid = None if policy.in_place or policy.recent is None else policy.mid_bound(self.geometry)
         return None if mid is None else mid + policy.anchors(self.geometry) * self.geometry.tokens_per_step
-
-    # ------------------------------------------------------------------ all or nothing
-
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """A change of this layer: if it fails it is undone, or the layer refuses every further one."""
-        self.check_whole()
-        before = self.before()
-        self.broken = True
-        try:
-            yield
-        except BaseException:
-            self.go_back(before)
-            raise
-        self.broken = False
-
-    def before(self) -> list[tuple[State, Mapping[str, Any]]]:
-        """What `go_back` needs to undo what happens from here on."""
-        parts: list[State] = [self, self.window, self.history, self.watched]
-        if self.unrotated is not None:
-            parts.append(self.unrotated)
-            self.unrotated.moved = False
-        self.window.moved = False
-        return [(one, one.snapshot()) for one in parts]
-
-    def go_back(self, before: Sequence[tuple[State, Mapping[str, Any]]]) -> None:
-        """Undo what happened since `before`; the layer stays broken if tokens were written over."""
-        if any(isinstance(one, Window) and one.moved for one, _ in before):
-            self.broken = True
-            return
-        for one, state in reversed(before):
-            one.undo(state)
 
     # ------------------------------------------------------------------ the verbs
 
@@ -140,8 +105,8 @@ class Layer(Reading):
             else:
                 self._commit()
             self._take(keys, values)
-        if self.geometry.causal:
-            self.tell(events.Committed, steps=self.num_steps - self.committed_steps, tokens=self.current)
+            if self.geometry.causal:
+                self.tell(events.Committed, steps=self.num_steps - self.committed_steps, tokens=self.current)
 
     def select(self, query: Float[Tensor, "batch query_heads tokens head_dim"] | None = None) -> None:
         """Choose which archived blocks are attended, if the policy's refresh says that it is time.
@@ -157,7 +122,7 @@ class Layer(Reading):
         with self.changing():
             if self.stale or again:
                 first = 0 if query is None else self.num_steps - query.shape[2] // self.geometry.tokens_per_step
-                self._renew(None if query is None else self.turned(query, first))
+                self.renew(None if query is None else self.turned(query, first))
             if watches and query is not None:
                 self.watched.look(query, self.place_query(query), self.window, masked=self.geometry.causal)
 
@@ -225,7 +190,7 @@ class Layer(Reading):
             shape = (geometry.batch, geometry.query_heads, tokens, 1)
             parts["attention"] = plain.new_zeros(shape, dtype=torch.float32)
         if not self.unplaced:
-            self._keep_unrotated(plain, sink)
+            self.keep_unrotated(plain, sink)
         self.window.append(parts, sink=sink)
         wants = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         self.live = (keys, values) if wants else None
@@ -236,24 +201,8 @@ class Layer(Reading):
             self.pending = self.policy.refresh_steps
         self.drafted = True
         if self.stale and not self.policy.retriever.needs_query:
-            self._renew(None)
+            self.renew(None)
         self.attended = self.window.tail - self.window.begin
-
-    def _keep_unrotated(self, keys: Tensor, sink: int) -> None:
-        """Keep unrotated what may be rotated again, or archived, once it is not current; the first `sink` are anchors.
-
-        Where the compressed form is given, keys of the blocks that leave at the next commit are not needed.
-        """
-        window, per_step = self.unrotated, self.geometry.tokens_per_step
-        if window is None:
-            return
-        if self.policy.compressor.given and self.geometry.even and self.policy.recent:
-            steps = self.committed_steps + keys.shape[2] // per_step
-            first = max(self.recent_start, self.policy.extended(self.timeline, steps).recent_start_at(steps))
-            window.leave(max(0, window.recent - (self.committed_steps - first) * per_step))
-        kept = sink if self.policy.realigner.sink_moves == "anew" else 0
-        if kept or sink < keys.shape[2]:
-            window.append({"unrotated": keys[:, :, sink - kept :]}, sink=kept)
 
     def _retract(self, steps: int) -> None:
         """Give up the newest `steps` steps."""
@@ -334,7 +283,7 @@ class Layer(Reading):
             self.window.leave(tokens, stay=self.policy.in_place)
             self.recent_start = stop
             if compressor.drops:
-                self._assemble(None)
+                self.assemble(None)
             return
         got, done, window = self._attention(tokens), 0, self.window
         mid_got = None
@@ -354,7 +303,7 @@ class Layer(Reading):
             self._forget_unrotated()
             self.recent_start, self.stale, done = run[-1].stop, True, done + size
         if compressor.rewrites:
-            self._assemble(ageing.rewritten(self.history))
+            self.assemble(ageing.rewritten(self.history))
 
     def _attention(self, tokens: int) -> Tensor | None:
         """What attention the oldest `tokens` recent tokens got, if it is watched."""
@@ -383,85 +332,6 @@ class Layer(Reading):
             rotated=keys if rotated is None else rotated,
             attention=attention,
         )
-
-    # ------------------------------------------------------------------ select
-
-    def _renew(self, query: Tensor | None) -> None:
-        history = self.history
-        selection = history.select(query, self.moment(self.window.planes["rotated"].device))
-        fetched = None if selection is None else history.fetch(selection)
-        if selection is not None and fetched is not None:
-            blocks = selection.chosen.shape[-1] + selection.compressed.shape[-1]
-            size, location = fetched.keys.nbytes + fetched.values.nbytes, self.policy.archive.location
-            self.tell(events.Recalled, blocks=blocks, bytes=size, location=location)
-        self._assemble(fetched)
-        self.attended = self.window.tail - self.window.begin
-        history.selection, self.pending, self.selected_at = selection, 0, self.num_steps
-        if selection is not None:
-            if self.policy.retriever.needs_query and self.current > self.geometry.tokens_per_step:
-                self.together_at = self.num_steps
-            self.tell(events.Selected, chosen=selection.both, archived=history.count)
-
-    def _assemble(self, mid: Fetched | None) -> None:
-        """Write the sink and mid right before recent, and place everything."""
-        window, device = self.window, self.window.planes["rotated"].device
-        nothing = torch.zeros(1, 1, 0, dtype=torch.long, device=device)
-        placement = self.policy.realigner.place(
-            sink=min(self.timeline.sink, self.num_steps),
-            starts=nothing if mid is None else mid.where.starts,
-            spans=nothing if mid is None else mid.spans,
-            total=0 if mid is None else mid.total,
-            recent=self.recent_start,
-            moment=self.moment(device),
-        )
-        where, parts = None, None
-        if mid is not None:
-            where = attrs.evolve(mid.where, placed=placement.mid_starts)
-            parts = {"rotated": self._placed_mid(mid, where, placement), "values": mid.values}
-            if mid.bias is not None:
-                if "bias" not in window.planes:
-                    window.add_plane("bias", window.planes["rotated"])
-                parts["bias"] = mid.bias[..., None]
-            if mid.attention is not None and self.watched.counts:
-                parts["attention"] = mid.attention[..., None]
-        window.insert(parts)
-        self.mid, self.stale = where, False
-        self._shift(placement)
-
-    def _placed_mid(self, mid: Fetched, where: MidTokens, placement: Placement) -> Tensor:
-        """The keys of mid, rotated once to where they are placed."""
-        if not self.policy.realigner.rotates or self.rotary is None:
-            return mid.keys
-        if mid.whole and placement.mid_from is not None:
-            return self.turned(mid.keys, placement.mid_from)
-        return self.rotary.rotate(mid.keys, where.at(placement.mid_starts))
-
-    def _shift(self, placement: Placement) -> None:
-        """Rotate sink, recent and current to their place where it has changed, from their unrotated keys."""
-        window, plain, rotary = self.window, self.unrotated, self.rotary
-        if plain is not None and rotary is not None:
-            sink = slice(window.begin, window.begin + window.sink)
-            if placement.sink_shift != window.sink_shift and window.sink:
-                if self.policy.realigner.sink_moves == "again":
-                    further = placement.sink_shift - window.sink_shift
-                    window.write("rotated", sink, rotary.advance(window.view("rotated", sink), further))
-                else:
-                    anchors = plain.view("unrotated", slice(plain.sink_slot, plain.sink_slot + plain.sink))
-                    window.write("rotated", sink, self.turned(anchors, placement.sink_shift))
-            late = self.current if self.unplaced else 0
-            first, stop = self.recent_start + placement.recent_shift, window.tail - late
-            if placement.recent_shift != window.recent_shift and window.recent > late:
-                if plain.recent < window.recent - late:
-                    raise SelectionError(f"layer {self.layer} cannot move recent in the middle of a block; commit first")
-                keys = plain.view("unrotated", slice(plain.tail - (window.recent - late), plain.tail))
-                window.write("rotated", slice(window.head, stop), self.turned(keys, first))
-            if late:
-                keys = window.view("rotated", slice(stop, window.tail)).clone()
-                self._keep_unrotated(keys, 0)
-                at = self.committed_steps + placement.recent_shift
-                window.write("rotated", slice(stop, window.tail), self.turned(keys, at))
-                self.unplaced = False
-        window.sink_shift, window.recent_shift = placement.sink_shift, placement.recent_shift
 
     # ------------------------------------------------------------------ as a whole
 
@@ -518,6 +388,6 @@ class Layer(Reading):
             if history.count:
                 self.stale = True
                 if not policy.retriever.needs_query:
-                    self._renew(None)
+                    self.renew(None)
             elif self.dropped:
-                self._assemble(None)
+                self.assemble(None)

@@ -31,7 +31,7 @@ def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any)
     for name, value in own.items():
         if name not in _FIELDS:
             raise PolicyError(
-                f"{name} is no slot or setting of a policy, and an option of a slot's choice is the same for all layers; "
+                f"{name} is no slot or setting of a policy, and an option of a choice is the same for all layers; "
                 f"give one value, or the slot itself by layer, got a {type(value).__name__}"
             )
         strange = [key for key in value if key != "*" and key not in layers] if isinstance(value, Mapping) else []

@@ -73,7 +73,9 @@ class Fetched:
     attention: Float[Tensor, "batch query_heads tokens"] | None = None
 
 
-def entries(table: Float[Tensor, "batch kv_heads blocks *block"], index: Int[Tensor, "#batch #kv_heads chosen"]) -> Tensor:
+def entries(
+    table: Float[Tensor, "batch kv_heads blocks *block"], index: Int[Tensor, "#batch #kv_heads chosen"]
+) -> Tensor:
     """The entries of the chosen blocks of every row and head."""
     at = index.expand(*table.shape[:2], -1)
     lead = at.view(*at.shape, *(1 for _ in table.shape[3:])).expand(*at.shape, *table.shape[3:])
@@ -103,9 +105,7 @@ def merged(chosen: Fetched, further: Fetched, selection: Selection) -> Fetched:
         keys=_along_tokens(torch.cat([part.keys for part in both], 2), at),
         values=_along_tokens(torch.cat([part.values for part in both], 2), at),
         bias=bias,
-        where=MidTokens(
-            offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at)
-        ),
+        where=MidTokens(offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at)),
         spans=torch.cat([part.spans.expand(*lead, -1) for part in both], -1).gather(-1, order),
         total=chosen.total + further.total,
     )

@@ -110,7 +110,9 @@ class Registry:
     def installed(cls) -> "Registry":
         """A registry of every installed plugin, loaded one by one. Never raises."""
         found = cls()
-        skipped, only = ({name.strip() for name in os.environ.get(env, "").split(",")} - {""} for env in (DISABLE, ONLY))
+        skipped, only = (
+            {name.strip() for name in os.environ.get(env, "").split(",")} - {""} for env in (DISABLE, ONLY)
+        )
         seen = set()
         for entry in metadata.entry_points(group=GROUP):
             distribution = entry.dist.name if entry.dist else "(unknown)"

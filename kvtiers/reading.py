@@ -11,7 +11,7 @@ from torch import Tensor
 from kvtiers import events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Context
-from kvtiers.errors import InterruptedForwardError, RotaryError, SavedCacheError, SelectionError
+from kvtiers.errors import RotaryError, SavedCacheError, SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.history import History
 from kvtiers.masks import causal, dropping
@@ -21,6 +21,7 @@ from kvtiers.rotary import Rotary
 from kvtiers.slots import Moment
 from kvtiers.state import State, number, part
 from kvtiers.timeline import Timeline
+from kvtiers.undoing import Undoable
 from kvtiers.watched import Watched
 from kvtiers.window import Window
 
@@ -42,7 +43,7 @@ class CurrentView:
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
-class Reading(State):
+class Reading(Undoable):
     """The fields of a layer, and what reads them.
 
     layer: the model's number for it. rotary: how it rotates, or None. observe: told of every event; it must not raise.
@@ -51,7 +52,6 @@ class Reading(State):
 
     policy: Policy
     geometry: Geometry
-    layer: int = 0
     rotary: Rotary | None = None
     observe: Observe | None = None
     check: bool = False
@@ -89,16 +89,9 @@ class Reading(State):
     """The embedding of the prompt, for policies that look at it (video)."""
     live: tuple[Tensor, Tensor] | None = None
     """Current keys and values with their graph, where gradients are wanted."""
-    broken: bool = False
-    """Whether a change failed midway and could not be undone."""
 
-    def check_whole(self) -> None:
-        """Raise `InterruptedForwardError` if an earlier change failed midway."""
-        if self.broken:
-            raise InterruptedForwardError(
-                f"an earlier change of layer {self.layer} failed midway, and what it holds is not whole; go on from a "
-                "fork() made before it, or reset() the cache"
-            )
+    def pieces(self) -> list[State]:
+        return [self, self.window, self.history, self.watched, *([] if self.unrotated is None else [self.unrotated])]
 
     @property
     def current(self) -> int:
@@ -166,7 +159,7 @@ class Reading(State):
         return self.rotary.apply(x, self.rotary.table(where, x.dtype))
 
     def current_view(self) -> CurrentView | None:
-        """Where further passes over the current block may write it, if its selection holds; None if they must `write`."""
+        """Where further passes may write the current block, if its selection holds; None if they must `write`."""
         holds = self.drafted and not self.stale and self.live is None and self.policy.refresh != "chunk"
         if not holds or self.rotary is None or self.watched.looks:
             return None
@@ -214,7 +207,9 @@ class Reading(State):
         wrong = wrong or window.sink != anchors * per_step or window.recent != recent * per_step
         wrong = wrong or (self.num_steps > 0) != bool(window.planes)
         if line.cuts is not None:
-            wrong = wrong or list(line.cuts) != sorted(set(line.cuts)) or (line.cuts or (0,))[-1] != self.committed_steps
+            wrong = (
+                wrong or list(line.cuts) != sorted(set(line.cuts)) or (line.cuts or (0,))[-1] != self.committed_steps
+            )
         if wrong:
             raise SavedCacheError(f"the numbers of layer {self.layer} do not fit together: {self.tier_counts()}")
         lead = (geometry.batch, geometry.kv_heads)

@@ -125,8 +125,8 @@ class LayerRows:
                 if len(members) == 1:
                     parted.append((group, columns))
                     continue
-                at = torch.tensor(those, device=columns.device)
-                layer = group.layer.select_rows(at) if group.layer.num_steps else self._make(len(those))
+                own = torch.tensor(those, device=columns.device)
+                layer = group.layer.select_rows(own) if group.layer.num_steps else self._make(len(those))
                 layer.join(layer.history.budget)
                 parted.append((RowGroup(torch.tensor([rows[m] for m in those], device=columns.device), layer), columns))
         self.groups = tuple(group for group, _ in parted)

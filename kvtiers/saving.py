@@ -108,7 +108,9 @@ def load(
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         # what a crafted file can hold is more than its declared state; nothing was changed yet
         raise SavedCacheError(f"{path} does not describe this cache: {error}") from error
-    kept = {name.removeprefix("beside."): part.to(device) for name, part in tensors.items() if name.startswith("beside.")}
+    kept = {
+        name.removeprefix("beside."): part.to(device) for name, part in tensors.items() if name.startswith("beside.")
+    }
     return groups, about["extra"], kept
 
 
@@ -122,7 +124,8 @@ def _groups(
     new_layer: Callable[[int, int], Layer], index: int, saved: Any, tensors: Mapping[str, Tensor], device: torch.device
 ) -> tuple[RowGroup, ...]:
     """The groups of rows of one layer."""
-    groups, rows = [], []
+    groups: list[RowGroup] = []
+    rows: list[int] = []
     for number, group in enumerate(saved):
         batch, named = group["batch"], group["rows"]
         members = list(range(batch)) if named is None else named

@@ -25,9 +25,9 @@ class Moment:
     """Where and when a policy is asked.
 
     step: how many steps are history. keys_rotated: whether stored keys are rotated to their original positions by the
-    model (under a realigner that leaves positions alone) or not rotated. blocks_differ: whether archived blocks differ in
-    length, so that a shorter one has zeros in place of digests that it lacks. prompt: the embedding of the prompt, if there
-    is one (video). queries: the latest queries, as many as `Compressor.window` says, rotated as keys are, or None.
+    model (under a realigner that leaves positions alone) or not rotated. blocks_differ: whether archived blocks differ
+    in length, so that a shorter one has zeros in place of digests that it lacks. prompt: the embedding of the prompt,
+    if there is one (video). queries: the latest queries, as many as `Compressor.window` says, rotated as keys are.
     """
 
     layer: int

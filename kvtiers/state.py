@@ -7,7 +7,7 @@ Nothing here knows caches or layers.
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import attrs
 import torch
@@ -62,7 +62,7 @@ class State:
 
     def declared(self) -> Iterator[tuple[str, str, Any]]:
         """Name, kind and value of every declared field."""
-        for field in attrs.fields(type(self)):
+        for field in attrs.fields(cast(Any, type(self))):
             kind = field.metadata.get("state")
             if kind is not None:
                 yield field.name, kind, getattr(self, field.name)
@@ -126,19 +126,19 @@ class State:
     def fill(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Become what `dump` said. Raises `SavedCacheError` for what is missing, unknown or of another type."""
         names = [name for name, _, _ in self.declared()]
-        if not isinstance(about, Mapping) or set(about) != set(names):
+        if set(about) != set(names):
             raise SavedCacheError(f"{type(self).__name__} is described by {sorted(about)}, expected {sorted(names)}")
         for name, kind, value in list(self.declared()):
             said = about[name]
             if kind == "number":
                 setattr(self, name, _plain(f"{type(self).__name__}.{name}", said, value))
             elif isinstance(value, Mapping) or (kind == "part" and isinstance(said, dict) and "state" not in said):
-                made = {key: self._filled(name, key, one, tensors) for key, one in said.items()}
+                made = {key: self._part_of(name, key, one, tensors) for key, one in said.items()}
                 setattr(self, name, made)
             else:
-                setattr(self, name, self._filled(name, None, said, tensors))
+                setattr(self, name, self._part_of(name, None, said, tensors))
 
-    def _filled(self, name: str, key: str | None, said: Any, tensors: Mapping[str, Tensor]) -> Any:
+    def _part_of(self, name: str, key: str | None, said: Any, tensors: Mapping[str, Tensor]) -> Any:
         """The value of one field (or of one name in a mapping), by its description."""
         path = name if key is None else f"{name}.{key}"
         if said is None:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import cast
 
 import attrs
 from attrs import validators as v
@@ -44,11 +45,13 @@ class Timeline:
         steps = [*(cuts if isinstance(cuts, list) else []), sink, *([] if origin is None else [origin])]
         whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in steps)
         if not whole or (cuts is None) != (self.cuts is None) or (self.cuts is None and sink != self.sink):
-            raise SavedCacheError(f"a timeline of sink {sink!r}, origin {origin!r}, cuts {cuts!r} belongs to no such layer")
+            raise SavedCacheError(
+                f"a timeline of sink {sink!r}, origin {origin!r}, cuts {cuts!r} belongs to no such layer"
+            )
         ends = None if cuts is None else tuple(steps[: len(steps) - (1 if origin is None else 2)])
         if ends is not None and sink not in (0, *ends):
             raise SavedCacheError(f"a sink of {sink!r} steps ends inside a block")
-        return attrs.evolve(self, sink=sink, origin=origin, cuts=ends)
+        return attrs.evolve(self, sink=cast(int, sink), origin=cast(int | None, origin), cuts=ends)
 
     def recent_start_at(self, steps: int) -> int:
         """The first step of the recent tier when `steps` steps are history (at least the end of the sink)."""

@@ -106,4 +106,5 @@ def attention(
         logits = logits + torch.cat([window.view("bias", part) for part in parts], 2)[:, :, None, None, :, 0]
     if late > 1:
         logits = logits.masked_fill(~causal(late, keys.shape[2], keys.device), -torch.inf)
-    return logits.softmax(-1).flatten(1, 2)
+    shares: Tensor = logits.softmax(-1).flatten(1, 2)
+    return shares

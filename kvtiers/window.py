@@ -43,8 +43,8 @@ class Window(State):
     """Steps by which the sink's keys are placed beyond their origin."""
     recent_shift: int = number(0)
     """Steps by which the keys of recent and current are placed beyond their origin."""
-    moved: bool = False
-    """Whether tokens were written over since this was last set to False: then `undo` does not bring them back."""
+    moves: int = 0
+    """How often tokens were written over: `undo` does not bring those back."""
 
     @property
     def head(self) -> int:
@@ -97,7 +97,7 @@ class Window(State):
         if self.head < self.sink + tokens:
             self._relocate(max(self.sink + tokens, self._front()), 0, keep_mid=False)
         slot = self.head - tokens - self.sink
-        self.moved = True
+        self.moves += 1
         if slot != self.sink_slot and self.sink:
             for plane in self.planes.values():
                 anchors = plane[:, :, self.sink_slot : self.sink_slot + self.sink].clone()
@@ -118,7 +118,7 @@ class Window(State):
 
     def write(self, name: str, where: slice, x: Tensor) -> None:
         """Write over tokens that are here."""
-        self.moved = True
+        self.moves += 1
         self.planes[name][:, :, where] = x
 
     @property
@@ -178,7 +178,8 @@ class Window(State):
             if grows:
                 target = lasting((*plane.shape[:2], room, plane.shape[3]), like=plane)
             else:
-                anchors, rest, self.moved = anchors.clone(), rest.clone(), True
+                anchors, rest = anchors.clone(), rest.clone()
+                self.moves += 1
             target[:, :, head - mid : head + self.recent] = rest
             target[:, :, head - mid - sink : head - mid] = anchors
             made[name] = target

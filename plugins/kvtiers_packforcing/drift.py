@@ -12,12 +12,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kvtiers
-from kvtiers import Geometry, LayerStore, Rotary
+from kvtiers import Geometry, Layer, Rotary
 
 REALIGNERS: Mapping[str, Any] = {
     "incremental": "incremental",
     "incremental, once": ("incremental", {"rotations": "once"}),
-    "anchored": "anchored",
+    "contiguous": "contiguous",
 }
 _FRAMES, _GRID = 4, (8, 8)
 _AXES = (44, 42, 42)
@@ -67,14 +67,14 @@ def errors(
         layout="interleaved",
         angle_dtype=torch.float64,
     )
-    store, random = LayerStore(policy, geometry, rotary=rotary), torch.Generator().manual_seed(0)
+    store, random = Layer(policy=policy, geometry=geometry, rotary=rotary), torch.Generator().manual_seed(0)
     shape = (1, 1, _FRAMES * geometry.tokens_per_step, geometry.head_dim)
     found: list[float] = []
     held: list[torch.Tensor] = []
     while len(found) < blocks:
         keys = torch.randn(shape, generator=random).to(dtype)
         held = [*held[:1], *held[1:][-1:], keys]  # the anchors, recent, and the current block
-        store.draft(keys, keys)
+        store.write(keys, keys, replace=True)
         store.select(None)
         context = store.context()
         if store.dropped:
@@ -83,7 +83,7 @@ def errors(
             off = (context.keys[..., : _AXES[0]].double() - exact).unflatten(2, by_tier).norm(dim=(-2, -1))
             found.append(float((off / exact.unflatten(2, by_tier).norm(dim=(-2, -1))).max()))
             done()
-        store.settle()
+        store.commit()
     return found
 
 

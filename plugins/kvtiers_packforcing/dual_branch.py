@@ -8,7 +8,7 @@ wide on strided axes, the last layer of HR starts at zero, and `positions` names
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -17,14 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from kvtiers import PolicyError, Reduced, Reducer, SourceCompressor
+from kvtiers import Blocks, Compressor, Geometry, Moment, PolicyError
+from kvtiers_packforcing.reduced import Reduced
 
 _SPACE, _TIME = 4, 2
 """Tokens (height and width) and frames that become one."""
 
 
 @attrs.frozen(kw_only=True)
-class DualBranch(SourceCompressor):
+class DualBranch(Compressor):
     """Reduce frames 2 times in time and tokens 4 times in height and in width.
 
     branches: `both`, or one alone: `hr` needs trained weights, `lr` a VAE.
@@ -34,6 +35,7 @@ class DualBranch(SourceCompressor):
         untrained `both` is `lr` alone.
     """
 
+    given: ClassVar[bool] = True
     branches: Literal["both", "hr", "lr"] = attrs.field(default="both", validator=v.in_(("both", "hr", "lr")))
     positions: Literal["center", "corner", "unit"] = attrs.field(
         default="center", validator=v.in_(("center", "corner", "unit"))
@@ -49,8 +51,14 @@ class DualBranch(SourceCompressor):
             )
         return steps // _TIME, grid[0] // _SPACE, grid[1] // _SPACE
 
-    def reduced_tokens(self, steps: int, grid: tuple[int, ...]) -> int:
-        frames, height, width = self.cells(steps, grid)
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
+        raise PolicyError("dual-branch reduces frames before the model sees them; its form comes with the commit")
+
+    def compressed_tokens(self, tokens: int) -> int:
+        raise PolicyError("dual-branch reduces blocks of a grid; ask block_tokens()")
+
+    def block_tokens(self, steps: int, geometry: Geometry) -> int:
+        frames, height, width = self.cells(steps, geometry.grid)
         return frames * height * width
 
     def offsets(self, steps: int, grid: tuple[int, ...]) -> Float[Tensor, "tokens 3"]:
@@ -68,7 +76,7 @@ class DualBranch(SourceCompressor):
         """Steps that a reduced block occupies when it is placed."""
         return steps // _TIME if self.positions == "unit" else steps
 
-    def bind(self, model: Any, vae: Any, network: Any = None) -> Reducer:
+    def bind(self, model: Any, vae: Any, network: Any = None) -> "DualBranchReducer":
         return DualBranchReducer(self, model, vae, network)
 
 

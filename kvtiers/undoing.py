@@ -1,0 +1,60 @@
+"""All or nothing: a change that fails is undone, or what was changed refuses to go on. Never silently wrong."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+
+from kvtiers.errors import InterruptedForwardError
+from kvtiers.state import State
+
+Before = Sequence[tuple[State, Mapping[str, Any], int]]
+"""Pieces of state, what they were, and how often tokens had been written over."""
+
+
+@attrs.define(eq=False, slots=False, kw_only=True)
+class Undoable(State, ABC):
+    """State in several pieces that changes as a whole. layer: its number, for messages."""
+
+    layer: int = 0
+    broken: bool = False
+    """Whether a change failed midway and could not be undone."""
+
+    @abstractmethod
+    def pieces(self) -> list[State]:
+        """Every piece that a change may change. Those with a count `moves` say how often tokens were written over."""
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """A change: if it fails it is undone, or every further one is refused."""
+        self.check_whole()
+        before = self.before()
+        self.broken = True
+        try:
+            yield
+        except BaseException:
+            self.go_back(before)
+            raise
+        self.broken = False
+
+    def check_whole(self) -> None:
+        """Raise `InterruptedForwardError` if an earlier change failed midway."""
+        if self.broken:
+            raise InterruptedForwardError(
+                f"an earlier change of layer {self.layer} failed midway, and what it holds is not whole; go on from a "
+                "fork() made before it, or reset() the cache"
+            )
+
+    def before(self) -> Before:
+        """What `go_back` needs to undo what happens from here on."""
+        return [(one, one.snapshot(), getattr(one, "moves", 0)) for one in self.pieces()]
+
+    def go_back(self, before: Before) -> None:
+        """Undo what happened since `before`; it stays broken if tokens were written over."""
+        if any(getattr(one, "moves", 0) != moves for one, _, moves in before):
+            self.broken = True
+            return
+        for one, state, _ in reversed(before):
+            one.undo(state)
