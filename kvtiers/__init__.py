@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from kvtiers.accounting import Held, bytes_in, held_by
+from kvtiers.accounting import MemoryUsage, bytes_in, memory_usage_of
 from kvtiers.archive import Archive, Shelf
 from kvtiers.blocks import Blocks, Context, Extent, Selection
 from kvtiers.cache import Layer, Ragged, TieredCache, Turn
@@ -60,7 +60,7 @@ __all__ = [
     "Extent",
     "Geometry",
     "GeometryError",
-    "Held",
+    "MemoryUsage",
     "InterruptedForwardError",
     "KVTiersError",
     "Layer",
@@ -94,7 +94,7 @@ __all__ = [
     "UnknownPolicyError",
     "UnsupportedModelError",
     "bytes_in",
-    "held_by",
+    "memory_usage_of",
     "hookimpl",
     "load_policy",
     "observer",

@@ -1,4 +1,4 @@
-"""How many bytes are held, per tier and place: the bytes of the storages themselves, not of what they should be."""
+"""How many bytes are held, per tier and location: the bytes of the storages themselves, not of what they should be."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Literal
 import attrs
 from torch import Tensor
 
-from kvtiers.blocks import Place, Selection, Tier
+from kvtiers.blocks import Location, Selection, Tier
 from kvtiers.recall import MidTokens
 from kvtiers.store import LayerStore
 
@@ -15,18 +15,18 @@ Part = Tier | Literal["digests", "spare", "prompt"]
 
 
 @attrs.frozen(kw_only=True)
-class Held:
-    """Bytes of one tier in one place. `digests` belong to mid; `spare` are slots of a context buffer in no use now;
+class MemoryUsage:
+    """Bytes of one tier in one location. `digests` belong to mid; `spare` are slots of a context buffer in no use now;
     `prompt` are the keys and values of cross-attention (video)."""
 
     tier: Part
-    place: Place
+    location: Location
     bytes: int
 
 
-def held_by(stores: Iterable[LayerStore]) -> list[Held]:
-    """What `stores` hold together, one entry per tier and place, largest first."""
-    total: Counter[tuple[Part, Place]] = Counter()
+def memory_usage_of(stores: Iterable[LayerStore]) -> list[MemoryUsage]:
+    """What `stores` hold together, one entry per tier and location, largest first."""
+    total: Counter[tuple[Part, Location]] = Counter()
     small: dict[int, int] = {}
     waiting: dict[int, int] = {}
     graph: dict[int, int] = {}
@@ -44,19 +44,19 @@ def held_by(stores: Iterable[LayerStore]) -> list[Held]:
             for part in (run.keys, run.values):
                 graph[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
         for shelf in store.shelves.values():
-            for place, size in shelf.bytes_by_place().items():
-                total["mid", place] += size
+            for location, size in shelf.bytes_by_location().items():
+                total["mid", location] += size
     total["digests", "device"] = sum(small.values())
     total["recent", "device"] += sum(waiting.values())
     total["mid", "device"] += sum(graph.values())
-    return [Held(tier=tier, place=place, bytes=n) for (tier, place), n in total.most_common() if n]
+    return [MemoryUsage(tier=tier, location=location, bytes=n) for (tier, location), n in total.most_common() if n]
 
 
 def _parts(value: MidTokens | Selection | None) -> list[object]:
     return [] if value is None else [getattr(value, field.name) for field in attrs.fields(type(value))]
 
 
-def _split(store: LayerStore, buffer: Tensor, total: Counter[tuple[Part, Place]]) -> None:
+def _split(store: LayerStore, buffer: Tensor, total: Counter[tuple[Part, Location]]) -> None:
     """Credit the slots of a context buffer to the tiers that are in them."""
     whole = buffer.untyped_storage().nbytes()
     slot = whole // buffer.shape[2]
@@ -72,6 +72,6 @@ def _split(store: LayerStore, buffer: Tensor, total: Counter[tuple[Part, Place]]
     total["spare", "device"] += whole - slot * sum(parts.values())
 
 
-def bytes_in(held: Iterable[Held], place: Place) -> int:
-    """All bytes in `place`."""
-    return sum(h.bytes for h in held if h.place == place)
+def bytes_in(usage: Iterable[MemoryUsage], location: Location) -> int:
+    """All bytes in `location`."""
+    return sum(h.bytes for h in usage if h.location == location)

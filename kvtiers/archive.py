@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvtiers.blocks import Blocks, Place
+from kvtiers.blocks import Blocks, Location
 from kvtiers.errors import GeometryError
 
 
@@ -39,8 +39,8 @@ class Shelf(ABC):
         """Keys, values and offsets of the chosen blocks, on the device of `index`."""
 
     @abstractmethod
-    def bytes_by_place(self) -> dict[Place, int]:
-        """Bytes of the storages (or files) held, by place."""
+    def bytes_by_location(self) -> dict[Location, int]:
+        """Bytes of the storages (or files) held, by location."""
 
     @abstractmethod
     def take(self, rows: Int[Tensor, " rows"]) -> None:
@@ -70,7 +70,7 @@ class Shelf(ABC):
 class Archive(ABC):
     """Decides where archived data lives. A frozen setting; `open` gives each layer its shelf."""
 
-    place: ClassVar[Place]
+    location: ClassVar[Location]
 
     @abstractmethod
     def open(self) -> Shelf:
@@ -154,9 +154,9 @@ class Growing:
 class TensorShelf(Shelf):
     """A shelf in memory, on the device the blocks come from or on the one that is named."""
 
-    def __init__(self, place: Place, device: torch.device | None = None, *, pinned: bool = False) -> None:
+    def __init__(self, location: Location, device: torch.device | None = None, *, pinned: bool = False) -> None:
         super().__init__()
-        self.place: Place = place
+        self.location: Location = location
         self.device, self.pinned = device, pinned
         self._keys, self._values, self._offsets = (Growing(2, pinned=pinned) for _ in range(3))
         self._constant: Tensor | None = None
@@ -186,9 +186,9 @@ class TensorShelf(Shelf):
         parts = (pick(self._keys, at), pick(self._values, at), offsets)
         return tuple(part.to(index.device, non_blocking=True) for part in parts)
 
-    def bytes_by_place(self) -> dict[Place, int]:
+    def bytes_by_location(self) -> dict[Location, int]:
         constant = 0 if self._constant is None else self._constant.untyped_storage().nbytes()
-        return {self.place: self._keys.nbytes + self._values.nbytes + self._offsets.nbytes + constant}
+        return {self.location: self._keys.nbytes + self._values.nbytes + self._offsets.nbytes + constant}
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
         for part in (self._keys, self._values, self._offsets):
@@ -202,7 +202,7 @@ class TensorShelf(Shelf):
         return other
 
     def _empty(self) -> "TensorShelf":
-        return TensorShelf(self.place, self.device, pinned=self.pinned)
+        return TensorShelf(self.location, self.device, pinned=self.pinned)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {"keys": self._keys.data, "values": self._values.data, "offsets": self._offsets.data}

@@ -150,8 +150,8 @@ def _shelve(store: "LayerStore", kept: dict[Form, Blocks]) -> None:
     if store.observe is not None:
         for blocks in written.values():
             size = blocks.keys.nbytes + blocks.values.nbytes
-            place = store.policy.archive.place
-            store.observe(events.Archived(layer=store.layer, blocks=blocks.count, place=place, bytes=size))
+            location = store.policy.archive.location
+            store.observe(events.Archived(layer=store.layer, blocks=blocks.count, location=location, bytes=size))
 
 
 def fetched(store: "LayerStore", form: Form, number: int, *, whole: bool = False) -> Blocks:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 Tier = Literal["sink", "mid", "recent", "current"]
 Form = Literal["full", "compressed"]
-Place = Literal["device", "host", "disk"]
+Location = Literal["device", "host", "disk"]
 
 
 @attrs.frozen
@@ -33,10 +33,10 @@ class Blocks:
     offsets: where each token lies, counted from the start of its block, along (time, ...); axes that agree are 1.
     starts: the first step of each block.
     span: how many steps a block occupies when a realigner places it.
-    rotated: the keys as attention sees them at their original positions (`keys` themselves under `gaps`), if known.
+    rotated: the keys as attention sees them at their original positions (`keys` themselves under `original`), if known.
     reduced: the reduced-resolution K/V that the model itself projected at commit, for a `SourceCompressor`.
-    own_offsets: a compressor sets it if it leaves other offsets in other blocks, which the shape of a single block of a
-        single row and head cannot show.
+    offsets_differ: a compressor sets it if it leaves other offsets in other blocks, which the shape of a single block
+        of a single row and head cannot show.
     """
 
     keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
@@ -46,12 +46,12 @@ class Blocks:
     span: int
     rotated: Float[Tensor, "batch kv_heads blocks tokens head_dim"] | None = None
     reduced: "Blocks | None" = None
-    own_offsets: bool = False
+    offsets_differ: bool = False
 
     @property
     def alike(self) -> bool:
         """Whether tokens lie alike in every block, so that the offsets of one stand for all."""
-        return not self.own_offsets and max(self.offsets.shape[:3]) == 1
+        return not self.offsets_differ and max(self.offsets.shape[:3]) == 1
 
     @property
     def count(self) -> int:
@@ -67,8 +67,8 @@ class Selection:
     """Which archived blocks a context attends: indices in order of origin, the same number for every row and head."""
 
     chosen: Int[Tensor, "batch kv_heads chosen"]
-    """Attended in the form that the policy's `recall` names."""
-    fringe: Int[Tensor, "batch kv_heads fringe"]
+    """Attended in the form that the policy's `attend` names."""
+    compressed: Int[Tensor, "batch kv_heads compressed"]
     """Attended in compressed form."""
     shared: bool = False
     """Whether all KV heads attend the same blocks, so that what is worked out for one stands for all."""

@@ -315,7 +315,7 @@ class TieredCache:
     def place_query(
         self, layer: int, query: Float[Tensor, "batch query_heads tokens head_dim"]
     ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
-        """Rotate the current tokens' queries to where their keys are placed (nothing to do under `gaps`)."""
+        """Rotate the current tokens' queries to where their keys are placed (nothing to do under `original`)."""
         return self._only(layer).place_query(query)
 
     def beside(
@@ -369,7 +369,7 @@ class TieredCache:
     def _crop_to(self, wanted: Sequence[int]) -> None:
         """Roll each store back to its own number of steps, or none."""
         for store, steps in zip(self.stores(), wanted, strict=True):
-            reason = session.crop_reason(store, steps)
+            reason = session.why_not_crop(store, steps)
             if reason is not None:
                 raise CropError(
                     f"layer {store.layer} cannot give back {store.seen - steps} of {store.seen} steps: {reason}; "
@@ -453,19 +453,19 @@ class TieredCache:
             beside |= kept
         return extra
 
-    def held(self) -> list[accounting.Held]:
-        """Bytes held per tier and place."""
-        return accounting.held_by(self.stores())
+    def memory_usage(self) -> list[accounting.MemoryUsage]:
+        """Bytes held per tier and location."""
+        return accounting.memory_usage_of(self.stores())
 
     def attended(self) -> list[int]:
         """Tokens that the last step of each layer attended, per row and KV head (of its longest row)."""
         return [max((store.tail - store.begin for store in layer.stores()), default=0) for layer in self.layers]
 
-    def census(self, layer: int = 0, row: int = 0) -> dict[str, int]:
+    def tier_counts(self, layer: int = 0, row: int = 0) -> dict[str, int]:
         """How many steps of a row are in each tier, and how many a policy dropped."""
         for lane in self.layers[layer].lanes:
             if lane.rows is None or row in lane.rows.tolist():
-                return lane.store.census()
+                return lane.store.tier_counts()
         return {}
 
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:

@@ -4,7 +4,7 @@ import attrs
 from jaxtyping import Int
 from torch import Tensor
 
-from kvtiers.blocks import Place
+from kvtiers.blocks import Location
 
 
 @attrs.frozen
@@ -28,11 +28,11 @@ class Compressed:
 
 @attrs.frozen
 class Archived:
-    """`blocks` blocks, `bytes` bytes over all rows and KV heads, were written to the archive at `place`."""
+    """`blocks` blocks, `bytes` bytes over all rows and KV heads, were written to the archive at `location`."""
 
     layer: int
     blocks: int
-    place: Place
+    location: Location
     bytes: int
 
 
@@ -51,12 +51,12 @@ class Selected:
 
 @attrs.frozen
 class Recalled:
-    """`blocks` blocks per row and KV head, `bytes` bytes in all, were copied from `place` into the context."""
+    """`blocks` blocks per row and KV head, `bytes` bytes in all, were copied from `location` into the context."""
 
     layer: int
     blocks: int
     bytes: int
-    place: Place
+    location: Location
 
 
 @attrs.frozen

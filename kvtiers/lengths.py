@@ -88,5 +88,5 @@ def filled(blocks: Blocks, tokens: int, span: int) -> Blocks:
         span=span,
         rotated=None,
         reduced=None,
-        own_offsets=True,
+        offsets_differ=True,
     )

@@ -62,10 +62,10 @@ def cost(policy: Policy, shape: Shape) -> Cost:
     aged = 0 if policy.recent is None else max(0, shape.steps - policy.anchors(geometry) - policy.recent)
     blocks = aged // block if archives else 0
     attended = shape.tokens if bound is None else min(bound, shape.tokens)
-    if archives and policy.recall == "compressed":
+    if archives and policy.attend == "compressed":
         past = max(0, shape.steps - current - policy.anchors(geometry) - (policy.recent or 0)) // block
         chosen = policy.retriever.count(policy.top_k, past)
-        further = min(policy.fringe, past - chosen) if chosen else 0
+        further = min(policy.top_k_compressed, past - chosen) if chosen else 0
         mid = (chosen + further) * policy.block_tokens(geometry, "compressed")
         attended = min(attended, shape.tokens - past * block * geometry.tokens_per_step + mid)
     of_block = sum(policy.block_tokens(geometry, form) for form in policy.forms) * shape.token_bytes
@@ -75,7 +75,7 @@ def cost(policy: Policy, shape: Shape) -> Cost:
         attended=attended,
         cached_bytes=(attended - without) * shape.token_bytes,
         device_bytes=shape.layers * (_doubled(policy, shape, blocks) if allocated is None else allocated),
-        archive_bytes=0 if policy.archive.place == "device" else blocks * of_block,
+        archive_bytes=0 if policy.archive.location == "device" else blocks * of_block,
         growth_bytes=shape.growth_steps // block * of_block if archives else 0,
         work=attended / shape.tokens,
     )
@@ -95,5 +95,5 @@ def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:
     archived = sum(policy.block_tokens(geometry, form) for form in policy.forms) * (
         geometry.token_bytes + 4 * rows * axes
     )
-    held += blocks * (digest + chosen + (archived if policy.archive.place == "device" else 0))
+    held += blocks * (digest + chosen + (archived if policy.archive.location == "device" else 0))
     return 2 * held + policy.compressor.state_bytes(geometry)

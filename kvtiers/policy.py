@@ -206,7 +206,7 @@ class Realigner(ABC):
     """False if keys keep the rotation that the model gave them."""
 
     @property
-    def accumulates(self) -> bool:
+    def rotates_again(self) -> bool:
         """Whether anchors that move are rotated on from where they were, as often as that happens, and rounded each
         time; otherwise every key is rotated once, from its unrotated value, to where it is placed."""
         return False
@@ -229,7 +229,7 @@ class Realigner(ABC):
         """
 
 
-Recall = Literal["full", "compressed"]
+Attend = Literal["full", "compressed"]
 
 
 def _slot(kind: type) -> Any:
@@ -268,10 +268,10 @@ class Policy:
     recent: int | None = _count(None, 0, optional=True)
     """Newest steps kept in full detail, without the current ones. None: nothing ever leaves recent."""
     top_k: int = _count(16, 1)
-    """Archived blocks attended in the form that `recall` names."""
-    fringe: int = _count(0, 0)
+    """Archived blocks attended in the form that `attend` names."""
+    top_k_compressed: int = _count(0, 0)
     """Next-ranked archived blocks attended in compressed form beside them."""
-    recall: Recall = attrs.field(default="compressed")
+    attend: Attend = attrs.field(default="compressed")
     """The form in which selected blocks are attended."""
     block_size: int = _count(32, 1)
     """Steps of a block (text; a video's blocks are what is committed)."""
@@ -283,10 +283,10 @@ class Policy:
     budget: int | None = _count(None, 1, optional=True)
     """The most tokens one attention call may see; checked against `bound`."""
 
-    @recall.validator
-    def _check_recall(self, _: object, value: object) -> None:
+    @attend.validator
+    def _check_attend(self, _: object, value: object) -> None:
         if value not in ("full", "compressed"):
-            raise PolicyError(f"recall must be 'full' or 'compressed', got {value!r}")
+            raise PolicyError(f"attend must be 'full' or 'compressed', got {value!r}")
 
     @refresh.validator
     def _check_refresh(self, _: object, value: object) -> None:
@@ -297,8 +297,8 @@ class Policy:
         digests = self.retriever.digests if self.retriever.needs_digests else "full"
         if digests == "compressed" and digests not in self.forms and not self.compressor.drops:
             raise PolicyError(
-                "the retriever digests the compressed form of blocks, which recall = 'full' and fringe = 0 never make; "
-                "add recall='compressed' or fringe=n, or let it digest the full form"
+                "the retriever digests the compressed form of blocks, which attend = 'full' and top_k_compressed = 0 "
+                "never make; add attend='compressed' or top_k_compressed=n, or let it digest the full form"
             )
         sink = self.sink_steps
         if self.budget is not None and self.recent is not None and sink + self.recent > self.budget:
@@ -322,13 +322,13 @@ class Policy:
     @property
     def forms(self) -> frozenset[Form]:
         """The forms in which blocks are archived; a compressor that drops archives none."""
-        return frozenset({self.recall, "compressed"} if self.fringe else {self.recall})
+        return frozenset({self.attend, "compressed"} if self.top_k_compressed else {self.attend})
 
     @property
     def in_place(self) -> bool:
         """Whether history stays where it is because every block is kept, attended, and on the device."""
         return self.recent is None or (
-            self.compressor.keeps and self.archive.place == "device" and self.retriever.count(1, 2) == 2
+            self.compressor.keeps and self.archive.location == "device" and self.retriever.count(1, 2) == 2
         )
 
     def timeline(self, geometry: Geometry) -> Timeline:
@@ -374,7 +374,7 @@ class Policy:
         if self.retriever.count(self.top_k, 2**40) == 2**40:
             return None
         chosen = self.retriever.count(self.top_k, 2**40)
-        return chosen * self.block_tokens(geometry, self.recall) + self.fringe * self.block_tokens(
+        return chosen * self.block_tokens(geometry, self.attend) + self.top_k_compressed * self.block_tokens(
             geometry, "compressed"
         )
 
@@ -420,13 +420,13 @@ class Policy:
         length = 0 if geometry.even else 16 * len(self.forms)
         hot = archived_blocks * (digest + 8 + length)
         if not self.compressor.drops:
-            chosen = self.retriever.count(self.top_k, archived_blocks) + self.fringe
+            chosen = self.retriever.count(self.top_k, archived_blocks) + self.top_k_compressed
             axes = 1 + len(geometry.grid)
             tokens = max(self.block_tokens(geometry, form) for form in ("full", "compressed"))
             held += (
                 chosen * geometry.batch * geometry.kv_heads * (3 * 8 + tokens * (8 * (axes + 1) + (not geometry.even)))
             )
-        if self.archive.place == "device" and not self.compressor.drops:
+        if self.archive.location == "device" and not self.compressor.drops:
             offsets = 4 * geometry.batch * geometry.kv_heads * (1 + len(geometry.grid))
             tokens = sum(self.block_tokens(geometry, form) for form in self.forms)
             hot += archived_blocks * tokens * (geometry.token_bytes + offsets)

@@ -44,8 +44,8 @@ def policy(name: str | Policy, **changes: Any) -> Policy:
     idle = "compressed" not in made.forms and not (made.compressor.keeps or made.compressor.drops)
     if "compressor" in changes and idle:
         raise PolicyError(
-            f"compressor {changes['compressor']!r} would never be asked: recall = 'full' attends blocks as they were "
-            "and fringe = 0 attends no others; add recall='compressed' or fringe=n"
+            f"compressor {changes['compressor']!r} would never be asked: attend = 'full' attends blocks as they were "
+            "and top_k_compressed = 0 attends no others; add attend='compressed' or top_k_compressed=n"
         )
     return made
 

@@ -59,19 +59,21 @@ def recall(
     starts: Int[Tensor, " archived"],
     lengths: Mapping[Form, Lengths],
 ) -> Recalled:
-    """Fetch the chosen blocks in `form`, and the fringe in compressed form.
+    """Fetch the chosen blocks in `form`, and the others in compressed form.
 
     starts: all blocks' first steps. lengths: how long they are, where they differ.
     """
     one = selection.chosen[:, :1] if selection.shared else selection.chosen
     chosen = _fetch(shelves[form], selection.chosen, one, starts, lengths.get(form), whole=form == "full")
-    if not selection.fringe.shape[-1]:
+    if not selection.compressed.shape[-1]:
         return chosen
-    fringe = _fetch(shelves["compressed"], selection.fringe, selection.fringe, starts, lengths.get("compressed"))
-    merged = _merge(chosen, fringe, selection)
+    compressed = _fetch(
+        shelves["compressed"], selection.compressed, selection.compressed, starts, lengths.get("compressed")
+    )
+    merged = _merge(chosen, compressed, selection)
     if not lengths:
         return merged
-    count = selection.chosen.shape[-1] + selection.fringe.shape[-1]
+    count = selection.chosen.shape[-1] + selection.compressed.shape[-1]
     return attrs.evolve(merged, total=max(part.most(count) for part in lengths.values()))
 
 
@@ -100,31 +102,31 @@ def _fetch(
     )
 
 
-def _merge(chosen: Recalled, fringe: Recalled, selection: Selection) -> Recalled:
+def _merge(chosen: Recalled, compressed: Recalled, selection: Selection) -> Recalled:
     """Both runs of blocks as one, in order of origin, which differs by row and head."""
-    index = torch.cat([selection.chosen, selection.fringe], -1)
+    index = torch.cat([selection.chosen, selection.compressed], -1)
     order = index.argsort(dim=-1, stable=True)
     rank = order.argsort(dim=-1, stable=True)
-    counts = [part.spans.shape[-1] for part in (chosen, fringe)]
-    sizes = [part.keys.shape[2] // count for part, count in zip((chosen, fringe), counts, strict=True)]
+    counts = [part.spans.shape[-1] for part in (chosen, compressed)]
+    sizes = [part.keys.shape[2] // count for part, count in zip((chosen, compressed), counts, strict=True)]
     each = torch.tensor(sizes, device=index.device).repeat_interleave(torch.tensor(counts, device=index.device))
     owner = rank.repeat_interleave(each, dim=-1)
     at = owner.argsort(dim=-1, stable=True)
     lead = index.shape[:2]
-    offsets = torch.cat([part.where.offsets.expand(*lead, -1, -1) for part in (chosen, fringe)], 2)
-    starts = torch.cat([chosen.where.starts, fringe.where.starts], -1).gather(-1, order)
+    offsets = torch.cat([part.where.offsets.expand(*lead, -1, -1) for part in (chosen, compressed)], 2)
+    starts = torch.cat([chosen.where.starts, compressed.where.starts], -1).gather(-1, order)
     own = None
-    if chosen.where.own is not None or fringe.where.own is not None:
-        parts = [_all_own(part) if part.where.own is None else part.where.own for part in (chosen, fringe)]
+    if chosen.where.own is not None or compressed.where.own is not None:
+        parts = [_all_own(part) if part.where.own is None else part.where.own for part in (chosen, compressed)]
         own = torch.cat(parts, -1).gather(-1, at)
     return Recalled(
-        keys=_along_tokens(torch.cat([chosen.keys, fringe.keys], 2), at),
-        values=_along_tokens(torch.cat([chosen.values, fringe.values], 2), at),
+        keys=_along_tokens(torch.cat([chosen.keys, compressed.keys], 2), at),
+        values=_along_tokens(torch.cat([chosen.values, compressed.values], 2), at),
         where=MidTokens(
             offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at), own=own
         ),
-        spans=torch.cat([chosen.spans, fringe.spans], -1).gather(-1, order),
-        total=chosen.total + fringe.total,
+        spans=torch.cat([chosen.spans, compressed.spans], -1).gather(-1, order),
+        total=chosen.total + compressed.total,
     )
 
 

@@ -38,7 +38,7 @@ _REDUCED = ("keys", "values", "offsets", "starts")
 _MID = ("offsets", "starts", "placed", "owner", "own")
 
 
-def crop_reason(store: LayerStore, steps: int) -> str | None:
+def why_not_crop(store: LayerStore, steps: int) -> str | None:
     """Why `store` cannot be rolled back to `steps` steps exactly, or none if it can."""
     if not 0 <= steps <= store.seen:
         return f"it holds {store.seen} steps"
@@ -65,7 +65,7 @@ def crop_reason(store: LayerStore, steps: int) -> str | None:
 
 def crop(store: LayerStore, steps: int) -> None:
     """Roll `store` back to its first `steps` steps, exactly, or raise `CropError` and change nothing."""
-    reason = crop_reason(store, steps)
+    reason = why_not_crop(store, steps)
     if reason is not None:
         raise CropError(
             f"layer {store.layer} cannot be rolled back to {steps} steps: {reason}; "
@@ -116,7 +116,7 @@ def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
         store.selection = attrs.evolve(
             store.selection,
             chosen=store.selection.chosen.index_select(0, at),
-            fringe=store.selection.fringe.index_select(0, at),
+            compressed=store.selection.compressed.index_select(0, at),
         )
     if store.mid is not None:
         parts = {name: getattr(store.mid, name) for name in _MID}
@@ -174,7 +174,7 @@ def dump(store: LayerStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if store.state is not None:
         tensors["state"] = store.state
     if store.selection is not None:
-        tensors["chosen"], tensors["fringe"] = store.selection.chosen, store.selection.fringe
+        tensors["chosen"], tensors["compressed"] = store.selection.chosen, store.selection.compressed
     if store.mid is not None:
         parts = {f"mid.{name}": getattr(store.mid, name) for name in _MID}
         tensors |= {name: part.contiguous().clone() for name, part in parts.items() if part is not None}
@@ -219,7 +219,7 @@ def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[s
         keys, values, offsets, starts = (tensors[f"reduced.{start}.{name}"] for name in _REDUCED)
         store.reduced[int(start)] = Blocks(keys=keys, values=values, offsets=offsets, starts=starts, span=span)
     if "chosen" in tensors:
-        store.selection = Selection(chosen=tensors["chosen"], fringe=tensors["fringe"])
+        store.selection = Selection(chosen=tensors["chosen"], compressed=tensors["compressed"])
     if "mid.starts" in tensors:
         store.mid = MidTokens(
             offsets=tensors["mid.offsets"],

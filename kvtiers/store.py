@@ -46,17 +46,17 @@ class LayerStore:
         if policy.realigner.rotates and rotary is None:
             raise RotaryError(
                 f"realigner {type(policy.realigner).__name__} rotates keys to their placed positions, but layer "
-                f"{layer} has no rotary embedding; use realigner='gaps'"
+                f"{layer} has no rotary embedding; use realigner='original'"
             )
         if geometry.causal and isinstance(policy.compressor, SourceCompressor):
             raise SlotError(
                 f"compressor {type(policy.compressor).__name__} reduces the frames of a video before the model sees "
                 "them, and text has none; choose a compressor of keys and values, such as 'mean-pool'"
             )
-        if keep_graph and not (isinstance(policy.compressor, SourceCompressor) and policy.recall == "compressed"):
+        if keep_graph and not (isinstance(policy.compressor, SourceCompressor) and policy.attend == "compressed"):
             raise SlotError(
                 f"keep_graph lets gradients reach a compressor that the model's own layers follow, with "
-                f"recall='compressed'; this policy has {type(policy.compressor).__name__} and {policy.recall!r}"
+                f"attend='compressed'; this policy has {type(policy.compressor).__name__} and {policy.attend!r}"
             )
         if not geometry.causal and geometry.even and 0 < (policy.recent or 0) < geometry.steps_per_commit:
             raise GeometryError(
@@ -162,7 +162,7 @@ class LayerStore:
     ) -> None:
         """Make what was current history, age the blocks that left recent, and take these tokens as the current ones.
 
-        keys: rotated by the model under `gaps`, unrotated otherwise. An error leaves the store as it was.
+        keys: rotated by the model under `original`, unrotated otherwise. An error leaves the store as it was.
         """
         self._admit(keys, values)
         self.settle()
@@ -200,7 +200,8 @@ class LayerStore:
         """Hold the reduced K/V of the current block, its compressed form once it leaves recent.
 
         query, keys, values: of the block's reduced tokens, which lie at `offsets` from its start; rotated by the model
-        under `gaps`, unrotated otherwise. Returns their placed queries, and what they attend: history and one another.
+        under `original`, unrotated otherwise. Returns their placed queries, and what they attend: history and one
+        another.
         """
         one = offsets.detach()[None, None, None]
         kept = (keys, values) if self.keep_graph else (keys.detach(), values.detach())
@@ -348,8 +349,8 @@ class LayerStore:
     def select(self, query: Float[Tensor, "batch query_heads tokens head_dim"] | None = None) -> None:
         """Choose which archived blocks are attended, if the policy's refresh says that it is time.
 
-        query: the current tokens' queries, rotated by the model under `gaps`, unrotated otherwise. May look at digests,
-        and recall blocks from host or disk.
+        query: the current tokens' queries, rotated by the model under `original`, unrotated otherwise. May look at
+        digests, and recall blocks from host or disk.
         """
         compressor = self.policy.compressor
         due = self.stale or (
@@ -384,7 +385,7 @@ class LayerStore:
                 "pass the current tokens' queries to select()"
             )
         count = retriever.count(self.policy.top_k, archived)
-        more = min(self.policy.fringe, archived - count) if count else 0
+        more = min(self.policy.top_k_compressed, archived - count) if count else 0
         selection = None
         if count:
             scores = retriever.score(query, self.digests.data, archived)
@@ -392,14 +393,14 @@ class LayerStore:
             best, next_best = ranked[..., :count].sort(-1).values, ranked[..., count:].sort(-1).values
             each = (self.geometry.batch, self.geometry.kv_heads, -1)
             selection = Selection(
-                chosen=best.expand(each), fringe=next_best.expand(each), shared=scores.shape[1] == 1 and not more
+                chosen=best.expand(each), compressed=next_best.expand(each), shared=scores.shape[1] == 1 and not more
             )
         self._assemble(selection)
         self.pending, self.selected_at = 0, self.seen
         if count and retriever.needs_query and self.current > self.geometry.tokens_per_step:
             self.together_at = self.seen
         if self.observe is not None and selection is not None:
-            both = torch.cat([selection.chosen, selection.fringe], -1).sort(-1).values
+            both = torch.cat([selection.chosen, selection.compressed], -1).sort(-1).values
             self.observe(events.Selected(layer=self.layer, chosen=both, archived=archived))
 
     def _assemble(self, selection: Selection | None) -> None:
@@ -438,12 +439,12 @@ class LayerStore:
         starts = self.starts.data
         if starts is None:
             raise SelectionError(f"layer {self.layer} has no archived blocks to select")
-        found = recall(self.shelves, selection, self.policy.recall, starts, self.lengths)
+        found = recall(self.shelves, selection, self.policy.attend, starts, self.lengths)
         if self.observe is not None:
             size = found.keys.nbytes + found.values.nbytes
-            blocks = selection.chosen.numel() + selection.fringe.numel()
-            place = self.policy.archive.place
-            self.observe(events.Recalled(layer=self.layer, blocks=blocks, bytes=size, place=place))
+            blocks = selection.chosen.numel() + selection.compressed.numel()
+            location = self.policy.archive.location
+            self.observe(events.Recalled(layer=self.layer, blocks=blocks, bytes=size, location=location))
         return found
 
     def _shift(self, placement: Placement) -> None:
@@ -452,7 +453,7 @@ class LayerStore:
             placed, raw, _ = self._buffers()
             if placement.sink_shift != self.sink_shift and self.sink_tokens:
                 where = slice(self.begin, self.begin + self.sink_tokens)
-                if self.policy.realigner.accumulates and self.rotary is not None:
+                if self.policy.realigner.rotates_again and self.rotary is not None:
                     further = placement.sink_shift - self.sink_shift
                     placed[:, :, where] = self.rotary.advance(placed[:, :, where], further)
                 else:
@@ -504,7 +505,7 @@ class LayerStore:
         """The selected blocks, placed, as they were computed: gradients flow through them."""
         if self.selection is None or self.mid is None:
             raise SelectionError(f"layer {self.layer} has no archived blocks to select")
-        index = torch.cat([self.selection.chosen, self.selection.fringe], -1).sort(-1).values[..., None, None]
+        index = torch.cat([self.selection.chosen, self.selection.compressed], -1).sort(-1).values[..., None, None]
         keys, values = (torch.cat([getattr(run, name) for run in self.graph], 2) for name in ("keys", "values"))
         keys, values = (part.take_along_dim(index, 2).flatten(2, 3) for part in (keys, values))
         if self.rotates and self.rotary is not None:
@@ -532,7 +533,7 @@ class LayerStore:
     def place_query(
         self, query: Float[Tensor, "batch query_heads tokens head_dim"]
     ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
-        """Rotate the current tokens' queries to where their keys are placed (nothing to do under `gaps`)."""
+        """Rotate the current tokens' queries to where their keys are placed (nothing to do under `original`)."""
         return self._turn(query, self.settled + self.recent_shift) if self.rotates else query
 
     def _bands(self) -> bool:
@@ -573,7 +574,7 @@ class LayerStore:
             both.append(torch.cat([p.expand(*lead, *p.shape[-2:]) for p in wide], -2))
         return both[0], both[1]
 
-    def census(self) -> dict[str, int]:
+    def tier_counts(self) -> dict[str, int]:
         """How many steps are in each tier, and how many were dropped. They add up to `seen`."""
         sink = min(self.timeline.sink, self.settled)
         aged = max(0, self.aged_to - self.timeline.sink)

@@ -9,7 +9,7 @@ from kvtiers.errors import SwapError
 from kvtiers.policy import Policy
 from kvtiers.store import LayerStore
 
-_FREE = frozenset({"retriever", "top_k", "refresh", "chunk_size", "budget", "realigner", "fringe"})
+_FREE = frozenset({"retriever", "top_k", "refresh", "chunk_size", "budget", "realigner", "top_k_compressed"})
 
 
 def check(store: LayerStore, policy: Policy) -> None:
@@ -42,12 +42,12 @@ def check(store: LayerStore, policy: Policy) -> None:
     if digests and form not in store.shelves and not old.compressor.keeps:
         raise SwapError(
             f"layer {store.layer} no longer has the {form} keys that {type(policy.retriever).__name__} digests; "
-            f"have them archived from the start (recall={form!r}), or start a new cache"
+            f"have them archived from the start (attend={form!r}), or start a new cache"
         )
-    if store.archived and policy.fringe and "compressed" not in store.shelves:
+    if store.archived and policy.top_k_compressed and "compressed" not in store.shelves:
         raise SwapError(
-            f"layer {store.layer} archived no compressed form for fringe={policy.fringe}; "
-            "set fringe from the start, or start a new cache"
+            f"layer {store.layer} archived no compressed form for top_k_compressed={policy.top_k_compressed}; "
+            "set top_k_compressed from the start, or start a new cache"
         )
 
 

@@ -186,20 +186,30 @@ def difference(a: Context, b: Context) -> str | None:
 def conservation(trial: Trial) -> None:
     """Invariant 1: every step is in exactly one tier, or dropped by a policy that says so."""
     store, policy = trial.store, trial.policy
-    census, seen = store.census(), trial.seen
-    require(sum(census.values()) == seen and min(census.values()) >= 0, 1, f"{census} does not add up to {seen} steps")
+    tier_counts, seen = store.tier_counts(), trial.seen
+    require(
+        sum(tier_counts.values()) == seen and min(tier_counts.values()) >= 0,
+        1,
+        f"{tier_counts} does not add up to {seen} steps",
+    )
     timeline = store.timeline
     tiers = [timeline.tier(step, store.settled) for step in range(seen)]
     for tier in ("sink", "recent", "current"):
-        require(census[tier] == tiers.count(tier), 1, f"{census} but the timeline has {tiers.count(tier)} {tier} steps")
-    gone = census["mid"] + census["dropped"]
-    require(gone == tiers.count("mid"), 1, f"{census} but {tiers.count('mid')} steps have left recent")
+        require(
+            tier_counts[tier] == tiers.count(tier),
+            1,
+            f"{tier_counts} but the timeline has {tiers.count(tier)} {tier} steps",
+        )
+    gone = tier_counts["mid"] + tier_counts["dropped"]
+    require(gone == tiers.count("mid"), 1, f"{tier_counts} but {tiers.count('mid')} steps have left recent")
     if policy.in_place:
         return
     starts = [] if store.starts.data is None else store.starts.data.tolist()
     grid = range(timeline.sink, store.aged_to, policy.block_size)
     require(set(starts) <= set(grid) and starts == sorted(set(starts)), 1, f"archived blocks begin at {starts}")
-    require(len(starts) * policy.block_size == census["mid"], 1, f"{len(starts)} archived blocks but {census}")
+    require(
+        len(starts) * policy.block_size == tier_counts["mid"], 1, f"{len(starts)} archived blocks but {tier_counts}"
+    )
     if policy.compressor.drops:
         require(not starts, 1, f"{policy.compressor} drops, but blocks {starts} were archived")
         return
@@ -244,9 +254,9 @@ def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
     for row in range(trial.geometry.batch):
         for head in range(trial.geometry.kv_heads):
             picked: list[tuple[int, Form]] = [
-                (n, trial.policy.recall) for n in store.selection.chosen[row, head].tolist()
+                (n, trial.policy.attend) for n in store.selection.chosen[row, head].tolist()
             ]
-            picked += [(n, "compressed") for n in store.selection.fringe[row, head].tolist()]
+            picked += [(n, "compressed") for n in store.selection.compressed[row, head].tolist()]
             numbers = [n for n, _ in picked]
             require(len(set(numbers)) == len(numbers), 8, f"a selection names a block twice: {numbers}")
             parts = []
@@ -288,7 +298,7 @@ def contents(trial: Trial, context: Context) -> None:
         )
     require(context.current == trial.seen - store.settled, 1, f"{context.current} current tokens")
     compressor = policy.compressor
-    if compressor.prepares and not policy.in_place and (policy.recall == "compressed" or policy.fringe):
+    if compressor.prepares and not policy.in_place and (policy.attend == "compressed" or policy.top_k_compressed):
         return  # what it keeps depends on queries that are gone
     keys, values = [trial.keys[:, :, sink]], [trial.values[:, :, sink]]
     mid = _mid(trial)
@@ -301,7 +311,7 @@ def contents(trial: Trial, context: Context) -> None:
         require(inner.stop == inner.start, 1, f"{inner.stop - inner.start} tokens too many are attended")
     keys.append(trial.keys[:, :, recent])
     values.append(trial.values[:, :, recent])
-    only_full = policy.recall == "full" and not policy.fringe
+    only_full = policy.attend == "full" and not policy.top_k_compressed
     exact = policy.in_place or compressor.keeps or compressor.drops or only_full
     same = torch.equal if exact else _close
     require(same(context.values, torch.cat(values, 2)), 1, "values are not those of the tokens at these origins")
@@ -312,7 +322,7 @@ def contents(trial: Trial, context: Context) -> None:
         return
     turned = trial.rotary.rotate(stored, placed[..., None])
     limit = 2e-2 if geometry.dtype.itemsize < 4 else 1e-4
-    if policy.realigner.accumulates:  # one rounding for every time that the anchors moved
+    if policy.realigner.rotates_again:  # one rounding for every time that the anchors moved
         limit *= 1 + (store.aged_to - store.timeline.sink) // store.timeline.block_size
     close = torch.allclose(context.keys.double(), turned.double(), rtol=limit, atol=limit)
     require(close, 4, "keys are not their stored keys rotated once to their placed positions")
@@ -350,19 +360,19 @@ def bounded(trial: Trial, context: Context) -> None:
     bound = policy.bound(geometry)
     if bound is not None:
         require(context.keys.shape[2] <= bound, 6, f"{context.keys.shape[2]} tokens are attended, bound() says {bound}")
-    held = trial.cache.held()
-    device = sum(h.bytes for h in held if h.place == "device")
+    held = trial.cache.memory_usage()
+    device = sum(h.bytes for h in held if h.location == "device")
     limit = policy.bound_bytes(geometry, store.archived)
     if limit is not None:
         require(device <= limit, 6, f"{device} bytes on the device, bound_bytes() says {limit}")
     real = storages(store)
-    for place in ("device", "host"):
-        reported = sum(h.bytes for h in held if h.place == place)
-        require(reported == real[place], 6, f"{reported} bytes reported in {place}, {real[place]} held")
+    for location in ("device", "host"):
+        reported = sum(h.bytes for h in held if h.location == location)
+        require(reported == real[location], 6, f"{reported} bytes reported in {location}, {real[location]} held")
 
 
 def storages(store: LayerStore) -> dict[str, int]:
-    """Bytes of the storages that can be reached from `store`, by place, without asking its accounting."""
+    """Bytes of the storages that can be reached from `store`, by location, without asking its accounting."""
     return storages_of([store])
 
 
@@ -371,23 +381,23 @@ def storages_of(stores: Iterable[LayerStore]) -> dict[str, int]:
     found: dict[str, dict[int, int]] = {"device": {}, "host": {}, "disk": {}}
     for store in stores:
         shelves = {id(shelf) for shelf in store.shelves.values()}
-        for place, tensor in _tensors(store, "device", shelves, store.policy.archive.place, set()):
+        for location, tensor in _tensors(store, "device", shelves, store.policy.archive.location, set()):
             storage = tensor.untyped_storage()
-            found[place].setdefault(storage.data_ptr(), storage.nbytes())
-    return {place: sum(sizes.values()) for place, sizes in found.items()}
+            found[location].setdefault(storage.data_ptr(), storage.nbytes())
+    return {location: sum(sizes.values()) for location, sizes in found.items()}
 
 
 def _tensors(
-    value: object, place: str, shelves: set[int], shelf_place: str, seen: set[int]
+    value: object, location: str, shelves: set[int], shelf_location: str, seen: set[int]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor reachable from `value` through attributes and containers of kvtiers and its plugins."""
     if id(value) in seen:
         return
     seen.add(id(value))
-    place = shelf_place if id(value) in shelves else place
+    location = shelf_location if id(value) in shelves else location
     if isinstance(value, Tensor):
         if value.numel():
-            yield place, value
+            yield location, value
         return
     if isinstance(value, Mapping):
         children: list[object] = list(value.values())
@@ -400,17 +410,19 @@ def _tensors(
         names += [n for c in type(value).__mro__ for n in getattr(c, "__slots__", ()) if n != "__weakref__"]
         children = [getattr(value, name, None) for name in names if name != "_ledger"]
     for child in children:
-        yield from _tensors(child, place, shelves, shelf_place, seen)
+        yield from _tensors(child, location, shelves, shelf_location, seen)
 
 
 def reading(trial: Trial, context: Context) -> None:
     """Invariant 7: reading again gives the same tensors, and changes no byte of the store."""
     first = copied(context)
-    numbers = (trial.store.census(), trial.store.seen, trial.store.settled)
+    numbers = (trial.store.tier_counts(), trial.store.seen, trial.store.settled)
     for _ in range(2):
         said = difference(first, trial.cache.context(0))
         require(said is None, 7, f"a second reading differs: {said}")
-    require(numbers == (trial.store.census(), trial.store.seen, trial.store.settled), 7, "reading changed the counts")
+    require(
+        numbers == (trial.store.tier_counts(), trial.store.seen, trial.store.settled), 7, "reading changed the counts"
+    )
 
 
 def rows_alone(trial: Trial, lengths: list[int]) -> None:
@@ -482,7 +494,7 @@ def memory(trial: Trial, lengths: list[int], split: int, back: int) -> None:
         for way, other in ways.items():
             said = difference(context, other.feed(steps))
             require(said is None, 10, f"a {way} cache goes on otherwise: {said}")
-            require(other.store.census() == trial.store.census(), 10, f"a {way} cache counts otherwise")
+            require(other.store.tier_counts() == trial.store.tier_counts(), 10, f"a {way} cache counts otherwise")
 
 
 def _has_a_name(policy: Policy) -> bool:
@@ -617,7 +629,7 @@ def _policy_of(**slots: Any) -> Policy:
         "sinks": "first",
         "compressor": "keep",
         "retriever": "recency",
-        "realigner": "gaps",
+        "realigner": "original",
         "archive": "host",
     }
     chosen = {slot: build(slot, slots.pop(slot, plain[slot])) for slot in SLOTS}
@@ -647,7 +659,7 @@ def check_sink(factory: Callable[[], Sink], *, examples: int = 25) -> None:
         require(count == 0 or sink.is_anchor(Extent(count - 1, count), setting), 1, f"step {count - 1} is no anchor")
 
     check_policy(_policy_of(sinks=sink), examples=examples)
-    check_policy(_policy_of(sinks=sink, compressor="drop", realigner="anchored"), examples=examples)
+    check_policy(_policy_of(sinks=sink, compressor="drop", realigner="contiguous"), examples=examples)
 
 
 @attrs.frozen(kw_only=True)
@@ -719,7 +731,7 @@ def check_compressor(factory: Callable[[], Compressor], *, examples: int = 25) -
         raise AssertionError(f"{compressor} says both that it drops and that it keeps")
     if not (compressor.drops or compressor.keeps):
         _check_ageing(compressor, examples)
-    for changes in ({"recall": "compressed"}, {"recall": "full", "fringe": 1, "realigner": "anchored"}):
+    for changes in ({"attend": "compressed"}, {"attend": "full", "top_k_compressed": 1, "realigner": "contiguous"}):
         check_policy(_policy_of(compressor=compressor, **changes), examples=examples)
 
 
@@ -774,7 +786,9 @@ def _check_ageing(compressor: Compressor, examples: int) -> None:
         ages = [compressor.age(b, _state_for(compressor, one, b))[0] for b in (first, second)]
         found = [aged for aged in ages if aged is not None]
         if len(found) == 2 and not torch.equal(found[0].offsets, found[1].offsets):
-            require(not found[0].alike, 1, f"{compressor} leaves other offsets in other blocks: set own_offsets=True")
+            require(
+                not found[0].alike, 1, f"{compressor} leaves other offsets in other blocks: set offsets_differ=True"
+            )
 
 
 def check_retriever(
@@ -804,7 +818,7 @@ def check_retriever(
     def _(run: _Run) -> None:
         _check_scores(retriever, run, declared, rows_independent)
 
-    for changes in ({"refresh": "chunk"}, {"realigner": "anchored", "compressor": "mean-pool", "recall": "full"}):
+    for changes in ({"refresh": "chunk"}, {"realigner": "contiguous", "compressor": "mean-pool", "attend": "full"}):
         found = _policy_of(retriever=retriever, **changes)
         check_policy(found, examples=examples, rows_independent=rows_independent)
 
@@ -872,7 +886,7 @@ def check_realigner(factory: Callable[[], Realigner], *, examples: int = 25) -> 
             shifted = placed.sink_shift or placed.recent_shift or mids != starts
             require(not shifted, 4, f"{realigner} does not rotate, but places blocks elsewhere")
 
-    for changes in ({"recall": "full"}, {"compressor": "mean-pool", "fringe": 1}, {"compressor": "drop"}):
+    for changes in ({"attend": "full"}, {"compressor": "mean-pool", "top_k_compressed": 1}, {"compressor": "drop"}):
         check_policy(_policy_of(realigner=realigner, **changes), examples=examples)
 
 
@@ -896,8 +910,8 @@ def check_archive(factory: Callable[[], Archive], *, examples: int = 25) -> None
         else:
             require(False, 1, "blocks of another size were taken; call self.admit(blocks) in write()")
 
-    for recall, fringe in (("compressed", 0), ("full", 1)):
-        found = _policy_of(archive=archive, compressor="mean-pool", recall=recall, fringe=fringe)
+    for attend, top_k_compressed in (("compressed", 0), ("full", 1)):
+        found = _policy_of(archive=archive, compressor="mean-pool", attend=attend, top_k_compressed=top_k_compressed)
         check_policy(found, examples=examples)
 
 
@@ -909,7 +923,7 @@ def _with_offsets(blocks: Blocks, own: bool) -> Blocks:
     if not own:
         return blocks
     wide = blocks.offsets.expand(*blocks.keys.shape[:4], -1)
-    return attrs.evolve(blocks, offsets=wide + blocks.keys[..., :1].sigmoid() / 2, own_offsets=True)
+    return attrs.evolve(blocks, offsets=wide + blocks.keys[..., :1].sigmoid() / 2, offsets_differ=True)
 
 
 def _written(shelf: Shelf, run: _Run, own: bool) -> tuple[Shelf, _Held]:
@@ -956,7 +970,7 @@ def _shelf_is(archive: Archive, shelf: Shelf, held: _Held) -> None:
         expected = torch.stack(want, 2)
         same = torch.equal(got.expand(expected.shape), expected)
         require(same, 1, f"the {name} that are read are not those that were written")
-    size = shelf.bytes_by_place()
+    size = shelf.bytes_by_location()
     least = sum(k.nbytes + v.nbytes for k, v, _ in held)
-    least = least if archive.place != "disk" else 0  # rows of a file are shared
-    require(size.get(archive.place, 0) >= least, 6, f"{size} is less than the {least} bytes that are held")
+    least = least if archive.location != "disk" else 0  # rows of a file are shared
+    require(size.get(archive.location, 0) >= least, 6, f"{size} is less than the {least} bytes that are held")

@@ -78,7 +78,7 @@ def main(model: Any, tokenizer: Any, *, tokens: int = 1024, layers: int = 6) -> 
     some = seen[:: max(1, len(seen) // layers)]
     found: dict[str, tuple[float, int, int]] = {}
     for name in track(registry().names("compressor"), description="comparing", console=console, transient=True):
-        policy = kvtiers.policy("archive", compressor=name, retriever="all", recall="compressed", recent=128)
+        policy = kvtiers.policy("archive", compressor=name, retriever="all", attend="compressed", recent=128)
         if isinstance(policy.compressor, kvtiers.SourceCompressor):
             continue  # it works on the frames of a video, not on keys and values
         errors, attended = zip(*(error(policy, *layer) for layer in some), strict=True)

@@ -236,7 +236,7 @@ def _check_positions(positions: Any, mask: Tensor | None) -> None:
     if bool(jumps.any()):
         raise UnsupportedModelError(
             "position_ids jump within this forward, and a realigner gives tokens positions of its own; "
-            "use realigner='gaps', which keeps the model's"
+            "use realigner='original', which keeps the model's"
         )
 
 

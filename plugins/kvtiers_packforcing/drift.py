@@ -17,7 +17,7 @@ from kvtiers import Geometry, LayerStore, Rotary
 REALIGNERS: Mapping[str, Any] = {
     "incremental": "incremental",
     "incremental, once": ("incremental", {"rotations": "once"}),
-    "anchored": "anchored",
+    "contiguous": "contiguous",
 }
 _FRAMES, _GRID = 4, (8, 8)
 _AXES = (44, 42, 42)

@@ -9,13 +9,13 @@ def packforcing() -> Policy:
     """Eight anchor frames, history compressed 32 times and chosen by affinity, closed up, the newest block.
 
     Source: PackForcing (arXiv 2603.25730) sections 3 and 4.1, blocks of 4 frames. Deviations: rows choose for
-    themselves, and positions are `anchored`, which attends as the paper's `incremental` does.
+    themselves, and positions are `contiguous`, which attends as the paper's `incremental` does.
     """
     return kvtiers.policy(
         "packforcing-lm",
         compressor=DualBranch(),
         retriever=("affinity", {"heads": "mean", "normalise": "none", "form": "compressed", "queries": 256}),
-        recall="compressed",
+        attend="compressed",
         sink=8,
         recent=4,
         top_k=16,
@@ -37,4 +37,4 @@ def sink_rolling_window() -> Policy:
 
     It is the rolling window of Self-Forcing (arXiv 2506.08009) with an attention sink; positions keep their gap.
     """
-    return kvtiers.policy("streaming", realigner="gaps", sink=3, recent=15, chunk_size=None)
+    return kvtiers.policy("streaming", realigner="original", sink=3, recent=15, chunk_size=None)

@@ -8,18 +8,18 @@ from kvtiers.policy import Compressor, Policy, Realigner, Retriever, Sink
 from kvtiers_policies import presets
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
-from kvtiers_policies.anchored import Anchored
+from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.disk import DiskArchive
 from kvtiers_policies.drop import Drop
 from kvtiers_policies.first import FirstSteps
-from kvtiers_policies.gaps import Gaps
 from kvtiers_policies.host import HostArchive
 from kvtiers_policies.incremental import Incremental
 from kvtiers_policies.keep import Keep
 from kvtiers_policies.mean_pool import MeanPool
 from kvtiers_policies.no_blocks import NoBlocks
 from kvtiers_policies.no_sink import NoSink
+from kvtiers_policies.original import Original
 from kvtiers_policies.page_bounds import PageBounds
 from kvtiers_policies.recency import Recency
 from kvtiers_policies.top_tokens import TopTokens
@@ -64,7 +64,7 @@ def kvtiers_retrievers() -> Mapping[str, Callable[..., Retriever]]:
 @hookimpl
 def kvtiers_realigners() -> Mapping[str, Callable[..., Realigner]]:
     """Which positions a context gets."""
-    return {"gaps": Gaps, "anchored": Anchored, "incremental": Incremental}
+    return {"original": Original, "contiguous": Contiguous, "incremental": Incremental}
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from typing import ClassVar
 import attrs
 
 from kvtiers.archive import Shelf
-from kvtiers.blocks import Place
+from kvtiers.blocks import Location
 from kvtiers_policies.memory import MemoryArchive, MemoryShelf
 
 
@@ -16,7 +16,7 @@ class DeviceArchive(MemoryArchive):
     limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
     """
 
-    place: ClassVar[Place] = "device"
+    location: ClassVar[Location] = "device"
 
     def open(self) -> Shelf:
         return MemoryShelf("device", ledger=self._ledger, limit_bytes=self.limit_bytes, device=None, pinned=False)

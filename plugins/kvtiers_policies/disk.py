@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvtiers.archive import Archive, Shelf
-from kvtiers.blocks import Blocks, Place
+from kvtiers.blocks import Blocks, Location
 from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError
 from kvtiers_policies.ledger import Ledger, fits, ledger, limit_bytes
 
@@ -96,7 +96,7 @@ class Widths:
     value: int
     axes: int
     dtype: torch.dtype
-    own_offsets: bool
+    offsets_differ: bool
 
 
 class DiskShelf(Shelf):
@@ -118,7 +118,7 @@ class DiskShelf(Shelf):
     def write(self, blocks: Blocks) -> None:
         self.admit(blocks)
         own = not blocks.alike
-        if self._widths is not None and own != self._widths.own_offsets:
+        if self._widths is not None and own != self._widths.offsets_differ:
             raise GeometryError("blocks with offsets of their own cannot follow blocks that share them")
         offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1) if own else blocks.offsets
         self._append({"keys": blocks.keys, "values": blocks.values, "offsets": offsets.to(torch.float32)}, own)
@@ -152,18 +152,18 @@ class DiskShelf(Shelf):
         for entry, places in self._by_entry(index.tolist()):
             with entry.file.open() as file:
                 parts = [(file.get_slice("keys"), keys), (file.get_slice("values"), values)]
-                if widths.own_offsets:
+                if widths.offsets_differ:
                     parts.append((file.get_slice("offsets"), offsets))
                 for row, head, slot, block in places:
                     for part, out in parts:
                         out[row, head, slot] = part[entry.rows[row], head, block]
-        if not widths.own_offsets:
+        if not widths.offsets_differ:
             with self._entries[0].file.open() as file:
                 offsets = file.get_tensor("offsets")
         device = index.device
         return keys.to(device), values.to(device), offsets.to(device)
 
-    def bytes_by_place(self) -> dict[Place, int]:
+    def bytes_by_location(self) -> dict[Location, int]:
         return {"disk": sum(file.nbytes for file in {entry.file for entry in self._entries})}
 
     def take(self, rows: Int[Tensor, " rows"]) -> None:
@@ -182,11 +182,11 @@ class DiskShelf(Shelf):
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for entry in self._entries:
             with entry.file.open() as file:
-                for name in ("keys", "values", *(["offsets"] if self._widths.own_offsets else [])):
+                for name in ("keys", "values", *(["offsets"] if self._widths.offsets_differ else [])):
                     parts[name].append(file.get_tensor(name)[list(entry.rows), :, : entry.count])
                 constant = file.get_tensor("offsets")
         held = {name: torch.cat(tensors, dim=2) for name, tensors in parts.items()}
-        return held if self._widths.own_offsets else held | {"constant": constant}
+        return held if self._widths.offsets_differ else held | {"constant": constant}
 
     def restore(self, tensors: Mapping[str, Tensor], *, count: int, span: int) -> None:
         if count:
@@ -196,7 +196,7 @@ class DiskShelf(Shelf):
             self.tokens = tensors["keys"].shape[3]
         self.count, self.span = count, span
 
-    def _append(self, tensors: Mapping[str, Tensor], own_offsets: bool) -> None:
+    def _append(self, tensors: Mapping[str, Tensor], offsets_differ: bool) -> None:
         keys = tensors["keys"]
         file = File(self._folder, tensors, lambda more: self._ledger.admit(more, self._limit, "disk"))
         self._ledger.enter(file)
@@ -206,7 +206,7 @@ class DiskShelf(Shelf):
             value=tensors["values"].shape[-1],
             axes=tensors["offsets"].shape[-1],
             dtype=keys.dtype,
-            own_offsets=own_offsets,
+            offsets_differ=offsets_differ,
         )
 
     def _by_entry(self, index: list[list[list[int]]]) -> Sequence[tuple[Entry, list[tuple[int, int, int, int]]]]:
@@ -244,7 +244,7 @@ class DiskArchive(Archive):
     limit_bytes: the most bytes that all layers together may write (none: what the disk has); then `ArchiveFullError`.
     """
 
-    place: ClassVar[Place] = "disk"
+    location: ClassVar[Location] = "disk"
     directory: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     limit_bytes: int | None = limit_bytes()
     _ledger: Ledger = ledger()

@@ -6,7 +6,7 @@ import attrs
 import torch
 
 from kvtiers.archive import Shelf
-from kvtiers.blocks import Place
+from kvtiers.blocks import Location
 from kvtiers_policies.memory import MemoryArchive, MemoryShelf
 
 
@@ -17,7 +17,7 @@ class HostArchive(MemoryArchive):
     limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
     """
 
-    place: ClassVar[Place] = "host"
+    location: ClassVar[Location] = "host"
 
     def open(self) -> Shelf:
         return MemoryShelf(

@@ -20,13 +20,13 @@ class Incremental(Realigner):
     """Recent keeps the model's positions; mid blocks take consecutive spans before it, the sink those before them.
 
     rotations: `each` increment rotates the anchors once more, from where they were (the paper's), or they are rotated
-        `once`, from their unrotated keys, to the same place: `anchored` in other coordinates.
+        `once`, from their unrotated keys, to the same place: `contiguous` in other coordinates.
     """
 
     rotations: Literal["each", "once"] = attrs.field(default="each", validator=v.in_(("each", "once")))
 
     @property
-    def accumulates(self) -> bool:
+    def rotates_again(self) -> bool:
         return self.rotations == "each"
 
     def place(

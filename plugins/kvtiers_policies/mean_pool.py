@@ -19,7 +19,7 @@ class MeanPool(Compressor):
     """Every run of `ratio` consecutive tokens of a block becomes one token; the last run of a block may be shorter.
 
     Keys, values and offsets are averaged, in float32, so that a pooled token lies at the center of those it stands for.
-    The block keeps its span. Keys are averaged as stored: unrotated, unless the realigner is `gaps`.
+    The block keeps its span. Keys are averaged as stored: unrotated, unless the realigner is `original`.
     """
 
     ratio: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])

@@ -4,7 +4,7 @@ import attrs
 import torch
 
 from kvtiers.archive import Archive, Shelf, TensorShelf
-from kvtiers.blocks import Blocks, Place
+from kvtiers.blocks import Blocks, Location
 from kvtiers_policies.ledger import Ledger, fits, ledger, limit_bytes
 
 
@@ -12,9 +12,9 @@ class MemoryShelf(TensorShelf):
     """A shelf in memory that refuses, before it writes anything, what would exceed its archive's limit."""
 
     def __init__(
-        self, place: Place, *, ledger: Ledger, limit_bytes: int | None, device: torch.device | None, pinned: bool
+        self, location: Location, *, ledger: Ledger, limit_bytes: int | None, device: torch.device | None, pinned: bool
     ) -> None:
-        super().__init__(place, device, pinned=pinned)
+        super().__init__(location, device, pinned=pinned)
         self._ledger, self._limit = ledger, limit_bytes
         ledger.enter(self)
 
@@ -26,16 +26,16 @@ class MemoryShelf(TensorShelf):
 
     @property
     def nbytes(self) -> int:
-        return sum(self.bytes_by_place().values())
+        return sum(self.bytes_by_location().values())
 
     def write(self, blocks: Blocks) -> None:
         self.admit(blocks)
-        self._ledger.admit(self._nbytes_after(blocks) - self.nbytes, self._limit, self.place)
+        self._ledger.admit(self._nbytes_after(blocks) - self.nbytes, self._limit, self.location)
         super().write(blocks)
 
     def _empty(self) -> "MemoryShelf":
         return MemoryShelf(
-            self.place, ledger=self._ledger, limit_bytes=self._limit, device=self.device, pinned=self.pinned
+            self.location, ledger=self._ledger, limit_bytes=self._limit, device=self.device, pinned=self.pinned
         )
 
     def _nbytes_after(self, blocks: Blocks) -> int:

@@ -3,16 +3,16 @@
 from kvtiers.policy import Policy
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
-from kvtiers_policies.anchored import Anchored
+from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.drop import Drop
 from kvtiers_policies.first import FirstSteps
-from kvtiers_policies.gaps import Gaps
 from kvtiers_policies.host import HostArchive
 from kvtiers_policies.keep import Keep
 from kvtiers_policies.mean_pool import MeanPool
 from kvtiers_policies.no_blocks import NoBlocks
 from kvtiers_policies.no_sink import NoSink
+from kvtiers_policies.original import Original
 
 
 def full() -> Policy:
@@ -21,7 +21,7 @@ def full() -> Policy:
         sinks=NoSink(),
         compressor=Keep(),
         retriever=AllBlocks(),
-        realigner=Gaps(),
+        realigner=Original(),
         archive=DeviceArchive(),
         recent=None,
         chunk_size=None,
@@ -34,7 +34,7 @@ def sliding_window() -> Policy:
         sinks=NoSink(),
         compressor=Drop(),
         retriever=NoBlocks(),
-        realigner=Gaps(),
+        realigner=Original(),
         archive=DeviceArchive(),
         recent=1023,
         block_size=1,
@@ -47,7 +47,7 @@ def streaming() -> Policy:
         sinks=FirstSteps(),
         compressor=Drop(),
         retriever=NoBlocks(),
-        realigner=Anchored(),
+        realigner=Contiguous(),
         archive=DeviceArchive(),
         sink=4,
         recent=988,
@@ -61,12 +61,12 @@ def archive() -> Policy:
         sinks=FirstSteps(),
         compressor=Keep(),
         retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=2),
-        realigner=Gaps(),
+        realigner=Original(),
         archive=DeviceArchive(),
         sink=4,
         recent=476,
         top_k=28,
-        recall="full",
+        attend="full",
         block_size=16,
         chunk_size=64,
     )
@@ -75,20 +75,20 @@ def archive() -> Policy:
 def packforcing_lm() -> Policy:
     """PackForcing on text (arXiv 2603.25730): anchors, history recalled from the host by affinity, closed up, recent.
 
-    Blocks are recalled in full form, which measured best on text; `recall="compressed"` or `fringe=n` bring in what the
-    compressor made of them.
+    Blocks are recalled in full form, which measured best on text; `attend="compressed"` or `top_k_compressed=n` bring
+    in what the compressor made of them.
     """
     return Policy(
         sinks=FirstSteps(),
         compressor=MeanPool(),
         retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=2),
-        realigner=Anchored(),
+        realigner=Contiguous(),
         archive=HostArchive(),
         sink=4,
         recent=476,
         top_k=28,
-        fringe=0,
-        recall="full",
+        top_k_compressed=0,
+        attend="full",
         block_size=16,
         chunk_size=64,
     )

@@ -67,7 +67,7 @@ class TopTokens(Compressor):
             keys=blocks.keys.take_along_dim(kept[..., None], dim=3),
             values=blocks.values.take_along_dim(kept[..., None], dim=3),
             offsets=offsets.take_along_dim(kept[..., None], dim=3),
-            own_offsets=True,
+            offsets_differ=True,
             rotated=None,
         )
         return compressed, state

@@ -239,8 +239,8 @@ def test_the_context_of_rows_that_parted_ways_is_read_per_group():
     groups = cache.contexts(0)
     assert [rows.tolist() for rows, _ in groups] == [[0], [1]]
     assert [context.keys.shape[2] for _, context in groups] == [4, 2]
-    assert cache.census(row=0) != cache.census(row=1)
-    assert sum(cache.census(row=1).values()) == 2
+    assert cache.tier_counts(row=0) != cache.tier_counts(row=1)
+    assert sum(cache.tier_counts(row=1).values()) == 2
 
 
 @given(data=st.data())

@@ -35,17 +35,17 @@ def test_a_context_holds_the_tokens_that_the_policy_names_each_turned_to_its_pla
 
 @given(data=st.data())
 def test_placed_blocks_touch_and_do_not_overlap(data):
-    trial = trial_of(data.draw(settings_of(policies(realigner=("anchored", "incremental")))))
+    trial = trial_of(data.draw(settings_of(policies(realigner=("contiguous", "incremental")))))
     for steps in data.draw(cuts(trial.policy)):
         testing.tiling(trial, trial.feed(steps))
 
 
 @given(data=st.data())
-def test_anchored_positions_begin_at_zero_and_incremental_ones_end_at_now(data):
-    trial = trial_of(data.draw(settings_of(policies(realigner=("anchored", "incremental")))))
+def test_contiguous_positions_begin_at_zero_and_incremental_ones_end_at_now(data):
+    trial = trial_of(data.draw(settings_of(policies(realigner=("contiguous", "incremental")))))
     for steps in data.draw(cuts(trial.policy)):
         placed = trial.feed(steps).placed
-        if type(trial.policy.realigner).__name__ == "Anchored":
+        if type(trial.policy.realigner).__name__ == "Contiguous":
             first = trial.store.mid.placed if trial.store.mid is not None and not trial.store.sink_tokens else placed
             assert float(first.flatten()[0]) == 0
         else:
@@ -67,7 +67,7 @@ def test_a_run_with_readings_equals_one_without(data):
     for _ in feed(read, setting.tokens, lengths):
         read.context()
         read.context().origins.add_(100)
-        read.census()
+        read.tier_counts()
     start = 0
     for length in lengths:
         now = setting.tokens.part(start, start + length)
@@ -138,7 +138,7 @@ def test_the_kit_notices_one_token_that_is_off(off):
 def test_observers_are_told_what_happened_to_every_step():
     told = []
     setting = Setting(
-        policy=policy("packforcing-lm", sink=2, recent=4, block_size=3, top_k=1, fringe=1, archive="device"),
+        policy=policy("packforcing-lm", sink=2, recent=4, block_size=3, top_k=1, top_k_compressed=1, archive="device"),
         geometry=Geometry(kv_heads=2, head_dim=4, query_heads=4),
         rotary=Setting.plain_rotary(4),
         seed=1,
@@ -196,8 +196,8 @@ def test_a_video_layer_holds_every_token_of_every_step(geometry, commits, base):
         sink=commit,
         recent=2 * commit,
         top_k=base.top_k,
-        fringe=base.fringe,
-        recall=base.recall,
+        top_k_compressed=base.top_k_compressed,
+        attend=base.attend,
         block_size=commit,
         refresh=base.refresh,
     )
@@ -208,7 +208,7 @@ def test_a_video_layer_holds_every_token_of_every_step(geometry, commits, base):
         store.append(now.keys, now.values)
         store.select(now.query)
         context = store.context()
-        assert sum(store.census().values()) == (number + 1) * commit
+        assert sum(store.tier_counts().values()) == (number + 1) * commit
         assert context.mask is None
         assert not context.causal
         assert context.current == per

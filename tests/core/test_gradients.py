@@ -34,7 +34,7 @@ def attend32(query, context):
 @fewer
 @given(data=st.data())
 def test_gradients_of_current_tokens_are_those_of_plain_attention(data):
-    setting = data.draw(settings_of(policies(recall="full", fringe=0)))
+    setting = data.draw(settings_of(policies(attend="full", top_k_compressed=0)))
     store, tokens = setting.store(), setting.tokens
     lengths = data.draw(cuts(setting.policy, most=6))
     for _ in feed(store, tokens, lengths[:-1]):
@@ -134,7 +134,7 @@ def test_without_gradients_a_context_is_a_view_and_nothing_is_copied():
 
 def test_history_holds_no_graph():
     setting = Setting(
-        policy=policy("archive", sink=1, recent=2, block_size=1, top_k=2, realigner=build("realigner", "anchored")),
+        policy=policy("archive", sink=1, recent=2, block_size=1, top_k=2, realigner=build("realigner", "contiguous")),
         geometry=Geometry(kv_heads=1, head_dim=4),
         rotary=rotary(4),
         seed=0,
@@ -152,7 +152,7 @@ def test_history_holds_no_graph():
     assert not store.context().keys.requires_grad
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "gaps", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "original", "incremental"])
 def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
     """What the model projected of a compressed block, by finite differences in float64."""
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False, dtype=torch.float64)

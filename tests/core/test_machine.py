@@ -85,11 +85,11 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(back=st.integers(0, 6))
     def crop(self, back: int) -> None:
         steps = max(0, self.cache.seen - back)
-        before, census = copied(self.cache.context(0)) if self.cache.seen else None, self.cache.census()
+        before, tier_counts = copied(self.cache.context(0)) if self.cache.seen else None, self.cache.tier_counts()
         try:
             self.cache.crop(steps)
         except CropError:
-            assert self.cache.census() == census
+            assert self.cache.tier_counts() == tier_counts
             assert testing.difference(before, self.cache.context(0)) is None
             return
         assert self.cache.seen == steps
@@ -133,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
         path, original = self.files.pop()
         loaded = TieredCache(original.policy, [original.geometry], rotaries=[original.rotary])
         loaded.load(path)
-        assert loaded.census() == original.cache.census()
+        assert loaded.tier_counts() == original.cache.tier_counts()
         self.trial = original.branch(loaded)
         if loaded.seen:
             assert testing.difference(loaded.context(0), original.cache.context(0)) is None
@@ -145,15 +145,15 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def swap(self, data) -> None:
         other = data.draw(policies() | small_presets())
-        names = ("retriever", "realigner", "top_k", "fringe", "refresh", "chunk_size")
+        names = ("retriever", "realigner", "top_k", "top_k_compressed", "refresh", "chunk_size")
         fields = {name: getattr(other, name) for name in data.draw(st.sets(st.sampled_from(names)))}
         changed = attrs.evolve(self.trial.policy, **fields) if self.cache.seen else other
-        census = self.cache.census()
+        tier_counts = self.cache.tier_counts()
         try:
             self.cache.swap(changed)
         except SwapError:
             assert self.cache.policies == [self.trial.policy]
-            assert self.cache.census() == census
+            assert self.cache.tier_counts() == tier_counts
             return
         self.trial.policy = changed
         self.files = [(path, trial) for path, trial in self.files if trial.policy is not changed]
@@ -176,10 +176,10 @@ class CacheMachine(RuleBasedStateMachine):
         context = self.cache.context(0)
         testing.conservation(self.trial)
         testing.contents(self.trial, context)
-        held = self.cache.held()
+        held = self.cache.memory_usage()
         real = testing.storages(self.trial.store)
-        for place in ("device", "host"):
-            assert sum(h.bytes for h in held if h.place == place) == real[place]
+        for location in ("device", "host"):
+            assert sum(h.bytes for h in held if h.location == location) == real[location]
         bound = self.trial.policy.bound(self.trial.geometry)
         assert bound is None or context.keys.shape[2] <= bound
 

@@ -81,7 +81,10 @@ def test_the_chosen_blocks_have_the_highest_declared_scores(data):
             continue
         blocks = [keys[:, :, a : a + found.block_size] for a in store.starts.data.tolist()]
         scores = brute_force(found.retriever, queries[:, :, start : store.seen], blocks)
-        for picked, more in ((store.selection.chosen, 0), (store.selection.fringe, store.selection.chosen.shape[-1])):
+        for picked, more in (
+            (store.selection.chosen, 0),
+            (store.selection.compressed, store.selection.chosen.shape[-1]),
+        ):
             rank = scores.sort(-1, descending=True).values
             got = scores.gather(-1, picked).sort(-1, descending=True).values
             want = rank[..., more : more + picked.shape[-1]]
@@ -120,7 +123,7 @@ def test_equal_blocks_are_chosen_newest_first(data):
     retriever = data.draw(
         st.sampled_from([("affinity", {"normalise": "none"}), ("affinity", {"heads": "per-kv"}), ("page-bounds", {})])
     )
-    found = data.draw(policies(refresh="chunk", realigner="gaps", recent=3, compressor="keep"))
+    found = data.draw(policies(refresh="chunk", realigner="original", recent=3, compressor="keep"))
     found = attrs.evolve(found, retriever=build("retriever", retriever))
     setting = data.draw(settings_of(st.just(found)))
     setting = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, head_dim=4))

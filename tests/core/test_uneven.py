@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvtiers.accounting import bytes_in, held_by
+from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.blocks import Context, run_of
 from kvtiers.cache import TieredCache
 from kvtiers.errors import GeometryError
@@ -130,7 +130,7 @@ lengths_of = st.lists(st.integers(1, LONGEST), min_size=3, max_size=9)
     sink=st.integers(0, 3),
     recent=st.integers(0, 5),
     top_k=st.integers(1, 4),
-    realigner=st.sampled_from(["gaps", "anchored", "incremental"]),
+    realigner=st.sampled_from(["original", "contiguous", "incremental"]),
     retriever=st.sampled_from([("affinity", {"heads": "per-kv"}), "recency"]),
 )
 def test_a_context_is_what_it_would_be_without_padding(
@@ -153,8 +153,8 @@ def test_a_context_is_what_it_would_be_without_padding(
         assert (attend_context(query, context) - by_hand(store, film, number)).abs().max() < 1e-5
         assert context.keys.shape[2] <= (found.bound(geometry()) or 0)
         store.settle()
-    assert bytes_in(held_by([store]), "device") <= (found.bound_bytes(geometry(), store.archived) or 0)
-    assert sum(store.census().values()) == sum(lengths)
+    assert bytes_in(memory_usage_of([store]), "device") <= (found.bound_bytes(geometry(), store.archived) or 0)
+    assert sum(store.tier_counts().values()) == sum(lengths)
 
 
 def play_current(store: LayerStore, film: Film, number: int) -> list[Context]:
@@ -165,7 +165,7 @@ def play_current(store: LayerStore, film: Film, number: int) -> list[Context]:
 
 
 def compressed(**changes: Any) -> Policy:
-    settings: dict[str, Any] = {"sink": 2, "recent": 3, "top_k": 2, "fringe": 2, "recall": "full"}
+    settings: dict[str, Any] = {"sink": 2, "recent": 3, "top_k": 2, "top_k_compressed": 2, "attend": "full"}
     return policy("archive", **{**settings, "compressor": ("mean-pool", {"ratio": 5}), **changes})
 
 
@@ -173,12 +173,12 @@ def compressed(**changes: Any) -> Policy:
     "found",
     [
         compressed(),
-        compressed(fringe=0, recall="compressed"),
+        compressed(top_k_compressed=0, attend="compressed"),
         compressed(compressor=("top-tokens", {"keep": 9})),
         compressed(archive="host"),
         compressed(archive="disk"),
     ],
-    ids=["pooled fringe", "pooled", "some tokens", "host", "disk"],
+    ids=["pooled compressed", "pooled", "some tokens", "host", "disk"],
 )
 @torch.no_grad()
 def test_padding_is_masked_wherever_blocks_lie_and_a_shorter_block_never_shows_zeros(found: Policy) -> None:
@@ -275,7 +275,7 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
 @torch.no_grad()
 def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> None:
     film = Film.of([1, 4, 2, 1, 3, 2])
-    found = policy("archive", sink=0, recent=0, top_k=2, retriever=retriever, realigner="anchored")
+    found = policy("archive", sink=0, recent=0, top_k=2, retriever=retriever, realigner="contiguous")
     store = LayerStore(found, geometry(), rotary=rotary())
     play(store, film, range(6))
     turn, judge = rotary(), found.retriever

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvtiers.accounting import bytes_in, held_by
+from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.blocks import Context
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
@@ -60,7 +60,7 @@ def test_an_hour_really_is_an_hour():
         assert context.keys.shape[2] == bound or number < 19
         assert context.keys.shape[2] <= bound
     assert (store.archived, store.settled) == (3_600 - 3, 14_400)
-    assert bytes_in(held_by([store]), "device") <= found.bound_bytes(geometry, store.archived)
+    assert bytes_in(memory_usage_of([store]), "device") <= found.bound_bytes(geometry, store.archived)
 
 
 @pytest.mark.parametrize("archive", ["host", "disk"])
@@ -78,7 +78,9 @@ def test_past_top_k_nothing_of_a_denoise_step_moves(archive):
     context = one_block(store, torch.randn)
     assert torch.equal(context.placed, last)
     assert not torch.equal(context.origins, last)
-    device = {h.tier: h.bytes for h in held_by([store]) if h.place == "device" and h.tier != "digests"}
+    device = {h.tier: h.bytes for h in memory_usage_of([store]) if h.location == "device" and h.tier != "digests"}
     for _ in range(6):
         one_block(store, torch.randn)
-    assert {h.tier: h.bytes for h in held_by([store]) if h.place == "device" and h.tier != "digests"} == device
+    assert {
+        h.tier: h.bytes for h in memory_usage_of([store]) if h.location == "device" and h.tier != "digests"
+    } == device

@@ -250,7 +250,7 @@ def test_an_anchor_passes_the_low_resolution_branch_by_which_remembers_its_last_
         assert wan.frames == 0
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous", "incremental"])
 @pytest.mark.parametrize("positions", ["center", "corner", "unit"])
 @torch.no_grad()
 def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realigner: str, positions: str) -> None:
@@ -266,11 +266,11 @@ def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realign
             assert torch.equal(origins[..., 1:], placed[..., 1:])
             times = placed[0, 0, :, 0].unique()
             mid = 1 if positions == "unit" else 2
-            want = {"gaps": 32, "anchored": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
+            want = {"original": 32, "contiguous": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
             assert times.max() == want - 1
             buffers = store._buffers()
             raw = buffers[1][:, :, store.begin : store.tail]
-            if realigner != "gaps":
+            if realigner != "original":
                 assert (wan.rotary.rotate(raw, placed) - context.keys).abs().max() < 1e-5
 
 
@@ -332,7 +332,7 @@ def _fail(*_: object) -> None:
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "gaps"])
+@pytest.mark.parametrize("realigner", ["contiguous", "original"])
 @pytest.mark.parametrize("lengths", [[4] * 6, [4, 4, 2, 4, 3, 4]], ids=["even", "uneven"])
 def test_gradients_flow_through_archived_blocks_to_the_compressor(realigner: str, lengths: list[int]) -> None:
     model, text = build().double(), prompt().double()
@@ -507,7 +507,7 @@ def test_digests_choose_what_the_formula_chooses(
         pytest.param({"compressor": "mean-pool"}, id="compressor"),
         pytest.param(hr(), id="branches"),
         pytest.param({"retriever": "recency"}, id="retriever"),
-        pytest.param({"realigner": "gaps"}, id="realigner"),
+        pytest.param({"realigner": "original"}, id="realigner"),
         pytest.param({"realigner": "incremental"}, id="incremental"),
         pytest.param({"sink": 0}, id="sink"),
         pytest.param({"archive": "device"}, id="archive"),
@@ -608,7 +608,7 @@ def _without_reduced() -> object:
         pytest.param(lambda: DualBranch().cells(1, (30, 52)), PolicyError, "commit longer blocks", id="one frame"),
         pytest.param(lambda: DualBranch().cells(4, (3, 52)), PolicyError, "of 3 x 52; commit", id="small frames"),
         pytest.param(
-            lambda: kvtiers.policy("packforcing", recall="full"),
+            lambda: kvtiers.policy("packforcing", attend="full"),
             PolicyError,
             "let it digest the full form",
             id="digests",

@@ -1,4 +1,4 @@
-"""Realigner `gaps`: blocks stay where they were seen, keys keep the model's rotation (RoFormer, arXiv 2104.09864)."""
+"""Realigner `original`: blocks stay where they were, keys keep the model's rotation (RoFormer, arXiv 2104.09864)."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from kvtiers.policy import Placement, Realigner
 
 
 @attrs.frozen(kw_only=True)
-class Gaps(Realigner):
+class Original(Realigner):
     """Leave a gap where blocks are not attended. The only choice for a model without rotary embedding."""
 
     rotates: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Realigner `anchored`: sinks stay where they are, everything after them closes up.
+"""Realigner `contiguous`: sinks stay where they are, everything after them closes up.
 
 It places as PackForcing does (arXiv 2603.25730, section 3.4) up to a common shift, which attention does not see.
 Deviation: the paper holds recent and rotates the stored keys again for every block, so rounding accumulates and
@@ -14,7 +14,7 @@ from kvtiers.policy import Placement, Realigner
 
 
 @attrs.frozen(kw_only=True)
-class Anchored(Realigner):
+class Contiguous(Realigner):
     """Mid blocks take consecutive spans after the sink, recent and current the next positions.
 
     Where blocks differ in length, recent follows the longest choice that there could be, after a gap if it was another.
