@@ -43,7 +43,7 @@ class Shelf(ABC):
         """Bytes of the storages (or files) held, by location."""
 
     @abstractmethod
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was."""
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Growing:
         self.buffer.narrow(self.axis, self.length, rows.shape[self.axis]).copy_(rows)
         self.length += rows.shape[self.axis]
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Select along the first axis."""
         if self.buffer is not None:
             with torch.inference_mode(False):
@@ -190,9 +190,9 @@ class TensorShelf(Shelf):
         constant = 0 if self._constant is None else self._constant.untyped_storage().nbytes()
         return {self.location: self._keys.nbytes + self._values.nbytes + self._offsets.nbytes + constant}
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         for part in (self._keys, self._values, self._offsets):
-            part.take(rows)
+            part.select_rows(rows)
 
     def fork(self) -> "TensorShelf":
         other = self._empty()

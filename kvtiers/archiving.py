@@ -24,25 +24,25 @@ def age(store: "LayerStore", blocks: Sequence[Extent]) -> None:
     start, stop = blocks[0].start, blocks[-1].stop
     if store.policy.in_place:
         store.mid_tokens += (stop - start) * store.geometry.tokens_per_step
-        store.aged_to = stop
+        store.recent_start = stop
         return
     if store.policy.compressor.drops:
         store.dropped += stop - start
-        store.aged_to, store.mid_tokens = stop, 0
+        store.recent_start, store.mid_tokens = stop, 0
         store._assemble(None)
         return
     for _, alike in groupby(blocks, key=lambda block: block.steps):
         run = list(alike)
         _archive(store, store.head, run)
-        store.aged_to, store.mid_tokens, store.stale = run[-1].stop, 0, True
+        store.recent_start, store.mid_tokens, store.stale = run[-1].stop, 0, True
 
 
 def _archive(store: "LayerStore", slot: int, run: Sequence[Extent]) -> None:
     """Write blocks of one length, whose tokens begin at `slot`, to the archive. Changes nothing if refused."""
-    _, raw, stored = store._buffers()
+    _, unrotated, stored = store._buffers()
     first, span, count = run[0].start, run[0].steps, len(run)
     where = slice(slot, slot + count * span * store.geometry.tokens_per_step)
-    keys = raw[:, :, where]
+    keys = unrotated[:, :, where]
     reduced = None
     if isinstance(store.policy.compressor, SourceCompressor):
         reduced = _joined([store.reduced[block.start] for block in run])
@@ -50,7 +50,7 @@ def _archive(store: "LayerStore", slot: int, run: Sequence[Extent]) -> None:
         keys,
         stored[:, :, where],
         count=count,
-        positions=store.geometry.positions(first, first + count * span, raw.device),
+        positions=store.geometry.positions(first, first + count * span, unrotated.device),
         first=first,
         span=span,
         rotated=(store._turn(keys, first) if store.rotates else keys) if reduced is None else None,

@@ -43,7 +43,7 @@ class Ragged:
 
 @attrs.frozen(eq=False, kw_only=True)
 class Turn:
-    """One chunk of some rows of a forward, appended and selected: attend `query` to `context`.
+    """One chunk of some rows of a forward, written and selected: attend `query` to `context`.
 
     rows: which rows of the batch (none: all). columns: which columns of the forward.
     query: [rows, query_heads, columns, head_dim], placed.
@@ -75,16 +75,16 @@ class Layer:
     @property
     def tokens(self) -> int:
         """Tokens seen by all rows together."""
-        return sum(lane.store.seen * lane.store.geometry.batch for lane in self.lanes)
+        return sum(lane.store.num_steps * lane.store.geometry.batch for lane in self.lanes)
 
     @property
-    def seen(self) -> int:
+    def num_steps(self) -> int:
         """Steps seen by the row that has seen most."""
-        return max((lane.store.seen for lane in self.lanes), default=0)
+        return max((lane.store.num_steps for lane in self.lanes), default=0)
 
-    def seen_by_row(self) -> list[int]:
+    def num_steps_by_row(self) -> list[int]:
         """Steps seen by each row; empty before the first tokens."""
-        seen = {row: lane.store.seen for lane in self.lanes for row in _numbers(lane)}
+        seen = {row: lane.store.num_steps for lane in self.lanes for row in _numbers(lane)}
         return [seen[row] for row in sorted(seen)]
 
     @property
@@ -94,7 +94,7 @@ class Layer:
 
     def check_batch(self, batch: int) -> None:
         """Raise `GeometryError` unless a forward of `batch` rows can go on from here."""
-        if self.seen and self.batch != batch:
+        if self.num_steps and self.batch != batch:
             raise GeometryError(
                 f"layer {self.number} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by "
                 "itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
@@ -118,9 +118,9 @@ class Layer:
                 if len(groups) == 1:
                     lanes.append((lane, columns))
                     continue
-                own = session.fork(lane.store) if lane.store.seen else self._make(len(members))
-                if lane.store.seen:
-                    session.take(own, torch.tensor(members, device=columns.device))
+                own = session.fork(lane.store) if lane.store.num_steps else self._make(len(members))
+                if lane.store.num_steps:
+                    session.select_rows(own, torch.tensor(members, device=columns.device))
                 lanes.append((Lane(torch.tensor([rows[m] for m in members], device=columns.device), own), columns))
         self.lanes = [lane for lane, _ in lanes]
         return lanes
@@ -138,15 +138,15 @@ class Layer:
             size = lane.store.policy.chunk_size
             start = 0
             while start < length:
-                stop = length if size is None else min(length, start + size - lane.store.seen % size)
+                stop = length if size is None else min(length, start + size - lane.store.num_steps % size)
                 where = slice(start, stop) if columns is None else columns[start:stop]
                 q, k, v = (_part(x, lane.rows, where, stop - start) for x in (query, keys, values))
-                lane.store.append(k, v)
+                lane.store.write(k, v)
                 lane.store.select(q)
                 yield Turn(rows=lane.rows, columns=where, query=lane.store.place_query(q), context=lane.store.context())
                 start = stop
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was."""
         if rows.numel() == 0 or rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
             raise GeometryError(
@@ -158,7 +158,7 @@ class Layer:
             if absent:  # rows on a GPU are not looked at, which would wait for it
                 raise GeometryError(f"layer {self.number} holds rows 0 to {self.batch - 1} and no row {absent[0]}")
         if len(self.lanes) == 1:
-            session.take(self.lanes[0].store, rows)
+            session.select_rows(self.lanes[0].store, rows)
             self.lanes[0].rows = None
             return
         wanted = rows.tolist()
@@ -167,7 +167,7 @@ class Layer:
             own = {row: at for at, row in enumerate(lane.rows.tolist())} if lane.rows is not None else {}
             new = [(i, own[row]) for i, row in enumerate(wanted) if row in own]
             if new:
-                session.take(lane.store, torch.tensor([at for _, at in new], device=rows.device))
+                session.select_rows(lane.store, torch.tensor([at for _, at in new], device=rows.device))
                 lanes.append(Lane(torch.tensor([i for i, _ in new], device=rows.device), lane.store))
         if len(lanes) == 1:
             lanes[0].rows = None
@@ -253,41 +253,25 @@ class TieredCache:
 
     # ------------------------------------------------------------------ the three verbs
 
-    def append(
-        self,
-        layer: int,
-        keys: Float[Tensor, "batch kv_heads steps head_dim"],
-        values: Float[Tensor, "batch kv_heads steps value_dim"],
-    ) -> None:
-        """Add current tokens, at most one chunk, for rows without padding (with padding, use `layers[i].turns`)."""
-        for lane, _ in self.layers[layer]._split(keys.shape[0], None):
-            lane.store.append(_rows(keys, lane.rows), _rows(values, lane.rows))
-
-    def draft(
+    def write(
         self,
         layer: int,
         keys: Float[Tensor, "batch kv_heads tokens head_dim"],
         values: Float[Tensor, "batch kv_heads tokens value_dim"],
+        *,
+        replace: bool = False,
     ) -> None:
-        """Take a block's tokens as the current ones, in place of those that are (video: a denoise step)."""
+        """Add current tokens, at most one chunk, for rows without padding (with padding, use `layers[i].turns`).
+
+        replace: take them in place of those that are current (video: a denoise step).
+        """
         for lane, _ in self.layers[layer]._split(keys.shape[0], None):
-            lane.store.draft(_rows(keys, lane.rows), _rows(values, lane.rows))
+            lane.store.write(_rows(keys, lane.rows), _rows(values, lane.rows), replace=replace)
 
-    def commit(
-        self,
-        layer: int,
-        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-        values: Float[Tensor, "batch kv_heads tokens value_dim"],
-    ) -> None:
-        """Write a block in place of its drafts and make it history (video: the clean pass)."""
-        self.draft(layer, keys, values)
-        for lane in self.layers[layer].lanes:
-            lane.store.settle()
-
-    def settle(self) -> None:
-        """Make the current tokens of every layer history. After an error it can be called again."""
-        for store in self.stores():
-            store.settle()
+    def commit(self, layer: int | None = None) -> None:
+        """Make the current tokens of `layer` history, or of every layer. After an error it can be called again."""
+        for store in self.stores() if layer is None else self.layers[layer].stores():
+            store.commit()
 
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
         """Let the policy choose which archived blocks are attended."""
@@ -332,19 +316,19 @@ class TieredCache:
 
     def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
         """The context of each group of rows (none: all rows) that has seen a token."""
-        return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes if lane.store.seen]
+        return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes if lane.store.num_steps]
 
     # ------------------------------------------------------------------ as a whole
 
     @property
-    def seen(self) -> int:
+    def num_steps(self) -> int:
         """Steps that the first layer has seen."""
-        return self.layers[0].seen if self.layers else 0
+        return self.layers[0].num_steps if self.layers else 0
 
     @property
-    def settled(self) -> int:
+    def committed_steps(self) -> int:
         """Steps that are history in every layer and row; later ones are current."""
-        return min((store.settled for store in self.stores()), default=0)
+        return min((store.committed_steps for store in self.stores()), default=0)
 
     def stores(self) -> list[LayerStore]:
         """Every store of every layer."""
@@ -360,11 +344,11 @@ class TieredCache:
         if self.geometries and not self.geometries[0].causal:
             self._crop_to([steps for _ in self.stores()])  # a pass that failed may have left drafts in some layers
         else:
-            self.crop_by(self.seen - steps)
+            self.crop_by(self.num_steps - steps)
 
     def crop_by(self, steps: int) -> None:
         """Remove the newest `steps` steps of every row, exactly, or raise `CropError` and change nothing."""
-        self._crop_to([store.seen - steps for store in self.stores()])
+        self._crop_to([store.num_steps - steps for store in self.stores()])
 
     def _crop_to(self, wanted: Sequence[int]) -> None:
         """Roll each store back to its own number of steps, or none."""
@@ -372,16 +356,17 @@ class TieredCache:
             reason = session.why_not_crop(store, steps)
             if reason is not None:
                 raise CropError(
-                    f"layer {store.layer} cannot give back {store.seen - steps} of {store.seen} steps: {reason}; "
+                    f"layer {store.layer} cannot give back {store.num_steps - steps} of {store.num_steps} steps: "
+                    f"{reason}; "
                     "fork() the cache before steps that may have to be undone"
                 )
         for store, steps in zip(self.stores(), wanted, strict=True):
             session.crop(store, steps)
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""
         for layer in self.layers:
-            layer.take(rows)
+            layer.select_rows(rows)
 
     def fork(self) -> "TieredCache":
         """An independent copy that continues exactly from here."""
@@ -471,5 +456,5 @@ class TieredCache:
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
         """The blocks of the row that has seen most, each with its tier."""
         stores = self.layers[layer].stores()
-        store = max(stores, key=lambda s: s.seen) if stores else None
-        return [] if store is None else store.timeline.layout(store.settled)
+        store = max(stores, key=lambda s: s.num_steps) if stores else None
+        return [] if store is None else store.timeline.layout(store.committed_steps)

@@ -39,7 +39,7 @@ class Lengths:
         """The steps of the chosen blocks."""
         return self._rows()[:, 1][index]
 
-    def own(
+    def valid(
         self, index: Int[Tensor, "#batch #kv_heads chosen"], tokens: int
     ) -> Bool[Tensor, "#batch #kv_heads mid_tokens"] | None:
         """Which tokens of the chosen blocks are their own, where each has `tokens` places; none if all are."""

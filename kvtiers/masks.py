@@ -14,22 +14,23 @@ def causal(current: int, tokens: int, device: torch.device) -> Bool[Tensor, "cur
 
 
 def dropping(
-    timeline: Timeline, aged_to: int, settled: int, seen: int, device: torch.device
+    timeline: Timeline, recent_start: int, committed_steps: int, num_steps: int, device: torch.device
 ) -> Bool[Tensor, "current tokens"]:
     """As `causal`, less what is dropped while the current tokens pass, as if they had come one at a time.
 
-    The context holds the sink and steps `aged_to` to `seen`; the current tokens are steps `settled` to `seen`.
+    The context holds the sink and steps `recent_start` to `num_steps`; the current tokens are those from step
+    `committed_steps`.
     """
-    now = torch.arange(settled, seen, device=device)[:, None]
-    anchors = torch.arange(min(timeline.sink, seen), device=device)
-    step = torch.cat([anchors, torch.arange(aged_to, seen, device=device)])
+    now = torch.arange(committed_steps, num_steps, device=device)[:, None]
+    anchors = torch.arange(min(timeline.sink, num_steps), device=device)
+    step = torch.cat([anchors, torch.arange(recent_start, num_steps, device=device)])
     past = (now - (timeline.recent or 0) - timeline.sink).clamp(min=0)
     oldest = timeline.sink + past // timeline.block_size * timeline.block_size
     return (step <= now) & ((step < timeline.sink) | (step >= oldest))
 
 
 def padding(
-    own: Bool[Tensor, "#batch #kv_heads mid_tokens"], before: int, tokens: int
+    valid: Bool[Tensor, "#batch #kv_heads mid_tokens"], before: int, tokens: int
 ) -> Bool[Tensor, "#batch #kv_heads 1 tokens"]:
     """All of a context of `tokens` tokens, `before` of them before mid, less what stands behind shorter mid blocks."""
-    return pad(own, (before, tokens - before - own.shape[-1]), value=True)[:, :, None]
+    return pad(valid, (before, tokens - before - valid.shape[-1]), value=True)[:, :, None]

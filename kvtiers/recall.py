@@ -18,14 +18,15 @@ class MidTokens:
 
     offsets: [batch | 1, kv_heads | 1, tokens, axes] from the start of each token's block; starts, placed: the blocks'
     original and placed first steps, in order; owner: each token's block (its rank), or none for runs of equal size.
-    own: [batch, kv_heads | 1, tokens], false for the padding that stands behind a shorter block; none if there is none.
+    valid: [batch, kv_heads | 1, tokens], false for the padding that stands behind a shorter block; `None` if
+        there is none.
     """
 
     offsets: Tensor
     starts: Tensor
     placed: Tensor
     owner: Tensor | None
-    own: Tensor | None = None
+    valid: Tensor | None = None
 
     def at(self, starts: Tensor) -> Tensor:
         """Positions of the tokens when the blocks begin at `starts`."""
@@ -91,11 +92,11 @@ def _fetch(
     count = index.shape[-1]
     first = starts[one]
     wide = offsets.expand(*offsets.shape[:2], count, -1, -1).flatten(2, 3)
-    own = None if lengths is None else lengths.own(one, keys.shape[3])
+    valid = None if lengths is None else lengths.valid(one, keys.shape[3])
     return Recalled(
         keys=keys.flatten(2, 3),
         values=values.flatten(2, 3),
-        where=MidTokens(offsets=wide, starts=first, placed=first, owner=None, own=own),
+        where=MidTokens(offsets=wide, starts=first, placed=first, owner=None, valid=valid),
         spans=torch.full_like(first, shelf.span) if lengths is None else lengths.spans_of(one),
         total=count * shelf.span if lengths is None else lengths.most(count),
         whole=whole and lengths is None,
@@ -115,22 +116,22 @@ def _merge(chosen: Recalled, compressed: Recalled, selection: Selection) -> Reca
     lead = index.shape[:2]
     offsets = torch.cat([part.where.offsets.expand(*lead, -1, -1) for part in (chosen, compressed)], 2)
     starts = torch.cat([chosen.where.starts, compressed.where.starts], -1).gather(-1, order)
-    own = None
-    if chosen.where.own is not None or compressed.where.own is not None:
-        parts = [_all_own(part) if part.where.own is None else part.where.own for part in (chosen, compressed)]
-        own = torch.cat(parts, -1).gather(-1, at)
+    valid = None
+    if chosen.where.valid is not None or compressed.where.valid is not None:
+        parts = [_all_valid(part) if part.where.valid is None else part.where.valid for part in (chosen, compressed)]
+        valid = torch.cat(parts, -1).gather(-1, at)
     return Recalled(
         keys=_along_tokens(torch.cat([chosen.keys, compressed.keys], 2), at),
         values=_along_tokens(torch.cat([chosen.values, compressed.values], 2), at),
         where=MidTokens(
-            offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at), own=own
+            offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at), valid=valid
         ),
         spans=torch.cat([chosen.spans, compressed.spans], -1).gather(-1, order),
         total=chosen.total + compressed.total,
     )
 
 
-def _all_own(part: Recalled) -> Tensor:
+def _all_valid(part: Recalled) -> Tensor:
     """That no token of `part` is padding."""
     return torch.ones(part.keys.shape[:3], dtype=torch.bool, device=part.keys.device)
 

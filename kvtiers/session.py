@@ -18,9 +18,9 @@ from kvtiers.recall import MidTokens
 from kvtiers.store import LayerStore
 
 _NUMBERS = (
-    "seen",
-    "settled",
-    "aged_to",
+    "num_steps",
+    "committed_steps",
+    "recent_start",
     "dropped",
     "tail",
     "mid_tokens",
@@ -33,22 +33,26 @@ _NUMBERS = (
     "together_at",
     "drafted",
 )
-_BUFFERS = ("keys", "raw", "values")
+_BUFFERS = ("rotated", "unrotated", "values")
 _REDUCED = ("keys", "values", "offsets", "starts")
-_MID = ("offsets", "starts", "placed", "owner", "own")
+_MID = ("offsets", "starts", "placed", "owner", "valid")
 
 
 def why_not_crop(store: LayerStore, steps: int) -> str | None:
     """Why `store` cannot be rolled back to `steps` steps exactly, or none if it can."""
-    if not 0 <= steps <= store.seen:
-        return f"it holds {store.seen} steps"
-    if steps == store.seen or steps == 0:
+    if not 0 <= steps <= store.num_steps:
+        return f"it holds {store.num_steps} steps"
+    if steps == store.num_steps or steps == 0:
         return None
     if store.timeline.cuts is not None and steps not in store.timeline.cuts:
         return f"step {steps} is inside a block"
-    first = store.aged_to if not store.policy.in_place else 0
-    if steps < store.settled and store.timeline.recent_start(steps) < first and store.aged_to > store.timeline.sink:
-        return f"blocks before step {store.aged_to} have left recent since then"
+    first = store.recent_start if not store.policy.in_place else 0
+    if (
+        steps < store.committed_steps
+        and store.timeline.recent_start_at(steps) < first
+        and store.recent_start > store.timeline.sink
+    ):
+        return f"blocks before step {store.recent_start} have left recent since then"
     if store.policy.compressor.prepares:
         return f"{type(store.policy.compressor).__name__} has already looked at the later queries"
     if not store.geometry.causal:
@@ -74,16 +78,16 @@ def crop(store: LayerStore, steps: int) -> None:
     if steps == 0:
         store.clear()
         return
-    removed = store.seen - steps
+    removed = store.num_steps - steps
     if removed and store.policy.in_place:
-        first = min(max(store.timeline.recent_start(steps), store.timeline.sink), store.aged_to)
-        store.mid_tokens -= (store.aged_to - first) * store.geometry.tokens_per_step
-        store.aged_to = first
+        first = min(max(store.timeline.recent_start_at(steps), store.timeline.sink), store.recent_start)
+        store.mid_tokens -= (store.recent_start - first) * store.geometry.tokens_per_step
+        store.recent_start = first
     store.tail -= removed * store.geometry.tokens_per_step
-    store.seen = steps
-    store.settled = min(store.settled, steps)
+    store.num_steps = steps
+    store.committed_steps = min(store.committed_steps, steps)
     store.pending = max(0, store.pending - removed)
-    store.drafted = store.drafted and store.seen > store.settled
+    store.drafted = store.drafted and store.num_steps > store.committed_steps
     _cut_back(store, steps)
     store._live = None
 
@@ -93,20 +97,20 @@ def _cut_back(store: LayerStore, steps: int) -> None:
     if store.timeline.cuts is not None:
         cuts = tuple(cut for cut in store.timeline.cuts if cut <= steps)
         store.timeline = attrs.evolve(store.timeline, cuts=cuts, sink=min(store.timeline.sink, steps))
-        store.aged_to = min(store.aged_to, steps)
+        store.recent_start = min(store.recent_start, steps)
         store.reduced = {start: block for start, block in store.reduced.items() if start < steps}
 
 
 @torch.inference_mode(mode=False)
-def take(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
+def select_rows(store: LayerStore, rows: Int[Tensor, " rows"]) -> None:
     """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""
     for name in _BUFFERS:
         buffer: Tensor | None = getattr(store, name)
         if buffer is not None:
             setattr(store, name, buffer.index_select(0, rows.to(buffer.device)))
     for shelf in store.shelves.values():
-        shelf.take(rows)
-    store.digests.take(rows)
+        shelf.select_rows(rows)
+    store.digests.select_rows(rows)
     store.reduced = {start: _taken(block, rows) for start, block in store.reduced.items()}
     store.graph = [_taken(run, rows) for run in store.graph]
     if isinstance(store.state, Tensor):
@@ -226,7 +230,7 @@ def restore(store: LayerStore, tensors: Mapping[str, Tensor], numbers: Mapping[s
             starts=tensors["mid.starts"],
             placed=tensors["mid.placed"],
             owner=tensors.get("mid.owner"),
-            own=tensors.get("mid.own"),
+            valid=tensors.get("mid.valid"),
         )
     for form, about in numbers["shelves"].items():
         shelf = store.policy.archive.open()

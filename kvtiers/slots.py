@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 def reserve(store: "LayerStore", tokens: int, keys: Tensor, values: Tensor) -> None:
     """Make sure that `tokens` more slots follow the tail, for tensors like `keys` and `values`."""
-    if store.keys is None:
+    if store.rotated is None:
         slots = store.policy.slots(store.geometry)
         bound = store.policy.mid_bound(store.geometry) or 0
         room = bound + tokens if slots is None else slots
-        store.keys = lasting((*keys.shape[:2], room, keys.shape[3]), like=keys)
-        store.raw = lasting(store.keys.shape, like=keys) if store.rotates else None
+        store.rotated = lasting((*keys.shape[:2], room, keys.shape[3]), like=keys)
+        store.unrotated = lasting(store.rotated.shape, like=keys) if store.rotates else None
         store.values = lasting((*values.shape[:2], room, values.shape[3]), like=values)
         store.tail = bound
-    elif store.tail + tokens > store.keys.shape[2]:
+    elif store.tail + tokens > store.rotated.shape[2]:
         _relocate(store, _reserved(store), tokens)
 
 
@@ -56,7 +56,7 @@ def _relocate(store: "LayerStore", head: int, extra: int) -> None:
     size, old_head = store.tail - store.head, store.head
     needed = head + size + extra
     sink, mid = store.sink_tokens, 0 if store.stale else store.mid_tokens
-    for name in ("keys", "raw", "values"):
+    for name in ("rotated", "unrotated", "values"):
         buffer: Tensor | None = getattr(store, name)
         if buffer is None:
             continue

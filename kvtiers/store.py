@@ -30,7 +30,7 @@ Observe = Callable[[events.Event], None]
 
 
 class LayerStore:
-    """The tiers of one layer. `append`, `select` and `context` are the three verbs."""
+    """The tiers of one layer. `write`, `select` and `context` are the three verbs."""
 
     def __init__(
         self,
@@ -72,16 +72,16 @@ class LayerStore:
     def clear(self) -> None:
         """Forget everything."""
         self.timeline = self.policy.timeline(self.geometry)
-        self.seen = 0
-        """Steps appended."""
-        self.settled = 0
+        self.num_steps = 0
+        """Steps written."""
+        self.committed_steps = 0
         """Steps that are history; the rest are current."""
-        self.aged_to = self.timeline.sink
+        self.recent_start = self.timeline.sink
         """The step up to which blocks have left recent."""
         self.dropped = 0
         """Steps that a policy dropped."""
-        self.keys: Tensor | None = None
-        self.raw: Tensor | None = None
+        self.rotated: Tensor | None = None
+        self.unrotated: Tensor | None = None
         self.values: Tensor | None = None
         self.tail = 0
         self.mid_tokens = 0
@@ -120,12 +120,12 @@ class LayerStore:
 
     @property
     def sink_tokens(self) -> int:
-        return min(self.timeline.sink, self.seen) * self.geometry.tokens_per_step
+        return min(self.timeline.sink, self.num_steps) * self.geometry.tokens_per_step
 
     @property
     def head(self) -> int:
         """The slot of the first recent token."""
-        return self.tail - max(0, self.seen - self.aged_to) * self.geometry.tokens_per_step
+        return self.tail - max(0, self.num_steps - self.recent_start) * self.geometry.tokens_per_step
 
     @property
     def begin(self) -> int:
@@ -135,16 +135,16 @@ class LayerStore:
     @property
     def current(self) -> int:
         """How many current tokens there are."""
-        return (self.seen - self.settled) * self.geometry.tokens_per_step
+        return (self.num_steps - self.committed_steps) * self.geometry.tokens_per_step
 
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Placed keys, keys as stored (the same tensor unless a realigner rotates), values."""
-        if self.keys is None or self.values is None:
-            raise SelectionError(f"layer {self.layer} holds nothing yet; append keys and values first")
-        return self.keys, self.raw if self.raw is not None else self.keys, self.values
+        if self.rotated is None or self.values is None:
+            raise SelectionError(f"layer {self.layer} holds nothing yet; write keys and values first")
+        return self.rotated, self.unrotated if self.unrotated is not None else self.rotated, self.values
 
     def _all_buffers(self) -> list[Tensor]:
-        return [buffer for buffer in (self.keys, self.raw, self.values) if buffer is not None]
+        return [buffer for buffer in (self.rotated, self.unrotated, self.values) if buffer is not None]
 
     def _turn(self, keys: Tensor, first: int) -> Tensor:
         """Rotate consecutive tokens to the positions from step `first`."""
@@ -153,41 +153,28 @@ class LayerStore:
         steps = keys.shape[-2] // self.geometry.tokens_per_step
         return self.rotary.apply(keys, self.rotary.run(first, steps, self.geometry.grid, keys.device, keys.dtype))
 
-    # ------------------------------------------------------------------ append
+    # ------------------------------------------------------------------ write
 
-    def append(
+    def write(
         self,
         keys: Float[Tensor, "batch kv_heads tokens head_dim"],
         values: Float[Tensor, "batch kv_heads tokens value_dim"],
+        *,
+        replace: bool = False,
     ) -> None:
         """Make what was current history, age the blocks that left recent, and take these tokens as the current ones.
 
         keys: rotated by the model under `original`, unrotated otherwise. An error leaves the store as it was.
+        replace: take them in place of those that are current (video: a denoise step). History stays.
         """
         self._admit(keys, values)
-        self.settle()
+        if replace:
+            self._retract()
+        else:
+            self.commit()
         self._take(keys, values)
-        if self.geometry.causal:
+        if self.geometry.causal and not replace:
             self._tell_committed()
-
-    def draft(
-        self,
-        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-        values: Float[Tensor, "batch kv_heads tokens value_dim"],
-    ) -> None:
-        """Take these tokens as the current ones, in place of those that are (video: a denoise step). History stays."""
-        self._admit(keys, values)
-        self._retract()
-        self._take(keys, values)
-
-    def commit(
-        self,
-        keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-        values: Float[Tensor, "batch kv_heads tokens value_dim"],
-    ) -> None:
-        """Write a block in place of its drafts and make it history (video: the clean pass)."""
-        self.draft(keys, values)
-        self.settle()
 
     def beside(
         self,
@@ -205,25 +192,25 @@ class LayerStore:
         """
         one = offsets.detach()[None, None, None]
         kept = (keys, values) if self.keep_graph else (keys.detach(), values.detach())
-        self.reduced[self.settled] = Blocks(
+        self.reduced[self.committed_steps] = Blocks(
             keys=kept[0][:, :, None].clone(),
             values=kept[1][:, :, None].clone(),
             offsets=one,
-            starts=torch.tensor([self.settled], device=keys.device),
+            starts=torch.tensor([self.committed_steps], device=keys.device),
             span=span,
         )
         past = self.context()
         history = slice(0, past.keys.shape[2] - past.current)
         mask = None if past.mask is None else pad(past.mask[..., history], (0, keys.shape[2]), value=True)
         where = offsets.double().clone()
-        where[:, 0] += self.settled + self.recent_shift
+        where[:, 0] += self.committed_steps + self.recent_shift
         if self.rotates and self.rotary is not None:
             table = self.rotary.table(where, keys.dtype)
             query, keys = self.rotary.apply(query, table), self.rotary.apply(keys, table)
 
         def locate() -> tuple[Tensor, Tensor]:
             own = offsets.double().clone()
-            own[:, 0] += self.settled
+            own[:, 0] += self.committed_steps
             parts = zip(past.locate(), (own, where), strict=True)
             both = [
                 torch.cat([old[..., history, :], new.to(old).expand(*old.shape[:-2], -1, -1)], -2) for old, new in parts
@@ -242,7 +229,7 @@ class LayerStore:
     def _retract(self) -> None:
         """Give up the current tokens."""
         self.tail -= self.current
-        self.seen = self.settled
+        self.num_steps = self.committed_steps
         self._live = self.source = None
 
     def _take(self, keys: Tensor, values: Tensor) -> None:
@@ -250,19 +237,19 @@ class LayerStore:
         tokens = keys.shape[2]
         steps = tokens // self.geometry.tokens_per_step
         slots.reserve(self, tokens, keys, values)
-        placed, raw, stored = self._buffers()
+        placed, unrotated, stored = self._buffers()
         here = slice(self.tail, self.tail + tokens)
         plain = keys.detach()
         if self.rotates:
-            raw[:, :, here] = plain
-            plain = self._turn(plain, self.seen + self.recent_shift)
+            unrotated[:, :, here] = plain
+            plain = self._turn(plain, self.num_steps + self.recent_shift)
         placed[:, :, here] = plain
         stored[:, :, here] = values.detach()
         live = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         self._live = (keys, values) if live else None
-        if self.seen == 0:
+        if self.num_steps == 0:
             self.sink_slot = self.tail
-        self.seen += steps
+        self.num_steps += steps
         self.tail += tokens
         if self.geometry.causal:
             self.pending = self.pending + 1 if steps == 1 else self.policy.refresh_steps
@@ -274,7 +261,7 @@ class LayerStore:
 
     def _tell_committed(self) -> None:
         if self.observe is not None:
-            steps, tokens = self.seen - self.settled, self.current
+            steps, tokens = self.num_steps - self.committed_steps, self.current
             self.observe(events.Committed(layer=self.layer, steps=steps, tokens=tokens))
 
     def _admit(self, keys: Tensor, values: Tensor) -> None:
@@ -308,8 +295,8 @@ class LayerStore:
                 f"layer {self.layer} takes blocks of {geometry.steps_per_commit} steps, got {keys.shape[2]} tokens; "
                 "make a cache for blocks of different length (even=False)"
             )
-        if values.device != keys.device or (self.keys is not None and self.keys.device != keys.device):
-            held = "nothing yet" if self.keys is None else str(self.keys.device)
+        if values.device != keys.device or (self.rotated is not None and self.rotated.device != keys.device):
+            held = "nothing yet" if self.rotated is None else str(self.rotated.device)
             raise GeometryError(
                 f"layer {self.layer} holds tensors on {held}, got keys on {keys.device} and values on "
                 f"{values.device}; keep a layer on one device"
@@ -317,31 +304,31 @@ class LayerStore:
         if self.check and not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
             raise NotFiniteError(
                 f"layer {self.layer} was given keys or values with NaN or infinity at steps "
-                f"{self.seen} to {self.seen + keys.shape[2] // geometry.tokens_per_step}; this layer "
+                f"{self.num_steps} to {self.num_steps + keys.shape[2] // geometry.tokens_per_step}; this layer "
                 "stored nothing of them, the layers before it did: go on from a fork(), or reset() the cache"
             )
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Make current tokens history and age the blocks that thereby leave recent. An error loses nothing."""
-        if self.settled == self.seen:
+        if self.committed_steps == self.num_steps:
             return
-        timeline = self.timeline if self.geometry.causal else self.policy.extended(self.timeline, self.seen)
-        if timeline.sink > self.settled:
-            self.reduced.pop(self.settled, None)  # an anchor stays as it is
-        elif isinstance(self.policy.compressor, SourceCompressor) and self.settled not in self.reduced:
+        timeline = self.timeline if self.geometry.causal else self.policy.extended(self.timeline, self.num_steps)
+        if timeline.sink > self.committed_steps:
+            self.reduced.pop(self.committed_steps, None)  # an anchor stays as it is
+        elif isinstance(self.policy.compressor, SourceCompressor) and self.committed_steps not in self.reduced:
             raise SlotError(
-                f"layer {self.layer} got no reduced tokens for the block at step {self.settled}, which "
+                f"layer {self.layer} got no reduced tokens for the block at step {self.committed_steps}, which "
                 f"{type(self.policy.compressor).__name__} archives; commit through an integration that projects them"
             )
         if self.source is not None:
             self.state, self.source = self.policy.compressor.prepare(self.source, self.state), None
-        now = timeline.recent_start(self.seen)
-        if now > max(self.aged_to, timeline.sink):
-            archiving.age(self, timeline.blocks(max(self.aged_to, timeline.sink), now))
+        now = timeline.recent_start_at(self.num_steps)
+        if now > max(self.recent_start, timeline.sink):
+            archiving.age(self, timeline.blocks(max(self.recent_start, timeline.sink), now))
         if not self.geometry.causal:
             self._tell_committed()
-        self.timeline, self.settled = timeline, self.seen
-        self.aged_to = max(self.aged_to, timeline.sink)
+        self.timeline, self.committed_steps = timeline, self.num_steps
+        self.recent_start = max(self.recent_start, timeline.sink)
         self.drafted, self._live = False, None
 
     # ------------------------------------------------------------------ select
@@ -361,11 +348,11 @@ class LayerStore:
         if query is not None:
             query = query.detach()
             if self.rotates:
-                query = self._turn(query, self.seen - query.shape[2] // self.geometry.tokens_per_step)
+                query = self._turn(query, self.num_steps - query.shape[2] // self.geometry.tokens_per_step)
             if compressor.prepares:
-                _, raw, stored = self._buffers()
+                _, unrotated, stored = self._buffers()
                 now = slice(self.tail - query.shape[2], self.tail)
-                source = Source(queries=query, keys=raw[:, :, now], values=stored[:, :, now])
+                source = Source(queries=query, keys=unrotated[:, :, now], values=stored[:, :, now])
                 if self.geometry.causal:
                     self.state = compressor.prepare(source, self.state)
                 else:
@@ -396,9 +383,9 @@ class LayerStore:
                 chosen=best.expand(each), compressed=next_best.expand(each), shared=scores.shape[1] == 1 and not more
             )
         self._assemble(selection)
-        self.pending, self.selected_at = 0, self.seen
+        self.pending, self.selected_at = 0, self.num_steps
         if count and retriever.needs_query and self.current > self.geometry.tokens_per_step:
-            self.together_at = self.seen
+            self.together_at = self.num_steps
         if self.observe is not None and selection is not None:
             both = torch.cat([selection.chosen, selection.compressed], -1).sort(-1).values
             self.observe(events.Selected(layer=self.layer, chosen=both, archived=archived))
@@ -410,14 +397,14 @@ class LayerStore:
         slots.make_room(self, self.sink_tokens + tokens)
         self.mid_tokens = tokens
         slots.move_sink(self, self.begin)
-        placed, raw, stored = self._buffers()
+        placed, unrotated, stored = self._buffers()
         nothing = torch.zeros(0, dtype=torch.long, device=placed.device)
         placement = self.policy.realigner.place(
-            sink=min(self.timeline.sink, self.seen),
+            sink=min(self.timeline.sink, self.num_steps),
             starts=nothing if mid is None else mid.where.starts,
             spans=nothing if mid is None else mid.spans,
             total=0 if mid is None else mid.total,
-            recent=self.aged_to,
+            recent=self.recent_start,
         )
         self.mid = self.padding = None
         if mid is not None:
@@ -429,7 +416,7 @@ class LayerStore:
                     turned = self._turn(mid.keys, placement.mid_from)
                 else:
                     turned = self.rotary.rotate(mid.keys, self.mid.at(placement.mid_starts))
-                raw[:, :, where] = mid.keys
+                unrotated[:, :, where] = mid.keys
             placed[:, :, where] = turned
             stored[:, :, where] = mid.values
         self._shift(placement)
@@ -450,23 +437,23 @@ class LayerStore:
     def _shift(self, placement: Placement) -> None:
         """Rotate sink and recent (with current) where their place has changed: anew, from their unrotated keys."""
         if self.rotates:
-            placed, raw, _ = self._buffers()
+            placed, unrotated, _ = self._buffers()
             if placement.sink_shift != self.sink_shift and self.sink_tokens:
                 where = slice(self.begin, self.begin + self.sink_tokens)
                 if self.policy.realigner.rotates_again and self.rotary is not None:
                     further = placement.sink_shift - self.sink_shift
                     placed[:, :, where] = self.rotary.advance(placed[:, :, where], further)
                 else:
-                    placed[:, :, where] = self._turn(raw[:, :, where], placement.sink_shift)
+                    placed[:, :, where] = self._turn(unrotated[:, :, where], placement.sink_shift)
             if placement.recent_shift != self.recent_shift and self.tail > self.head:
                 where = slice(self.head, self.tail)
-                placed[:, :, where] = self._turn(raw[:, :, where], self.aged_to + placement.recent_shift)
+                placed[:, :, where] = self._turn(unrotated[:, :, where], self.recent_start + placement.recent_shift)
         self.sink_shift, self.recent_shift = placement.sink_shift, placement.recent_shift
 
     # ------------------------------------------------------------------ context
 
     def context(self) -> Context:
-        """What attention sees now. Pure: the same tensors until the next append or select; nothing is fetched."""
+        """What attention sees now. Pure: the same tensors until the next write or select; nothing is fetched."""
         if self.stale:
             raise SelectionError(
                 f"layer {self.layer} archived blocks since its last selection; call select(query) before context()"
@@ -478,7 +465,7 @@ class LayerStore:
         if self._live is not None:
             live_keys, live_values = self._live
             if self.rotates:
-                live_keys = self._turn(live_keys, self.settled + self.recent_shift)
+                live_keys = self._turn(live_keys, self.committed_steps + self.recent_shift)
             keys = torch.cat([keys[:, :, :-current], live_keys], 2)
             values = torch.cat([values[:, :, :-current], live_values], 2)
         elif torch.is_grad_enabled():  # the query may need them in backward, when they have been written over
@@ -528,40 +515,40 @@ class LayerStore:
         shift = self.recent_shift if self.rotates else 0
         steps = tokens // self.geometry.tokens_per_step
         buffer = self._buffers()[0]
-        return self.rotary.run(self.settled + shift, steps, self.geometry.grid, buffer.device, buffer.dtype)
+        return self.rotary.run(self.committed_steps + shift, steps, self.geometry.grid, buffer.device, buffer.dtype)
 
     def place_query(
         self, query: Float[Tensor, "batch query_heads tokens head_dim"]
     ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
         """Rotate the current tokens' queries to where their keys are placed (nothing to do under `original`)."""
-        return self._turn(query, self.settled + self.recent_shift) if self.rotates else query
+        return self._turn(query, self.committed_steps + self.recent_shift) if self.rotates else query
 
     def _bands(self) -> bool:
         """Whether the policy drops blocks while the current tokens pass."""
         drops = self.geometry.causal and self.policy.compressor.drops
-        return drops and self.timeline.recent_start(self.seen - 1) > self.aged_to
+        return drops and self.timeline.recent_start_at(self.num_steps - 1) > self.recent_start
 
     def _mask(self, current: int, tokens: int) -> Tensor | None:
         """What each current token may see, or none if that goes without saying."""
-        if self.mid is not None and self.mid.own is not None and self.mid_tokens:
+        if self.mid is not None and self.mid.valid is not None and self.mid_tokens:
             if self.padding is None or self.padding.shape[-1] != tokens:
                 both = (self.geometry.batch, self.geometry.kv_heads)
-                self.padding = padding(self.mid.own, self.sink_tokens, tokens).expand(*both, -1, -1)
+                self.padding = padding(self.mid.valid, self.sink_tokens, tokens).expand(*both, -1, -1)
             return self.padding
         if not self.geometry.causal or current <= 1:
             return None
         device = self._buffers()[0].device
         if self._bands():
-            return dropping(self.timeline, self.aged_to, self.settled, self.seen, device)
+            return dropping(self.timeline, self.recent_start, self.committed_steps, self.num_steps, device)
         return None if tokens == current else causal(current, tokens, device)
 
     def _locate(self) -> tuple[Tensor, Tensor]:
         """Original and placed positions of the tokens of the context."""
         device = self._buffers()[0].device
-        sink = self.geometry.positions(0, min(self.timeline.sink, self.seen), device)
-        recent = self.geometry.positions(self.aged_to, max(self.seen, self.aged_to), device)
+        sink = self.geometry.positions(0, min(self.timeline.sink, self.num_steps), device)
+        recent = self.geometry.positions(self.recent_start, max(self.num_steps, self.recent_start), device)
         if self.policy.in_place:
-            recent = self.geometry.positions(min(self.timeline.sink, self.seen), self.seen, device)
+            recent = self.geometry.positions(min(self.timeline.sink, self.num_steps), self.num_steps, device)
         shift = torch.zeros(self.geometry.positions(0, 1).shape[-1], dtype=sink.dtype, device=device)
         shift[0] = 1
         parts = [(sink, sink + shift * self.sink_shift), (recent, recent + shift * self.recent_shift)]
@@ -575,13 +562,13 @@ class LayerStore:
         return both[0], both[1]
 
     def tier_counts(self) -> dict[str, int]:
-        """How many steps are in each tier, and how many were dropped. They add up to `seen`."""
-        sink = min(self.timeline.sink, self.settled)
-        aged = max(0, self.aged_to - self.timeline.sink)
+        """How many steps are in each tier, and how many were dropped. They add up to `num_steps`."""
+        sink = min(self.timeline.sink, self.committed_steps)
+        aged = max(0, self.recent_start - self.timeline.sink)
         return {
             "sink": sink,
             "mid": aged - self.dropped,
-            "recent": max(0, self.settled - max(self.aged_to, sink)),
-            "current": self.seen - self.settled,
+            "recent": max(0, self.committed_steps - max(self.recent_start, sink)),
+            "current": self.num_steps - self.committed_steps,
             "dropped": self.dropped,
         }

@@ -14,7 +14,7 @@ _FREE = frozenset({"retriever", "top_k", "refresh", "chunk_size", "budget", "rea
 
 def check(store: LayerStore, policy: Policy) -> None:
     """Raise `SwapError` if `store`, as filled, cannot go on under `policy`."""
-    if store.seen == 0:
+    if store.num_steps == 0:
         return
     old = store.policy
     names = [field.name for field in attrs.fields(Policy)]
@@ -32,7 +32,7 @@ def check(store: LayerStore, policy: Policy) -> None:
             f"layer {store.layer} stores keys {'un' if old.realigner.rotates else ''}rotated for "
             f"{type(old.realigner).__name__}, and {type(policy.realigner).__name__} needs the other; start a new cache"
         )
-    if old.in_place != policy.in_place and store.aged_to > store.timeline.sink:
+    if old.in_place != policy.in_place and store.recent_start > store.timeline.sink:
         raise SwapError(
             f"layer {store.layer} keeps its history {'in place' if old.in_place else 'in the archive'}, and this "
             "change would move it; start a new cache"
@@ -52,10 +52,10 @@ def check(store: LayerStore, policy: Policy) -> None:
 
 
 def apply(store: LayerStore, policy: Policy) -> None:
-    """Go on under `policy`; the next append or select makes a new selection. What it will not extend is freed."""
+    """Go on under `policy`; the next write or select makes a new selection. What it will not extend is freed."""
     anew = policy.retriever != store.policy.retriever
     store.policy = policy
-    if store.seen == 0:
+    if store.num_steps == 0:
         store.clear()  # another sink, another beginning
         return
     if not policy.retriever.needs_digests:

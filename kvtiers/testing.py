@@ -108,13 +108,13 @@ class Trial:
         return self.cache.stores()[0]
 
     @property
-    def seen(self) -> int:
-        return self.cache.seen
+    def num_steps(self) -> int:
+        return self.cache.num_steps
 
     def feed(self, steps: int) -> Context:
-        """Append and select the next `steps` steps; returns the context."""
-        now = slice(self.seen, self.seen + steps)
-        self.cache.append(0, self.keys[:, :, now], self.values[:, :, now])
+        """Write and select the next `steps` steps; returns the context."""
+        now = slice(self.num_steps, self.num_steps + steps)
+        self.cache.write(0, self.keys[:, :, now], self.values[:, :, now])
         self.cache.select(0, self.query[:, :, now])
         return self.cache.context(0)
 
@@ -122,9 +122,9 @@ class Trial:
         """The same stream for another cache."""
         return attrs.evolve(self, cache=cache)
 
-    def take(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Select rows of the cache, and of the stream."""
-        self.cache.take(rows)
+        self.cache.select_rows(rows)
         self.query, self.keys, self.values = self.query[rows], self.keys[rows], self.values[rows]
         self.geometry = attrs.evolve(self.geometry, batch=rows.numel())
 
@@ -186,14 +186,14 @@ def difference(a: Context, b: Context) -> str | None:
 def conservation(trial: Trial) -> None:
     """Invariant 1: every step is in exactly one tier, or dropped by a policy that says so."""
     store, policy = trial.store, trial.policy
-    tier_counts, seen = store.tier_counts(), trial.seen
+    tier_counts, seen = store.tier_counts(), trial.num_steps
     require(
         sum(tier_counts.values()) == seen and min(tier_counts.values()) >= 0,
         1,
         f"{tier_counts} does not add up to {seen} steps",
     )
     timeline = store.timeline
-    tiers = [timeline.tier(step, store.settled) for step in range(seen)]
+    tiers = [timeline.tier(step, store.committed_steps) for step in range(seen)]
     for tier in ("sink", "recent", "current"):
         require(
             tier_counts[tier] == tiers.count(tier),
@@ -205,7 +205,7 @@ def conservation(trial: Trial) -> None:
     if policy.in_place:
         return
     starts = [] if store.starts.data is None else store.starts.data.tolist()
-    grid = range(timeline.sink, store.aged_to, policy.block_size)
+    grid = range(timeline.sink, store.recent_start, policy.block_size)
     require(set(starts) <= set(grid) and starts == sorted(set(starts)), 1, f"archived blocks begin at {starts}")
     require(
         len(starts) * policy.block_size == tier_counts["mid"], 1, f"{len(starts)} archived blocks but {tier_counts}"
@@ -242,7 +242,7 @@ def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
     """Stored keys, values and origins of the attended mid tokens, worked out block by block; none if there are none."""
     store = trial.store
     if trial.policy.in_place:
-        steps = range(store.timeline.sink, store.aged_to)
+        steps = range(store.timeline.sink, store.recent_start)
         at = torch.tensor(list(steps), dtype=torch.long)
         wide = at.double().expand(trial.geometry.batch, trial.geometry.kv_heads, -1)
         return trial.keys[:, :, at], trial.values[:, :, at], wide
@@ -275,8 +275,8 @@ def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
 def contents(trial: Trial, context: Context) -> None:
     """Invariants 1, 4 and 5: a context is sink, selected mid, recent, current; every key rotated once to its place."""
     store, geometry, policy = trial.store, trial.geometry, trial.policy
-    sink = list(range(min(store.timeline.sink, trial.seen)))
-    recent = list(range(max(store.aged_to, len(sink)), trial.seen))
+    sink = list(range(min(store.timeline.sink, trial.num_steps)))
+    recent = list(range(max(store.recent_start, len(sink)), trial.num_steps))
     origins = context.origins[..., 0].expand(*context.keys.shape[:3])
     placed = context.placed[..., 0].expand(*context.keys.shape[:3])
     require(bool((origins.diff(dim=-1) > 0).all()), 5, "origins are not in order: {}", origins)
@@ -296,7 +296,7 @@ def contents(trial: Trial, context: Context) -> None:
             steps,
             part,
         )
-    require(context.current == trial.seen - store.settled, 1, f"{context.current} current tokens")
+    require(context.current == trial.num_steps - store.committed_steps, 1, f"{context.current} current tokens")
     compressor = policy.compressor
     if compressor.prepares and not policy.in_place and (policy.attend == "compressed" or policy.top_k_compressed):
         return  # what it keeps depends on queries that are gone
@@ -323,7 +323,7 @@ def contents(trial: Trial, context: Context) -> None:
     turned = trial.rotary.rotate(stored, placed[..., None])
     limit = 2e-2 if geometry.dtype.itemsize < 4 else 1e-4
     if policy.realigner.rotates_again:  # one rounding for every time that the anchors moved
-        limit *= 1 + (store.aged_to - store.timeline.sink) // store.timeline.block_size
+        limit *= 1 + (store.recent_start - store.timeline.sink) // store.timeline.block_size
     close = torch.allclose(context.keys.double(), turned.double(), rtol=limit, atol=limit)
     require(close, 4, "keys are not their stored keys rotated once to their placed positions")
 
@@ -348,7 +348,7 @@ def _spans(trial: Trial, context: Context) -> list[tuple[Tensor, Tensor]]:
     if store.mid is not None:
         starts = store.mid.placed.double().expand(*heads, -1).unbind(-1)
         found += [(start, start + trial.policy.block_size) for start in starts]
-    recent = trial.seen - max(store.aged_to, sink)
+    recent = trial.num_steps - max(store.recent_start, sink)
     if recent > 0:
         found.append((placed[..., -recent], placed[..., -1] + 1))
     return found
@@ -416,12 +416,14 @@ def _tensors(
 def reading(trial: Trial, context: Context) -> None:
     """Invariant 7: reading again gives the same tensors, and changes no byte of the store."""
     first = copied(context)
-    numbers = (trial.store.tier_counts(), trial.store.seen, trial.store.settled)
+    numbers = (trial.store.tier_counts(), trial.store.num_steps, trial.store.committed_steps)
     for _ in range(2):
         said = difference(first, trial.cache.context(0))
         require(said is None, 7, f"a second reading differs: {said}")
     require(
-        numbers == (trial.store.tier_counts(), trial.store.seen, trial.store.settled), 7, "reading changed the counts"
+        numbers == (trial.store.tier_counts(), trial.store.num_steps, trial.store.committed_steps),
+        7,
+        "reading changed the counts",
     )
 
 
@@ -450,11 +452,11 @@ def _row_of(trial: Trial, row: int) -> Trial:
 
 
 def taking(trial: Trial, lengths: list[int], rows: Tensor) -> None:
-    """Invariant 9: taking rows of a filled cache equals having appended those rows from the start."""
+    """Invariant 9: taking rows of a filled cache equals having written those rows from the start."""
     half = len(lengths) // 2
     for steps in lengths[:half]:
         trial.feed(steps)
-    trial.take(rows)
+    trial.select_rows(rows)
     cache = TieredCache(trial.policy, [trial.geometry], rotaries=[trial.rotary])
     other = trial.branch(cache)
     for steps in lengths[:half]:
@@ -893,7 +895,7 @@ def check_realigner(factory: Callable[[], Realigner], *, examples: int = 25) -> 
 def check_archive(factory: Callable[[], Archive], *, examples: int = 25) -> None:
     """Check an archive: a shelf holds what a list would, through rows, forks and saving; then a whole policy."""
     archive: Archive = _is_a_value(factory, Archive)
-    actions = st.lists(st.sampled_from(["write", "write", "write", "drop", "take", "fork", "save"]), max_size=8)
+    actions = st.lists(st.sampled_from(["write", "write", "write", "drop", "select_rows", "fork", "save"]), max_size=8)
 
     @_for_all(examples, _runs, actions, st.booleans())
     def _(run: _Run, actions: list[str], own: bool) -> None:
@@ -943,10 +945,10 @@ def _act(
     if action == "drop" and len(held) > 1:
         shelf.drop_last(1)
         return shelf, held[:-1]
-    if action == "take":
+    if action == "select_rows":
         kept = batch if number % 2 == 0 else 1 + number % 3
         rows = torch.tensor([(number - 1 - i) % batch for i in range(kept)])
-        shelf.take(rows)
+        shelf.select_rows(rows)
         return shelf, [(k[rows], v[rows], o[rows]) for k, v, o in held]
     if action == "fork":
         fork = shelf.fork()

@@ -26,7 +26,7 @@ class Timeline:
     block_size: int = attrs.field(validator=[v.instance_of(int), v.ge(1)])
     cuts: Sequence[int] | None = None
 
-    def recent_start(self, seen: int) -> int:
+    def recent_start_at(self, seen: int) -> int:
         """The first step of the recent tier when `seen` steps are history (at least the end of the sink)."""
         first = min(self.sink, seen)
         if self.recent is None:
@@ -46,7 +46,7 @@ class Timeline:
             return "current"
         if step < self.sink:
             return "sink"
-        return "mid" if step < self.recent_start(seen) else "recent"
+        return "mid" if step < self.recent_start_at(seen) else "recent"
 
     def layout(self, seen: int) -> list[tuple[Extent, Tier]]:
         """Every block of the first `seen` steps with its tier, in order; they tile 0..seen."""
@@ -61,7 +61,7 @@ class Timeline:
 
     def aged(self, before: int, now: int) -> list[Extent]:
         """The blocks that leave recent when history grows from `before` to `now` steps."""
-        first, stop = max(self.recent_start(before), self.sink), self.recent_start(now)
+        first, stop = max(self.recent_start_at(before), self.sink), self.recent_start_at(now)
         return self.blocks(first, stop)
 
     def blocks(self, start: int, stop: int) -> list[Extent]:

@@ -59,7 +59,7 @@ def error(policy: kvtiers.Policy, query: Tensor, keys: Tensor, values: Tensor) -
     asked = keys.shape[2] - ASKING
     cuts = [*range(0, asked, policy.chunk_size or asked), asked, keys.shape[2]]
     for start, stop in pairwise(cuts):
-        store.append(keys[:, :, start:stop], values[:, :, start:stop])
+        store.write(keys[:, :, start:stop], values[:, :, start:stop])
         store.select(query[:, :, start:stop])
     context = store.context()
     asking, past = query[:, :, asked:], torch.ones(ASKING, keys.shape[2], dtype=torch.bool).tril(asked)

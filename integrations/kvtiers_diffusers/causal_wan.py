@@ -255,7 +255,7 @@ class CausalWan:
     def _finish(self) -> None:
         """Make what was committed history, in every layer."""
         if self._unfinished:
-            self._filled.settle()
+            self._filled.commit()
             self._unfinished = False
 
     def _forward(
@@ -434,7 +434,7 @@ class CausalWan:
     @property
     def frames(self) -> int:
         """Latent frames committed."""
-        return 0 if self.cache is None else self.cache.settled
+        return 0 if self.cache is None else self.cache.committed_steps
 
     @property
     def needs_pixels(self) -> bool:

@@ -98,15 +98,15 @@ class TieredLayer(CacheLayerMixin):
     prefetch = offload
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.layer.take(beam_idx)
+        self.layer.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.layer.take(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self.layer.select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.layer.batch
         if rows is not None:
-            self.layer.take(torch.arange(rows).repeat_interleave(repeats))
+            self.layer.select_rows(torch.arange(rows).repeat_interleave(repeats))
 
 
 class TransformersCache(Cache):
@@ -141,7 +141,7 @@ class TransformersCache(Cache):
         """
         self._check_whole()
         for store in self.core.stores():
-            store.settle()
+            store.commit()
         for layer in self.tiered_layers:
             layer.held_before = layer.layer.tokens
         self._started, self._coming = self._progress(), tokens
@@ -161,12 +161,12 @@ class TransformersCache(Cache):
     def _progress(self) -> list[int]:
         """How far each layer, and each of its groups of rows, has come."""
         columns = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
-        return columns + [store.seen for store in self.core.stores()]
+        return columns + [store.num_steps for store in self.core.stores()]
 
     def _check_whole(self) -> None:
         columns = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
         if len(columns) > 1 or (self._started is not None and self._started != self._progress()):
-            steps = {layer.layer.seen for layer in self.tiered_layers}
+            steps = {layer.layer.num_steps for layer in self.tiered_layers}
             raise InterruptedForwardError(
                 f"an earlier forward failed midway and left the layers at {sorted(columns)} columns and "
                 f"{sorted(steps)} steps; go on from a fork() made before it, or reset() the cache"

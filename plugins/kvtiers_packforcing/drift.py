@@ -74,7 +74,7 @@ def errors(
     while len(found) < blocks:
         keys = torch.randn(shape, generator=random).to(dtype)
         held = [*held[:1], *held[1:][-1:], keys]  # the anchors, recent, and the current block
-        store.draft(keys, keys)
+        store.write(keys, keys, replace=True)
         store.select(None)
         context = store.context()
         if store.dropped:
@@ -83,7 +83,7 @@ def errors(
             off = (context.keys[..., : _AXES[0]].double() - exact).unflatten(2, by_tier).norm(dim=(-2, -1))
             found.append(float((off / exact.unflatten(2, by_tier).norm(dim=(-2, -1))).max()))
             done()
-        store.settle()
+        store.commit()
     return found
 
 

@@ -166,7 +166,7 @@ class DiskShelf(Shelf):
     def bytes_by_location(self) -> dict[Location, int]:
         return {"disk": sum(file.nbytes for file in {entry.file for entry in self._entries})}
 
-    def take(self, rows: Int[Tensor, " rows"]) -> None:
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         taken = rows.tolist()
         self._entries = [attrs.evolve(e, rows=tuple(e.rows[row] for row in taken)) for e in self._entries]
 

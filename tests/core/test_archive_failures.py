@@ -67,20 +67,20 @@ def test_a_refused_write_changes_nothing_and_the_same_append_works_later(data):
     for length in lengths:
         now = tokens.part(start, start + length)
         start += length
-        before, tier_counts = (copied(store.context()) if store.seen else None), store.tier_counts()
+        before, tier_counts = (copied(store.context()) if store.num_steps else None), store.tier_counts()
         switch.broken, refused = True, switch.refused
         try:
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
         except ArchiveFullError:
             assert switch.refused > refused
             assert store.tier_counts() == tier_counts
             assert testing.difference(before, store.context()) is None
             switch.broken = False
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
         finally:
             switch.broken = False
         store.select(now.query)
-        calm.append(now.keys, now.values)
+        calm.write(now.keys, now.values)
         calm.select(now.query)
         assert testing.difference(copied(store.context()), calm.context()) is None
         assert store.tier_counts() == calm.tier_counts()
@@ -104,7 +104,7 @@ def test_when_one_of_two_forms_is_refused_neither_is_held():
         archive.switch.only = number
         now = tokens.part(12, 16)
         with pytest.raises(ArchiveFullError):
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
         assert {form: shelf.count for form, shelf in store.shelves.items()} == held
         assert store.tier_counts()["current"] == 4
     archive.switch.broken = False
@@ -131,11 +131,11 @@ def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive
     with pytest.raises(ArchiveFullError, match=r"limit_bytes = 3,000.*Nothing was lost"):  # noqa: PT012 (some append)
         while True:
             now = tokens.part(start, start + 4)
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
             store.select(now.query)
             start += 4
     assert start > 8
-    assert store.seen == start
+    assert store.num_steps == start
     assert torch.equal(store.context().keys, tokens.keys[:, :, :start])
 
 
@@ -153,10 +153,10 @@ def test_a_layer_whose_archive_refused_takes_the_same_tokens_once_it_works_again
     archive.switch.broken = True
     now = setting.tokens.part(12, 14)
     with pytest.raises(ArchiveFullError):
-        store.append(now.keys, now.values)
-    assert (store.seen, store.settled, store.archived) == (12, 8, 0)
+        store.write(now.keys, now.values)
+    assert (store.num_steps, store.committed_steps, store.archived) == (12, 8, 0)
     with pytest.raises(ArchiveFullError):
-        store.append(now.keys, now.values)
+        store.write(now.keys, now.values)
     archive.switch.broken = False
-    store.append(now.keys, now.values)
-    assert (store.seen, store.settled, store.archived) == (14, 12, 1)
+    store.write(now.keys, now.values)
+    assert (store.num_steps, store.committed_steps, store.archived) == (14, 12, 1)

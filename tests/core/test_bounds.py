@@ -33,7 +33,7 @@ def test_several_layers_hold_the_sum_of_what_each_may(data):
         now = tokens.part(start, start + length)
         start += length
         for layer in range(len(each)):
-            cache.append(layer, now.keys, now.values)
+            cache.write(layer, now.keys, now.values)
             cache.select(layer, now.query)
     limits = [p.bound_bytes(geometry, s.archived) for p, s in zip(each, cache.stores(), strict=True)]
     held = cache.memory_usage()
@@ -101,7 +101,7 @@ def test_a_buffer_that_is_full_is_as_large_as_its_bound_says(data):
     assert slots is not None
     store = setting.store()
     for _ in feed(store, setting.tokens, data.draw(cuts(setting.policy, most=20))):
-        assert store.keys.shape[2] == store.values.shape[2] == slots
+        assert store.rotated.shape[2] == store.values.shape[2] == slots
 
 
 @fewer
@@ -152,7 +152,7 @@ def test_bytes_are_released_when_a_cache_is_reset():
     assert bytes_in(cache.memory_usage(), "device") > 0
     cache.reset()
     assert cache.memory_usage() == []
-    assert cache.seen == 0
+    assert cache.num_steps == 0
 
 
 @pytest.mark.parametrize("archive", ["device", "host", "disk"])

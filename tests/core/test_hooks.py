@@ -73,7 +73,7 @@ def fed(policy: kvtiers.Policy, *, steps: int = 20, **options: Any) -> kvtiers.L
     store = kvtiers.LayerStore(policy, GEOMETRY, **options)
     for step in range(steps):
         x = torch.full((1, 2, 1, 4), float(step))
-        store.append(x, x)
+        store.write(x, x)
         store.select(x)
     return store
 

@@ -27,7 +27,7 @@ def go_on(cache: TieredCache, tokens: Stream, lengths: list[int], start: int) ->
     said = []
     for length in lengths:
         now = tokens.part(start, start + length)
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
         cache.select(0, now.query)
         said.append((copied(cache.context(0)), cache.tier_counts()))
         start += length
@@ -91,7 +91,7 @@ def test_a_roll_back_is_exact_or_refused(data):
         assert testing.difference(before, cache.context(0)) is None
         assert cache.tier_counts() == tier_counts
         return
-    assert cache.seen == steps
+    assert cache.num_steps == steps
     left, done = [], 0
     for length in lengths:
         if done < steps:
@@ -223,7 +223,7 @@ def one_tensor_missing(path: Path) -> None:
 def numbers_changed(path: Path) -> None:
     def change(_, metadata):
         about = json.loads(metadata["about"])
-        about["layers"][0][0]["numbers"]["seen"] += 1
+        about["layers"][0][0]["numbers"]["num_steps"] += 1
         metadata["about"] = json.dumps(about, sort_keys=True)
 
     rewritten(path, change)
@@ -288,7 +288,7 @@ def test_the_file_of_another_policy_or_model_is_refused(other, tmp_path):
     cache = attrs.evolve(setting, **other).cache()
     with pytest.raises(SavedCacheError, match=r"saved from another model or policy: .* in the file and"):
         cache.load(path)
-    assert cache.seen == 0
+    assert cache.num_steps == 0
 
 
 def test_a_file_of_another_rotation_is_refused_where_keys_are_rotated_here(tmp_path):
@@ -333,7 +333,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):
     setting, cache, path = saved(tmp_path)
     secret = 12345.0
-    cache.stores()[0].keys[:, :, cache.stores()[0].tail :] = secret  # a spare slot
+    cache.stores()[0].rotated[:, :, cache.stores()[0].tail :] = secret  # a spare slot
     cache.save(path)
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118

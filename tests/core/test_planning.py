@@ -48,7 +48,7 @@ def test_what_is_planned_covers_what_is_then_held_and_attended(data, steps):
     planned, cache, tokens = cost(setting.policy, shape), setting.cache(), setting.tokens
     for turn in cache.layers[0].turns(*(x[:, :, :steps] for x in (tokens.query, tokens.keys, tokens.values))):
         assert turn.context.keys.shape[2] <= planned.attended
-    cache.settle()
+    cache.commit()
     assert bytes_in(cache.memory_usage(), "device") <= planned.device_bytes
     blocks = sum(max((shelf.count for shelf in store.shelves.values()), default=0) for store in cache.stores())
     of_block = cost(setting.policy, attrs.evolve(shape, growth_steps=setting.policy.block_size)).growth_bytes
@@ -69,7 +69,8 @@ def test_all_of_a_video_takes_up_to_twice_its_size_as_its_buffer_doubles():
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(2, 3), steps_per_commit=4, causal=False)
     store, held, planned = LayerStore(policy("full"), geometry), [], []
     for number in range(1, 20):
-        store.commit(*torch.zeros(2, 1, 2, 24, 12))
+        store.write(*torch.zeros(2, 1, 2, 24, 12), replace=True)
+        store.commit()
         shape = attrs.evolve(WAN, layers=1, geometry=geometry, steps=4 * number)
         held.append(bytes_in(memory_usage_of([store]), "device"))
         planned.append(cost(policy("full"), shape).device_bytes)

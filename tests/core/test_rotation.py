@@ -53,7 +53,7 @@ def test_the_query_is_placed_where_its_own_key_is(data):
     setting = data.draw(settings_of(policies(realigner=("contiguous", "incremental"))))
     store = setting.store()
     for start, context in feed(store, setting.tokens, data.draw(cuts(setting.policy))):
-        now = setting.tokens.part(start, store.seen)
+        now = setting.tokens.part(start, store.num_steps)
         placed = per_head(context.placed, context)[:1, :1, -context.current :].expand(*now.query.shape[:3])
         want = turned_by_complex_numbers(now.query, placed, setting.rotary)
         assert torch.allclose(store.place_query(now.query).double(), want, rtol=0, atol=3e-5)
@@ -99,7 +99,7 @@ def attended(setting, lengths):
     """What the tokens of each forward attend."""
     store, tokens = setting.store(), setting.tokens
     return [
-        attend_context(store.place_query(tokens.part(start, store.seen).query), context)
+        attend_context(store.place_query(tokens.part(start, store.num_steps).query), context)
         for start, context in feed(store, tokens, lengths)
     ]
 
@@ -137,9 +137,9 @@ def test_without_gaps_realigning_equals_leaving_the_models_rotation(data):
     for (start, mine), (_, theirs) in zip(
         feed(store, tokens, lengths), feed(plain.store(), turned, lengths), strict=True
     ):
-        query = tokens.part(start, store.seen).query
+        query = tokens.part(start, store.num_steps).query
         own = attend_context(store.place_query(query), mine)
-        model = attend_context(turned.part(start, store.seen).query, theirs)
+        model = attend_context(turned.part(start, store.num_steps).query, theirs)
         assert torch.allclose(own, model, rtol=0, atol=3e-5)
 
 

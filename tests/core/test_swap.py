@@ -46,7 +46,7 @@ def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
         assert trial.store.policy == setting.policy
         return
     trial.policy = changed
-    for steps in data.draw(cuts(changed, most=5, steps=STEPS - trial.seen)):
+    for steps in data.draw(cuts(changed, most=5, steps=STEPS - trial.num_steps)):
         context = trial.feed(steps)
         testing.conservation(trial)
         testing.contents(trial, context)
@@ -126,7 +126,7 @@ def test_a_full_archive_goes_on_with_a_larger_limit(archive, limit):
             trial.feed(1)
     trial.policy = attrs.evolve(trial.policy, archive=build("archive", (archive, {"limit_bytes": 40_000})))
     trial.cache.swap(trial.policy)
-    while trial.seen < STEPS:
+    while trial.num_steps < STEPS:
         context = trial.feed(1)
         testing.conservation(trial)
         testing.contents(trial, context)
@@ -168,7 +168,7 @@ def test_an_empty_cache_takes_any_policy_that_rotates_alike():
     cache.swap(policy("streaming", sink=1, recent=2, block_size=1, chunk_size=4))
     now = setting.tokens.part(0, 4)
     for _ in range(3):
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
         cache.select(0, now.query)
     assert cache.tier_counts()["dropped"] == 5
 
@@ -224,7 +224,7 @@ def test_what_was_dropped_is_realigned_at_once():
     cache = setting.cache()
     for a, b in extents([4] * 4):
         now = setting.tokens.part(a, b)
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
     cache.swap(attrs.evolve(setting.policy, realigner=build("realigner", "incremental")))
     assert float(cache.context(0).placed[0, 0, -1, 0]) == 15
 

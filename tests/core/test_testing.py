@@ -314,10 +314,10 @@ def test_a_realigner_that_breaks_an_invariant_is_told_which(factory, message):
 
 
 class Forgetful(TensorShelf):
-    def take(self, rows):
-        self._keys.take(rows)
-        self._values.take(rows.sort().values)
-        self._offsets.take(rows)
+    def select_rows(self, rows):
+        self._keys.select_rows(rows)
+        self._values.select_rows(rows.sort().values)
+        self._offsets.select_rows(rows)
 
 
 class Careless(TensorShelf):

@@ -23,15 +23,15 @@ def one_block(store: LayerStore, make: object, *, steps: int = 2) -> Context:
     tokens = geometry.steps_per_commit * geometry.tokens_per_step
     shape = (geometry.batch, geometry.kv_heads, tokens, geometry.head_dim)
     for _ in range(steps):
-        store.draft(make(shape), make(shape))
+        store.write(make(shape), make(shape), replace=True)
         store.select(make(shape))
         context = store.context()
-    store.draft(make(shape), make(shape))
+    store.write(make(shape), make(shape), replace=True)
     store.select(make(shape))
     offsets = compressor.offsets(geometry.steps_per_commit, geometry.grid).to(make((1,)).device)
     small = (*shape[:2], len(offsets), shape[3])
     store.beside(make(small), make(small), make(small), offsets, compressor.span(geometry.steps_per_commit))
-    store.settle()
+    store.commit()
     return context
 
 
@@ -59,7 +59,7 @@ def test_an_hour_really_is_an_hour():
         context = one_block(store, torch.randn, steps=1)
         assert context.keys.shape[2] == bound or number < 19
         assert context.keys.shape[2] <= bound
-    assert (store.archived, store.settled) == (3_600 - 3, 14_400)
+    assert (store.archived, store.committed_steps) == (3_600 - 3, 14_400)
     assert bytes_in(memory_usage_of([store]), "device") <= found.bound_bytes(geometry, store.archived)
 
 

@@ -23,7 +23,7 @@ policy = kvtiers.policy("archive", compressor="value-norm", attend="compressed",
 store = kvtiers.LayerStore(policy, kvtiers.Geometry(kv_heads=2, head_dim=4))
 for _ in range(4):
     x = torch.randn(1, 2, 64, 4)
-    store.append(x, x)
+    store.write(x, x)
     store.select(x)
 print(json.dumps({
     "file": kvtiers_value_norm.__file__,

@@ -62,7 +62,7 @@ def test_every_call_of_the_published_code_is_reproduced(name: str) -> None:
         here = slice(store.head, store.tail)
         length = store.tail - store.head  # the published buffer still holds what the next block would push out
         assert length > 0
-        for mine, theirs in ((store.keys, keys), (store.values, values)):
+        for mine, theirs in ((store.rotated, keys), (store.values, values)):
             assert mine is not None
             assert (mine[:, :, here].transpose(1, 2) - theirs[:, -length:]).abs().max() < 1e-5
 
@@ -295,7 +295,7 @@ def test_a_video_rolls_back_to_the_end_of_a_block_and_its_rows_can_be_chosen(
         assert wan.frames == 6
         assert all(torch.equal(a, b) for a, b in zip(video(wan, clips[4:], text), wanted, strict=True))
         plain = wan.denoise(clips[0], 500.0, text)
-        wan.cache.take(torch.tensor([1, 0]))
+        wan.cache.select_rows(torch.tensor([1, 0]))
         turned = wan.denoise(clips[0].flip(0), 500.0, text.flip(0))
         assert torch.allclose(turned.flip(0), plain, atol=1e-6)
 

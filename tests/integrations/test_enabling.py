@@ -222,11 +222,11 @@ def test_a_full_archive_stops_the_forward_and_the_model_is_restored(limit: int) 
     with tiered(model, "archive", archive=("host", {"limit_bytes": limit}), **SMALL) as cache:
         with pytest.raises(ArchiveFullError, match=r"limit_bytes = [\d,]+"):
             feed(model, ids, cache, tuple(range(8, 90, 8)))
-        before = {layer.layer.seen for layer in cache.tiered_layers}
+        before = {layer.layer.num_steps for layer in cache.tiered_layers}
         assert len(before) == 1, "some layers took the tokens that others refused"
         with pytest.raises(ArchiveFullError):
             feed(model, ids[:, :8], cache, ())
-        assert {layer.layer.seen for layer in cache.tiered_layers} == before
+        assert {layer.layer.num_steps for layer in cache.tiered_layers} == before
         assert torch.equal(plain(model, ids), plain(model, ids))
     assert is_untouched(model)
 

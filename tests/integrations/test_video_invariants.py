@@ -160,7 +160,7 @@ def test_rows_can_be_exchanged_and_take_their_reduced_tokens_along() -> None:
         fork = wan.cache.fork()
         wanted = video(wan, clips[5:], text)
         wan.cache = fork
-        fork.take(torch.tensor([1, 0]))
+        fork.select_rows(torch.tensor([1, 0]))
         turned = video(wan, [clip.flip(0) for clip in clips[5:]], text.flip(0))
     assert all(torch.allclose(a.flip(0), b, atol=1e-6) for a, b in zip(turned, wanted, strict=True))
 
@@ -355,13 +355,13 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
     query = torch.randint(-3, 4, full.shape, generator=random).float()
     direction = query[:, :1].sum(2).sign()  # of the first half of the heads, which choose
     for like in [*likes, 0]:  # the last one is recent
-        store.draft(full, full)
+        store.write(full, full, replace=True)
         store.select(query)
         keys = torch.randint(-3, 4, (rows, 2, len(offsets), width), generator=random).float()
         keys[:, :1, -1] = like * direction - keys[:, :1, :-1].sum(2)
         store.beside(torch.zeros_like(keys), keys, torch.zeros_like(keys), offsets, frames)
-        store.settle()
-    store.draft(full, full)
+        store.commit()
+    store.write(full, full, replace=True)
     store.select(query)
     assert store.archived == len(likes)
     assert store.selection is not None

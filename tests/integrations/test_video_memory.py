@@ -273,7 +273,7 @@ def test_a_video_goes_back_to_its_blocks_wherever_a_pass_failed(layer: int) -> N
         handle.remove()
         wan.crop(6)
         assert wan.cache is not None
-        assert [store.seen for store in wan.cache.stores()] == [6, 6]
+        assert [store.num_steps for store in wan.cache.stores()] == [6, 6]
         assert same(go_on(wan, clips[3:]), wanted)
 
 

@@ -89,10 +89,10 @@ def test_rows_are_taken_and_forks_go_their_own_way(archive, data):
     shelf.write(first)
     rows = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
     more = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
-    shelf.take(rows)
+    shelf.select_rows(rows)
     shelf.write(second)
     fork = shelf.fork()
-    shelf.take(more)
+    shelf.select_rows(more)
     fork.write(third)
     assert (shelf.count, fork.count) == (3, 4)
     index = torch.arange(3).expand(2, 3, 3)
@@ -108,7 +108,7 @@ def test_a_saved_shelf_continues_in_an_archive_of_any_kind(archive, own):
     shelf = archive().open()
     for part in (blocks(2, own=own), blocks(3, own=own, first=4)):
         shelf.write(part)
-    shelf.take(torch.tensor([1, 0]))
+    shelf.select_rows(torch.tensor([1, 0]))
     index = torch.tensor([4, 0, 2]).expand(2, 3, 3)
     for other in ARCHIVES.values():
         copy = other().open()

@@ -306,9 +306,9 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
     store, random = LayerStore(found, geometry, rotary=turn), torch.Generator().manual_seed(0)
     for _ in range(4):
         keys = torch.randn(1, 2, 32, 12, generator=random)
-        store.draft(keys, keys)
+        store.write(keys, keys, replace=True)
         store.select(keys)
-        store.settle()
+        store.commit()
     index = torch.arange(store.archived).expand(1, 2, -1)
     keys, _, offsets = store.shelves["compressed"].read(index)
     positions = offsets.double().expand(*keys.shape[:4], -1).clone()
