@@ -66,7 +66,9 @@ def main(model: Any, tokenizer: Any, *, characters: int = 4000, new_tokens: int 
         with tiered(model, policy, **changes) as cache:
             output = model.generate(**prompt, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
         few, many = attended(cache)
-        device, host = (f"{kvtiers.bytes_in(cache.held(), place) / 2**20:.1f} MiB" for place in ("device", "host"))
+        device, host = (
+            f"{kvtiers.bytes_in(cache.memory_usage(), location) / 2**20:.1f} MiB" for location in ("device", "host")
+        )
         answer = " ".join(tokenizer.decode(output[0, length:], skip_special_tokens=True).split())
         table.add_row(name, str(many) if few == many else f"{few} to {many}", device, host, answer)
     console.print(table)

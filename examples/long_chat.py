@@ -103,7 +103,7 @@ def main(model: Any, tokenizer: Any, *, turns: Sequence[str] = TURNS, recent: in
 
 def tokens_in(cache: TransformersCache) -> tuple[int, int, int, int, int]:
     """Anchors, history, working set, dropped, and what the last step attended. Every layer is alike here."""
-    tiers = cache.census()
+    tiers = cache.tier_counts()
     return tiers["sink"], tiers["mid"], tiers["recent"] + tiers["current"], tiers["dropped"], max(cache.attended())
 
 

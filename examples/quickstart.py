@@ -13,5 +13,5 @@ with tiered(model, "packforcing-lm", recent=512) as cache:  # attends 4 anchors,
     output = model.generate(**prompt, past_key_values=cache, max_new_tokens=40, do_sample=False)
 
 print(tokenizer.decode(output[0, -40:]))
-for held in cache.held():
-    print(f"{held.tier:>8} on {held.place:6} {held.bytes / 2**20:6.1f} MiB")
+for usage in cache.memory_usage():
+    print(f"{usage.tier:>8} on {usage.location:6} {usage.bytes / 2**20:6.1f} MiB")

@@ -36,11 +36,11 @@ def videos(weights: str) -> list[tuple[str, dict[str, Any], list[Tensor]]]:
     even = blocks(11, frames=4, **SIZE)
     uneven = [blocks(1, frames=frames, seed=seed, **SIZE)[0] for seed, frames in enumerate(LENGTHS)]
     return [
-        ("archive/anchored", ROLLING, blocks(11)),
-        ("sink-rolling-window/gaps", ROLLING, blocks(11)),
-        ("packforcing/anchored", {**PACKED, "compressor": compressor}, even),
+        ("archive/contiguous", ROLLING, blocks(11)),
+        ("sink-rolling-window/original", ROLLING, blocks(11)),
+        ("packforcing/contiguous", {**PACKED, "compressor": compressor}, even),
         (
-            "packforcing/anchored/uneven",
+            "packforcing/contiguous/uneven",
             {**PACKED, "sink": 2, "compressor": compressor, "block_frames": 4, "even": False},
             uneven,
         ),

@@ -55,8 +55,8 @@ _SIZES: Mapping[str, st.SearchStrategy[Any]] = {
     "sink": st.integers(0, 4),
     "recent": st.integers(0, 9) | st.none(),
     "top_k": st.integers(1, 3),
-    "fringe": st.integers(0, 2),
-    "recall": st.sampled_from(["full", "compressed"]),
+    "top_k_compressed": st.integers(0, 2),
+    "attend": st.sampled_from(["full", "compressed"]),
     "block_size": st.integers(1, 4),
     "chunk_size": st.integers(1, 9) | st.none(),
     "refresh": st.sampled_from(["block", "chunk", 1, 2, 5]),
@@ -155,7 +155,7 @@ class Stream:
     def part(self, start: int, stop: int) -> "Stream":
         return Stream(*(x[:, :, start:stop] for x in (self.query, self.keys, self.values)))
 
-    def take(self, rows: Tensor) -> "Stream":
+    def select_rows(self, rows: Tensor) -> "Stream":
         return Stream(*(x[rows] for x in (self.query, self.keys, self.values)))
 
 
@@ -242,10 +242,10 @@ def extents(lengths: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]
 
 
 def feed(store: LayerStore, tokens: Stream, lengths: Sequence[int], start: int = 0) -> Iterator[tuple[int, Context]]:
-    """Append and select forward by forward; yields the first current step and the context of each."""
+    """Write and select forward by forward; yields the first current step and the context of each."""
     for a, b in extents(lengths, start):
         now = tokens.part(a, b)
-        store.append(now.keys, now.values)
+        store.write(now.keys, now.values)
         store.select(now.query)
         yield a, store.context()
 

@@ -59,7 +59,7 @@ def error(policy: kvtiers.Policy, query: Tensor, keys: Tensor, values: Tensor) -
     asked = keys.shape[2] - ASKING
     cuts = [*range(0, asked, policy.chunk_size or asked), asked, keys.shape[2]]
     for start, stop in pairwise(cuts):
-        store.append(keys[:, :, start:stop], values[:, :, start:stop])
+        store.write(keys[:, :, start:stop], values[:, :, start:stop])
         store.select(query[:, :, start:stop])
     context = store.context()
     asking, past = query[:, :, asked:], torch.ones(ASKING, keys.shape[2], dtype=torch.bool).tril(asked)
@@ -78,7 +78,7 @@ def main(model: Any, tokenizer: Any, *, tokens: int = 1024, layers: int = 6) -> 
     some = seen[:: max(1, len(seen) // layers)]
     found: dict[str, tuple[float, int, int]] = {}
     for name in track(registry().names("compressor"), description="comparing", console=console, transient=True):
-        policy = kvtiers.policy("archive", compressor=name, retriever="all", recall="compressed", recent=128)
+        policy = kvtiers.policy("archive", compressor=name, retriever="all", attend="compressed", recent=128)
         if isinstance(policy.compressor, kvtiers.SourceCompressor):
             continue  # it works on the frames of a video, not on keys and values
         errors, attended = zip(*(error(policy, *layer) for layer in some), strict=True)

@@ -27,7 +27,7 @@ class ValueNorm(kvtiers.Compressor):
         kept = norms.topk(self.keep, dim=-1).indices.sort(dim=-1).values[..., None]
         offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1)  # heads and blocks keep different tokens
         keys, values, offsets = (x.take_along_dim(kept, dim=3) for x in (blocks.keys, blocks.values, offsets))
-        return attrs.evolve(blocks, keys=keys, values=values, offsets=offsets, own_offsets=True), state
+        return attrs.evolve(blocks, keys=keys, values=values, offsets=offsets, offsets_differ=True), state
 
     def compressed_tokens(self, tokens: int) -> int:
         """How many tokens of a block are left."""
@@ -36,7 +36,7 @@ class ValueNorm(kvtiers.Compressor):
 
 def value_norm_archive() -> kvtiers.Policy:
     """The preset `archive`, attending blocks of which only the largest values are left."""
-    return kvtiers.policy("archive", compressor="value-norm", recall="compressed", top_k=32)
+    return kvtiers.policy("archive", compressor="value-norm", attend="compressed", top_k=32)
 
 
 @kvtiers.hookimpl

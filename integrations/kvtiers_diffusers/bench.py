@@ -147,7 +147,7 @@ def make(
             overhead = _overhead(wan, noises[0].to(dtype), text, len(schedule), rounds=min(blocks, 15))
         except torch.OutOfMemoryError:
             ended = f"out of memory at block {len(seconds) + 1}"
-        held = wan.held()
+        held = wan.memory_usage()
         return Made(
             policy=spec,
             seconds=seconds,

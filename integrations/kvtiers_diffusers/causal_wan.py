@@ -17,7 +17,7 @@ from kvtiers import (
     CropError,
     Geometry,
     GeometryError,
-    Held,
+    MemoryUsage,
     Policy,
     Reduced,
     Reducer,
@@ -135,7 +135,7 @@ class CausalWan:
         the CPU are not looked at).
         """
         times = self._times(block, timestep)
-        with self._all_or_nothing():
+        with self._undo_on_error():
             self._admit(block, text)
             self._finish()
             self._begin_again(timestep)
@@ -160,7 +160,7 @@ class CausalWan:
             raise GeometryError(
                 "this block is committed already; denoise the next one, or give a copy if the same frames come again"
             )
-        with self._all_or_nothing(sources=True):
+        with self._undo_on_error(sources=True):
             self._admit(block, text)
             reduced = self._reduce(block, pixels)
             flow = self._forward(block, self._times(block, 0.0), text, reduced, clean=True)
@@ -172,7 +172,7 @@ class CausalWan:
         return flow
 
     @contextmanager
-    def _all_or_nothing(self, *, sources: bool = False) -> Iterator[None]:
+    def _undo_on_error(self, *, sources: bool = False) -> Iterator[None]:
         """If a pass fails, a new video has no size yet, what encodes pixels (`sources`) has seen no block more, and a
         block whose first step it was has chosen nothing."""
         began, given, timestep = self.cache is None, self._given, self._last_timestep
@@ -255,7 +255,7 @@ class CausalWan:
     def _finish(self) -> None:
         """Make what was committed history, in every layer."""
         if self._unfinished:
-            self._filled.settle()
+            self._filled.commit()
             self._unfinished = False
 
     def _forward(
@@ -434,20 +434,20 @@ class CausalWan:
     @property
     def frames(self) -> int:
         """Latent frames committed."""
-        return 0 if self.cache is None else self.cache.settled
+        return 0 if self.cache is None else self.cache.committed_steps
 
     @property
     def needs_pixels(self) -> bool:
         """Whether a commit looks at the block's pixels; it decodes them if none are given."""
         return self.reducer is not None and self.reducer.needs_pixels
 
-    def held(self) -> list[Held]:
-        """Bytes held per tier and place, the prompt's keys and values included."""
-        held = [] if self.cache is None else self.cache.held()
+    def memory_usage(self) -> list[MemoryUsage]:
+        """Bytes held per tier and location, the prompt's keys and values included."""
+        held = [] if self.cache is None else self.cache.memory_usage()
         kept = [both for _, prompt in self._prompts for both in prompt.values()]
         storages = {part.untyped_storage() for both in kept for part in both}
         prompt = sum(storage.nbytes() for storage in storages)
-        return [*held, Held(tier="prompt", place="device", bytes=prompt)] if prompt else held
+        return [*held, MemoryUsage(tier="prompt", location="device", bytes=prompt)] if prompt else held
 
     def attended(self) -> list[int]:
         """Tokens that the last forward of each layer attended, its own included."""

@@ -320,5 +320,5 @@ def _at(texts: Mapping[float, Tensor], second: float) -> Tensor:
 
 
 def _held(wan: CausalWan) -> str:
-    held = wan.held()
+    held = wan.memory_usage()
     return f"{max(wan.attended(), default=0):,} tokens, {bytes_in(held, 'device') / 1e9:.2f} GB"

@@ -129,9 +129,9 @@ class TieredSelfAttention(_Processor):
         cache, layer = now.cache, self.layer
         if not cache.policies[layer].realigner.rotates:
             steps = key.shape[2] // cache.geometries[layer].tokens_per_step
-            table = now.rotary.run(cache.settled, steps, now.grid, key.device, key.dtype)
+            table = now.rotary.run(cache.committed_steps, steps, now.grid, key.device, key.dtype)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
-        cache.draft(layer, key, value)
+        cache.write(layer, key, value, replace=True)
         cache.select(layer, query)
         context = cache.context(layer)
         return self._attend(cache.place_query(layer, query), context.keys, context.values, context.mask)
@@ -141,7 +141,7 @@ class TieredSelfAttention(_Processor):
         cache, layer = now.cache, self.layer
         if not cache.policies[layer].realigner.rotates:
             where = reduced.offsets.double().clone()
-            where[:, 0] += cache.settled
+            where[:, 0] += cache.committed_steps
             table = now.rotary.table(where, key.dtype)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
         placed, context = cache.beside(layer, query, key, value, reduced.offsets, reduced.span)

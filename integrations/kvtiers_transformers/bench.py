@@ -129,7 +129,7 @@ def remember(
             done()
     with tiered(model, policy) as cache:
         reading = read(model, prose[:tokens], cache)
-        held = cache.held()
+        held = cache.memory_usage()
         most = max(most, *cache.attended())
     done()
     passage = prose[-_PASSAGE:]

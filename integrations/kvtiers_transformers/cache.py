@@ -11,9 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from kvtiers import (
     CropError,
-    Held,
     InterruptedForwardError,
     Layer,
+    MemoryUsage,
     Policy,
     SavedCacheError,
     TieredCache,
@@ -98,15 +98,15 @@ class TieredLayer(CacheLayerMixin):
     prefetch = offload
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.layer.take(beam_idx)
+        self.layer.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.layer.take(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self.layer.select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self.layer.batch
         if rows is not None:
-            self.layer.take(torch.arange(rows).repeat_interleave(repeats))
+            self.layer.select_rows(torch.arange(rows).repeat_interleave(repeats))
 
 
 class TransformersCache(Cache):
@@ -141,7 +141,7 @@ class TransformersCache(Cache):
         """
         self._check_whole()
         for store in self.core.stores():
-            store.settle()
+            store.commit()
         for layer in self.tiered_layers:
             layer.held_before = layer.layer.tokens
         self._started, self._coming = self._progress(), tokens
@@ -161,12 +161,12 @@ class TransformersCache(Cache):
     def _progress(self) -> list[int]:
         """How far each layer, and each of its groups of rows, has come."""
         columns = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
-        return columns + [store.seen for store in self.core.stores()]
+        return columns + [store.num_steps for store in self.core.stores()]
 
     def _check_whole(self) -> None:
         columns = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
         if len(columns) > 1 or (self._started is not None and self._started != self._progress()):
-            steps = {layer.layer.seen for layer in self.tiered_layers}
+            steps = {layer.layer.num_steps for layer in self.tiered_layers}
             raise InterruptedForwardError(
                 f"an earlier forward failed midway and left the layers at {sorted(columns)} columns and "
                 f"{sorted(steps)} steps; go on from a fork() made before it, or reset() the cache"
@@ -195,12 +195,12 @@ class TransformersCache(Cache):
         """Tokens that the last step of each tiered layer attended, per row and KV head."""
         return self.core.attended()
 
-    def census(self, row: int = 0) -> dict[str, int]:
+    def tier_counts(self, row: int = 0) -> dict[str, int]:
         """How many tokens of a row are in each tier of the first tiered layer, and how many a policy dropped."""
-        return self.core.census(0, row)
+        return self.core.tier_counts(0, row)
 
-    def held(self) -> list[Held]:
-        """Bytes held per tier and place, the model's own sliding layers counted as recent."""
+    def memory_usage(self) -> list[MemoryUsage]:
+        """Bytes held per tier and location, the model's own sliding layers counted as recent."""
         sliding = sum(
             part.untyped_storage().nbytes()
             for layer in self.layers
@@ -208,8 +208,8 @@ class TransformersCache(Cache):
             for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
             if isinstance(part, Tensor)
         )
-        own = [Held(tier="recent", place="device", bytes=sliding)] if sliding else []
-        return self.core.held() + own
+        own = [MemoryUsage(tier="recent", location="device", bytes=sliding)] if sliding else []
+        return self.core.memory_usage() + own
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` columns from every layer, exactly, or raise and change nothing."""
@@ -219,7 +219,7 @@ class TransformersCache(Cache):
             )
         columns = -tokens_to_remove
         for layer in self.layers:
-            reason = _crop_reason(layer, columns) if columns else None
+            reason = _why_not_crop(layer, columns) if columns else None
             if reason is not None:
                 raise CropError(f"cannot remove {columns} columns: {reason}")
         self.core.crop_by(columns)
@@ -266,7 +266,7 @@ class TransformersCache(Cache):
             )
 
 
-def _crop_reason(layer: Any, columns: int) -> str | None:
+def _why_not_crop(layer: Any, columns: int) -> str | None:
     """Why the newest `columns` columns of `layer` cannot be removed exactly, or none if it knows no reason."""
     held = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else columns
     if columns > held:

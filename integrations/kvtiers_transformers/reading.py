@@ -65,7 +65,7 @@ def read(
         targets = piece[0, 1:] if last is None else piece[0]
         losses.append(torch.nn.functional.cross_entropy(guesses, targets, reduction="none").cpu())
         last = logits[-1:]
-        held = cache.held()
+        held = cache.memory_usage()
         positions.append(start + piece.shape[1])
         device.append(bytes_in(held, "device"))
         host.append(bytes_in(held, "host") + bytes_in(held, "disk"))

@@ -33,7 +33,7 @@ def rotary_of(decoder: nn.Module, attention: nn.Module, layer_type: str, *, froz
     if not frozen and (kind == "longrope" or "dynamic" in kind):
         raise RotaryError(
             f"the rotary frequencies of this model change with length (rope_type={kind!r}), and keys that are rotated "
-            "anew need one set; use realigner='gaps', or freeze_rope=True to keep the frequencies it has now"
+            "anew need one set; use realigner='original', or freeze_rope=True to keep the frequencies it has now"
         )
     scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
     still = copy.deepcopy(module)  # a longer or shorter input would change its frequencies, and the model's with them
@@ -51,7 +51,7 @@ def rotary_of(decoder: nn.Module, attention: nn.Module, layer_type: str, *, froz
                 return rotary
     raise RotaryError(
         f"{type(attention).__name__} rotates in a way that kvtiers does not know (tried {', '.join(_LAYOUTS)}); "
-        "use realigner='gaps', which keeps the model's own rotation"
+        "use realigner='original', which keeps the model's own rotation"
     )
 
 
@@ -86,7 +86,7 @@ def _tried_keys(attention: nn.Module, rotary: Any, extra: tuple[str, ...]) -> tu
             if catcher.keys is None:
                 raise RotaryError(
                     f"{type(attention).__name__} stores no keys of its own when tried, so how it rotates cannot be "
-                    "told; use realigner='gaps', which keeps the model's own rotation"
+                    "told; use realigner='original', which keeps the model's own rotation"
                 )
             found.append(catcher.keys)
     return found[0], found[1]

@@ -217,7 +217,7 @@ def _check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) ->
     if past == 0 or (columns == 1 and mask.device.type != "cpu"):
         return  # while decoding on a GPU nobody waits for a mask
     seen = mask[:, :past].bool().sum(1).tolist()
-    held = cache.core.layers[0].seen_by_row()
+    held = cache.core.layers[0].num_steps_by_row()
     if held and seen != held:
         raise UnsupportedModelError(
             f"attention_mask says that the rows hold {seen} tokens of the past, but the cache holds {held}: padding is "
@@ -236,7 +236,7 @@ def _check_positions(positions: Any, mask: Tensor | None) -> None:
     if bool(jumps.any()):
         raise UnsupportedModelError(
             "position_ids jump within this forward, and a realigner gives tokens positions of its own; "
-            "use realigner='gaps', which keeps the model's"
+            "use realigner='original', which keeps the model's"
         )
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvtiers import testing
 from kvtiers.archive import Archive, TensorShelf
-from kvtiers.blocks import Blocks, Place
+from kvtiers.blocks import Blocks, Location
 from kvtiers.errors import ArchiveFullError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
@@ -42,7 +42,7 @@ class Unreliable(TensorShelf):
 
 @attrs.frozen
 class UnreliableArchive(Archive):
-    place: ClassVar[Place] = "device"
+    location: ClassVar[Location] = "device"
     switch: Switch = attrs.field(factory=Switch, eq=False)
 
     def open(self) -> Unreliable:
@@ -67,28 +67,28 @@ def test_a_refused_write_changes_nothing_and_the_same_append_works_later(data):
     for length in lengths:
         now = tokens.part(start, start + length)
         start += length
-        before, census = (copied(store.context()) if store.seen else None), store.census()
+        before, tier_counts = (copied(store.context()) if store.num_steps else None), store.tier_counts()
         switch.broken, refused = True, switch.refused
         try:
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
         except ArchiveFullError:
             assert switch.refused > refused
-            assert store.census() == census
+            assert store.tier_counts() == tier_counts
             assert testing.difference(before, store.context()) is None
             switch.broken = False
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
         finally:
             switch.broken = False
         store.select(now.query)
-        calm.append(now.keys, now.values)
+        calm.write(now.keys, now.values)
         calm.select(now.query)
         assert testing.difference(copied(store.context()), calm.context()) is None
-        assert store.census() == calm.census()
+        assert store.tier_counts() == calm.tier_counts()
 
 
 def test_when_one_of_two_forms_is_refused_neither_is_held():
     archive = UnreliableArchive()
-    found = policy("packforcing-lm", sink=1, recent=2, block_size=2, top_k=1, fringe=1, chunk_size=4)
+    found = policy("packforcing-lm", sink=1, recent=2, block_size=2, top_k=1, top_k_compressed=1, chunk_size=4)
     setting = Setting(
         policy=attrs.evolve(found, archive=archive),
         geometry=Geometry(kv_heads=2, head_dim=4),
@@ -104,9 +104,9 @@ def test_when_one_of_two_forms_is_refused_neither_is_held():
         archive.switch.only = number
         now = tokens.part(12, 16)
         with pytest.raises(ArchiveFullError):
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
         assert {form: shelf.count for form, shelf in store.shelves.items()} == held
-        assert store.census()["current"] == 4
+        assert store.tier_counts()["current"] == 4
     archive.switch.broken = False
     list(feed(store, tokens, [4, 4], start=12))
     assert store.shelves["full"].count == store.shelves["compressed"].count == store.archived
@@ -117,7 +117,7 @@ def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive
     found = policy(
         "archive",
         archive=(archive, {"limit_bytes": 3_000}),
-        realigner="gaps",
+        realigner="original",
         retriever="all",
         sink=1,
         recent=4,
@@ -131,11 +131,11 @@ def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive
     with pytest.raises(ArchiveFullError, match=r"limit_bytes = 3,000.*Nothing was lost"):  # noqa: PT012 (some append)
         while True:
             now = tokens.part(start, start + 4)
-            store.append(now.keys, now.values)
+            store.write(now.keys, now.values)
             store.select(now.query)
             start += 4
     assert start > 8
-    assert store.seen == start
+    assert store.num_steps == start
     assert torch.equal(store.context().keys, tokens.keys[:, :, :start])
 
 
@@ -153,10 +153,10 @@ def test_a_layer_whose_archive_refused_takes_the_same_tokens_once_it_works_again
     archive.switch.broken = True
     now = setting.tokens.part(12, 14)
     with pytest.raises(ArchiveFullError):
-        store.append(now.keys, now.values)
-    assert (store.seen, store.settled, store.archived) == (12, 8, 0)
+        store.write(now.keys, now.values)
+    assert (store.num_steps, store.committed_steps, store.archived) == (12, 8, 0)
     with pytest.raises(ArchiveFullError):
-        store.append(now.keys, now.values)
+        store.write(now.keys, now.values)
     archive.switch.broken = False
-    store.append(now.keys, now.values)
-    assert (store.seen, store.settled, store.archived) == (14, 12, 1)
+    store.write(now.keys, now.values)
+    assert (store.num_steps, store.committed_steps, store.archived) == (14, 12, 1)

@@ -33,13 +33,13 @@ GEOMETRY = Geometry(kv_heads=2, head_dim=4)
         pytest.param({"recent": -1}, PolicyError, "recent must be .* or None, got -1", id="negative recent"),
         pytest.param({"recent": 2.5}, PolicyError, "recent must be a whole number", id="recent of two and a half"),
         pytest.param({"top_k": 0}, PolicyError, "top_k must be a whole number of at least 1, got 0", id="no blocks"),
-        pytest.param({"fringe": -1}, PolicyError, "fringe must be", id="negative fringe"),
+        pytest.param({"top_k_compressed": -1}, PolicyError, "top_k_compressed must be", id="negative top_k_compressed"),
         pytest.param({"block_size": 0}, PolicyError, "block_size must be", id="empty blocks"),
         pytest.param({"block_size": True}, PolicyError, "block_size must be .* got True", id="a truth value as a size"),
         pytest.param({"chunk_size": 0}, PolicyError, "chunk_size must be .* or None", id="empty chunks"),
         pytest.param({"refresh": 0}, PolicyError, "refresh must be 'block', 'chunk' or a number", id="refresh never"),
         pytest.param({"refresh": "often"}, PolicyError, "refresh must be .* got 'often'", id="refresh in words"),
-        pytest.param({"recall": "half"}, PolicyError, "recall", id="an unknown form"),
+        pytest.param({"attend": "half"}, PolicyError, "attend", id="an unknown form"),
         pytest.param({"budget": 0}, PolicyError, "budget must be", id="no budget"),
         pytest.param(
             {"sink": 10, "recent": 100, "budget": 50},
@@ -81,11 +81,11 @@ def test_a_budget_that_is_kept_is_accepted():
     LayerStore(attrs.evolve(found, budget=found.bound(GEOMETRY)), GEOMETRY)
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 def test_a_realigner_needs_a_rotary_embedding(realigner):
-    with pytest.raises(RotaryError, match="layer 3 has no rotary embedding; use realigner='gaps'"):
+    with pytest.raises(RotaryError, match="layer 3 has no rotary embedding; use realigner='original'"):
         LayerStore(policy("streaming", realigner=realigner), GEOMETRY, layer=3)
-    LayerStore(policy("streaming", realigner="gaps"), GEOMETRY, layer=3)
+    LayerStore(policy("streaming", realigner="original"), GEOMETRY, layer=3)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def tensors(*, batch=1, heads=2, steps=1, width=4, value_width=4, dtype=torch.fl
 )
 def test_tensors_of_another_model_are_refused_and_nothing_is_stored(shape, message):
     store, setting = filled()
-    before, census = copied(store.context()), store.census()
+    before, tier_counts = copied(store.context()), store.tier_counts()
     with pytest.raises(GeometryError, match=message):
-        store.append(*tensors(**shape))
-    assert store.census() == census
+        store.write(*tensors(**shape))
+    assert store.tier_counts() == tier_counts
     assert testing.difference(before, store.context()) is None
     list(feed(store, setting.tokens, [1, 4], start=8))
 
@@ -152,9 +152,9 @@ def test_keys_on_another_device_are_refused():
     store, _ = filled()
     keys, values = (x.to("meta") for x in tensors())
     with pytest.raises(GeometryError, match="layer 7 holds tensors on cpu, got keys on meta"):
-        store.append(keys, values)
+        store.write(keys, values)
     with pytest.raises(GeometryError, match="values on meta"):
-        store.append(tensors()[0], values)
+        store.write(tensors()[0], values)
 
 
 @pytest.mark.parametrize("where", ["keys", "values"])
@@ -164,12 +164,12 @@ def test_with_checking_on_what_is_not_finite_is_refused_with_the_layer_named(whe
     setting = Setting(policy=found, geometry=GEOMETRY, rotary=rotary(4), seed=0)
     store = setting.store(layer=5, check=True)
     list(feed(store, setting.tokens, [4, 4]))
-    before, census = copied(store.context()), store.census()
+    before, tier_counts = copied(store.context()), store.tier_counts()
     keys, values = tensors(steps=2)
     (keys if where == "keys" else values)[0, 1, 1, 2] = value
     with pytest.raises(NotFiniteError, match="layer 5 was given keys or values with NaN or infinity at steps 8 to 10"):
-        store.append(keys, values)
-    assert store.census() == census
+        store.write(keys, values)
+    assert store.tier_counts() == tier_counts
     assert testing.difference(before, store.context()) is None
     list(feed(store, setting.tokens, [2], start=8))
 
@@ -177,38 +177,38 @@ def test_with_checking_on_what_is_not_finite_is_refused_with_the_layer_named(whe
 def test_without_checking_nothing_is_looked_at():
     store, _ = filled()
     keys, values = tensors()
-    store.append(keys * float("nan"), values)
-    assert store.seen == 9
+    store.write(keys * float("nan"), values)
+    assert store.num_steps == 9
 
 
 def test_a_video_layer_takes_whole_steps():
     geometry = Geometry(kv_heads=1, head_dim=4, grid=(2, 3), steps_per_commit=1, causal=False)
     store = LayerStore(policy("archive", block_size=1), geometry)
     with pytest.raises(GeometryError, match="takes whole steps of 6 tokens, got 7 tokens"):
-        store.append(torch.zeros(1, 1, 7, 4), torch.zeros(1, 1, 7, 4))
+        store.write(torch.zeros(1, 1, 7, 4), torch.zeros(1, 1, 7, 4))
 
 
 def test_a_video_layer_takes_no_more_than_one_commit_at_once():
     """Else the context would exceed its bound, which counts one commit."""
     geometry = Geometry(kv_heads=1, head_dim=4, grid=(2,), steps_per_commit=3, causal=False)
     store = LayerStore(policy("archive", block_size=3, sink=3, recent=3), geometry)
-    store.append(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4))
+    store.write(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4))
     with pytest.raises(GeometryError, match="at most 3 steps at once, got 12 tokens"):
-        store.append(torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
+        store.write(torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
 
 
 def test_reading_or_selecting_before_anything_is_held_says_what_to_do():
     store = LayerStore(policy("archive"), GEOMETRY)
-    with pytest.raises(SelectionError, match="holds nothing yet; append keys and values first"):
+    with pytest.raises(SelectionError, match="holds nothing yet; write keys and values first"):
         store.context()
     store.select()
     cache = TieredCache(policy("archive"), [GEOMETRY])
     with pytest.raises(GeometryError, match="or none yet"):
         cache.context(0)
     assert cache.contexts(0) == []
-    assert cache.census() == {}
+    assert cache.tier_counts() == {}
     cache.crop(0)
-    cache.take(torch.tensor([0, 0]))
+    cache.select_rows(torch.tensor([0, 0]))
 
 
 def test_every_error_is_a_kvtiers_error_and_a_standard_one():

@@ -45,7 +45,7 @@ def test_taking_rows_before_or_after_appending_is_the_same(data):
     other.query, other.keys, other.values = other.query[rows], other.keys[rows], other.values[rows]
     for number, steps in enumerate(lengths):
         if number == split:
-            trial.take(rows)
+            trial.select_rows(rows)
         mine, theirs = trial.feed(steps), other.feed(steps)
         if number >= split:
             for name in ("keys", "values"):
@@ -62,8 +62,8 @@ def test_what_was_taken_still_keeps_the_invariants(data):
     )
     for steps in data.draw(cuts(setting.policy)):
         context = trial.feed(steps)
-        if data.draw(st.booleans(), label="take"):
-            trial.take(torch.tensor(data.draw(rows_of(trial.geometry.batch))))
+        if data.draw(st.booleans(), label="select_rows"):
+            trial.select_rows(torch.tensor(data.draw(rows_of(trial.geometry.batch))))
             context = trial.cache.context(0)
         testing.conservation(trial)
         testing.contents(trial, context)
@@ -80,16 +80,16 @@ def test_taking_in_two_goes_is_taking_once(data):
     twice, once = setting.cache(), setting.cache()
     for cache in (twice, once):
         feed_all_cache(cache, setting.tokens, lengths)
-    twice.take(first)
-    twice.take(second)
-    once.take(first[second])
+    twice.select_rows(first)
+    twice.select_rows(second)
+    once.select_rows(first[second])
     assert testing.difference(twice.context(0), once.context(0)) is None
 
 
 def feed_all_cache(cache, tokens: Stream, lengths: list[int], start: int = 0) -> None:
     for length in lengths:
         now = tokens.part(start, start + length)
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
         cache.select(0, now.query)
         start += length
 
@@ -167,10 +167,10 @@ def test_rows_that_parted_ways_are_taken_like_any_others(data):
     valid = torch.arange(8) >= pads[:, None]
     after, before = setting.cache().layers[0], setting.cache().layers[0]
     attended(after, tokens.part(0, 8), valid)
-    after.take(rows)
-    attended(before, tokens.take(rows).part(0, 8), valid[rows])
+    after.select_rows(rows)
+    attended(before, tokens.select_rows(rows).part(0, 8), valid[rows])
     assert after.batch == before.batch == len(rows)
-    later = tokens.take(rows).part(8, 14)
+    later = tokens.select_rows(rows).part(8, 14)
     assert torch.allclose(attended(after, later, None), attended(before, later, None), rtol=1e-5, atol=1e-5)
 
 
@@ -192,7 +192,7 @@ def test_another_number_of_rows_is_a_clear_error_and_changes_nothing(batch):
     before = copied(cache.context(0))
     other = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, batch=batch)).tokens.part(0, 1)
     with pytest.raises(GeometryError, match=f"holds 2 rows, got {batch}; a filled cache cannot grow its batch"):
-        cache.append(0, other.keys, other.values)
+        cache.write(0, other.keys, other.values)
     with pytest.raises(GeometryError, match=f"holds 2 rows, got {batch}"):
         list(cache.layers[0].turns(other.query, other.keys, other.values))
     assert testing.difference(before, cache.context(0)) is None
@@ -208,7 +208,7 @@ def test_an_empty_cache_takes_a_batch_of_any_size(empty):
     else:
         cache.reset()
         with pytest.raises(GeometryError):
-            cache.append(0, torch.zeros(2, 2, 1, 3), torch.zeros(2, 2, 1, 3))
+            cache.write(0, torch.zeros(2, 2, 1, 3), torch.zeros(2, 2, 1, 3))
     other = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, batch=3)).tokens
     feed_all_cache(cache, other, [2])
     assert cache.context(0).keys.shape[0] == 3
@@ -224,7 +224,7 @@ def test_a_row_that_is_not_there_cannot_be_taken(rows, padded):
         attended(cache.layers[0], setting.tokens.part(0, 4), valid)
     before = [copied(context) for _, context in cache.contexts(0)]
     with pytest.raises(GeometryError, match=r"holds rows 0 to 1"):
-        cache.take(torch.tensor(rows))
+        cache.select_rows(torch.tensor(rows))
     after = [context for _, context in cache.contexts(0)]
     assert all(testing.difference(a, b) is None for a, b in zip(before, after, strict=True))
 
@@ -239,8 +239,8 @@ def test_the_context_of_rows_that_parted_ways_is_read_per_group():
     groups = cache.contexts(0)
     assert [rows.tolist() for rows, _ in groups] == [[0], [1]]
     assert [context.keys.shape[2] for _, context in groups] == [4, 2]
-    assert cache.census(row=0) != cache.census(row=1)
-    assert sum(cache.census(row=1).values()) == 2
+    assert cache.tier_counts(row=0) != cache.tier_counts(row=1)
+    assert sum(cache.tier_counts(row=1).values()) == 2
 
 
 @given(data=st.data())

@@ -33,14 +33,14 @@ def test_several_layers_hold_the_sum_of_what_each_may(data):
         now = tokens.part(start, start + length)
         start += length
         for layer in range(len(each)):
-            cache.append(layer, now.keys, now.values)
+            cache.write(layer, now.keys, now.values)
             cache.select(layer, now.query)
     limits = [p.bound_bytes(geometry, s.archived) for p, s in zip(each, cache.stores(), strict=True)]
-    held = cache.held()
+    held = cache.memory_usage()
     if None not in limits:
         assert bytes_in(held, "device") <= sum(limits)
-    for place in ("device", "host"):
-        assert bytes_in(held, place) == sum(testing.storages(store)[place] for store in cache.stores())
+    for location in ("device", "host"):
+        assert bytes_in(held, location) == sum(testing.storages(store)[location] for store in cache.stores())
 
 
 @fewer
@@ -53,10 +53,10 @@ def test_reports_are_true_when_rows_part_ways(data):
         pads = data.draw(st.lists(st.integers(0, 4) | st.just(10), min_size=batch, max_size=batch))
         valid = torch.arange(10) >= torch.tensor(pads)[:, None]
         list(cache.layers[0].turns(part.query, part.keys, part.values, Ragged.of(valid)))
-    held = cache.held()
-    for place in ("device", "host"):
+    held = cache.memory_usage()
+    for location in ("device", "host"):
         real = testing.storages_of(cache.stores())
-        assert bytes_in(held, place) == real[place]
+        assert bytes_in(held, location) == real[location]
 
 
 def is_flat(name: str) -> bool:
@@ -101,7 +101,7 @@ def test_a_buffer_that_is_full_is_as_large_as_its_bound_says(data):
     assert slots is not None
     store = setting.store()
     for _ in feed(store, setting.tokens, data.draw(cuts(setting.policy, most=20))):
-        assert store.keys.shape[2] == store.values.shape[2] == slots
+        assert store.rotated.shape[2] == store.values.shape[2] == slots
 
 
 @fewer
@@ -109,7 +109,15 @@ def test_a_buffer_that_is_full_is_as_large_as_its_bound_says(data):
 def test_the_bound_is_reached(data):
     """A bound that is never reached would be too high."""
     found = data.draw(
-        policies(compressor="keep", retriever="recency", archive="host", recent=5, block_size=1, chunk_size=4, fringe=0)
+        policies(
+            compressor="keep",
+            retriever="recency",
+            archive="host",
+            recent=5,
+            block_size=1,
+            chunk_size=4,
+            top_k_compressed=0,
+        )
     )
     setting = data.draw(settings_of(st.just(found)))
     most = max(context.keys.shape[2] for _, context in feed(setting.store(), setting.tokens, [4] * 8))
@@ -141,10 +149,10 @@ def test_bytes_are_released_when_a_cache_is_reset():
     cache, now = setting.cache(), setting.tokens.part(0, 20)
     for _ in cache.layers[0].turns(now.query, now.keys, now.values):
         pass
-    assert bytes_in(cache.held(), "device") > 0
+    assert bytes_in(cache.memory_usage(), "device") > 0
     cache.reset()
-    assert cache.held() == []
-    assert cache.seen == 0
+    assert cache.memory_usage() == []
+    assert cache.num_steps == 0
 
 
 @pytest.mark.parametrize("archive", ["device", "host", "disk"])
@@ -158,7 +166,7 @@ def test_bytes_are_reported_in_the_place_where_they_are(archive):
     cache, now = setting.cache(), setting.tokens.part(0, 20)
     for _ in cache.layers[0].turns(now.query, now.keys, now.values):
         pass
-    mid = {held.place: held.bytes for held in cache.held() if held.tier == "mid"}
+    mid = {held.location: held.bytes for held in cache.memory_usage() if held.tier == "mid"}
     block = 2 * setting.geometry.token_bytes
     assert mid[archive] >= cache.stores()[0].archived * block
     assert set(mid) == {archive, "device"}  # the chosen block is in the context buffer too

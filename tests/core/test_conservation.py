@@ -35,21 +35,21 @@ def test_a_context_holds_the_tokens_that_the_policy_names_each_turned_to_its_pla
 
 @given(data=st.data())
 def test_placed_blocks_touch_and_do_not_overlap(data):
-    trial = trial_of(data.draw(settings_of(policies(realigner=("anchored", "incremental")))))
+    trial = trial_of(data.draw(settings_of(policies(realigner=("contiguous", "incremental")))))
     for steps in data.draw(cuts(trial.policy)):
         testing.tiling(trial, trial.feed(steps))
 
 
 @given(data=st.data())
-def test_anchored_positions_begin_at_zero_and_incremental_ones_end_at_now(data):
-    trial = trial_of(data.draw(settings_of(policies(realigner=("anchored", "incremental")))))
+def test_contiguous_positions_begin_at_zero_and_incremental_ones_end_at_now(data):
+    trial = trial_of(data.draw(settings_of(policies(realigner=("contiguous", "incremental")))))
     for steps in data.draw(cuts(trial.policy)):
         placed = trial.feed(steps).placed
-        if type(trial.policy.realigner).__name__ == "Anchored":
+        if type(trial.policy.realigner).__name__ == "Contiguous":
             first = trial.store.mid.placed if trial.store.mid is not None and not trial.store.sink_tokens else placed
             assert float(first.flatten()[0]) == 0
         else:
-            assert float(placed[0, 0, -1, 0]) == trial.seen - 1
+            assert float(placed[0, 0, -1, 0]) == trial.num_steps - 1
 
 
 @given(data=st.data())
@@ -67,11 +67,11 @@ def test_a_run_with_readings_equals_one_without(data):
     for _ in feed(read, setting.tokens, lengths):
         read.context()
         read.context().origins.add_(100)
-        read.census()
+        read.tier_counts()
     start = 0
     for length in lengths:
         now = setting.tokens.part(start, start + length)
-        unread.append(now.keys, now.values)
+        unread.write(now.keys, now.values)
         unread.select(now.query)
         start += length
     assert testing.difference(read.context(), unread.context()) is None
@@ -84,7 +84,7 @@ def test_selecting_again_without_new_tokens_changes_nothing(data):
     lengths = data.draw(cuts(setting.policy))
     for start, context in feed(store, setting.tokens, lengths):
         before = testing.copied(context)
-        store.select(setting.tokens.part(start, store.seen).query)
+        store.select(setting.tokens.part(start, store.num_steps).query)
         assert testing.difference(before, store.context()) is None
 
 
@@ -125,20 +125,20 @@ def test_the_kit_notices_one_token_that_is_off(off):
         store.values[0, 1, store.head] += 1e-3
     elif off == "place":
         at = slice(store.head, store.head + 1)
-        store.keys[:, :, at] = store._turn(store.raw[:, :, at], store.aged_to + store.recent_shift + 1)
+        store.rotated[:, :, at] = store._turn(store.unrotated[:, :, at], store.recent_start + store.recent_shift + 1)
     elif off == "origin":
-        store.aged_to += 1
+        store.recent_start += 1
     else:
-        store.keys[0, 0, [store.head, store.head + 1]] = store.keys[0, 0, [store.head + 1, store.head]]
+        store.rotated[0, 0, [store.head, store.head + 1]] = store.rotated[0, 0, [store.head + 1, store.head]]
     with pytest.raises(AssertionError, match="invariant"):
         testing.contents(trial, store.context())
-    assert trial.seen == 12
+    assert trial.num_steps == 12
 
 
 def test_observers_are_told_what_happened_to_every_step():
     told = []
     setting = Setting(
-        policy=policy("packforcing-lm", sink=2, recent=4, block_size=3, top_k=1, fringe=1, archive="device"),
+        policy=policy("packforcing-lm", sink=2, recent=4, block_size=3, top_k=1, top_k_compressed=1, archive="device"),
         geometry=Geometry(kv_heads=2, head_dim=4, query_heads=4),
         rotary=Setting.plain_rotary(4),
         seed=1,
@@ -161,7 +161,7 @@ def test_layout_says_which_blocks_exist_from_the_first_step_on():
     assert cache.layout() == []
     for start in range(9):
         now = tokens.part(start, start + 1)
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
         cache.select(0, now.query)
         assert sum(extent.steps for extent, _ in cache.layout()) == start
     assert cache.layout() == [
@@ -196,8 +196,8 @@ def test_a_video_layer_holds_every_token_of_every_step(geometry, commits, base):
         sink=commit,
         recent=2 * commit,
         top_k=base.top_k,
-        fringe=base.fringe,
-        recall=base.recall,
+        top_k_compressed=base.top_k_compressed,
+        attend=base.attend,
         block_size=commit,
         refresh=base.refresh,
     )
@@ -205,10 +205,10 @@ def test_a_video_layer_holds_every_token_of_every_step(geometry, commits, base):
     tokens, per = stream(geometry), geometry.tokens_per_step * commit
     for number in range(commits):
         now = tokens.part(number * per, (number + 1) * per)
-        store.append(now.keys, now.values)
+        store.write(now.keys, now.values)
         store.select(now.query)
         context = store.context()
-        assert sum(store.census().values()) == (number + 1) * commit
+        assert sum(store.tier_counts().values()) == (number + 1) * commit
         assert context.mask is None
         assert not context.causal
         assert context.current == per

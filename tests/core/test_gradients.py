@@ -34,7 +34,7 @@ def attend32(query, context):
 @fewer
 @given(data=st.data())
 def test_gradients_of_current_tokens_are_those_of_plain_attention(data):
-    setting = data.draw(settings_of(policies(recall="full", fringe=0)))
+    setting = data.draw(settings_of(policies(attend="full", top_k_compressed=0)))
     store, tokens = setting.store(), setting.tokens
     lengths = data.draw(cuts(setting.policy, most=6))
     for _ in feed(store, tokens, lengths[:-1]):
@@ -42,7 +42,7 @@ def test_gradients_of_current_tokens_are_those_of_plain_attention(data):
     start = sum(lengths[:-1])
     now = tokens.part(start, start + lengths[-1])
     query, keys, values = (x.clone().requires_grad_() for x in (now.query, now.keys, now.values))
-    store.append(keys, values)
+    store.write(keys, values)
     store.select(query)
     context = store.context()
     origins, placed = per_head(context.origins, context), per_head(context.placed, context)
@@ -84,7 +84,7 @@ def test_later_appends_do_not_corrupt_an_earlier_backward(name, needs):
             leaves = {name: x.clone() for name, x in (("query", now.query), ("keys", now.keys), ("values", now.values))}
             for leaf_name, leaf in leaves.items():
                 leaf.requires_grad_(needs in (leaf_name, "all"))
-            store.append(leaves["keys"], leaves["values"])
+            store.write(leaves["keys"], leaves["values"])
             store.select(leaves["query"])
             outputs.append(attend32(store.place_query(leaves["query"]), store.context()).square().sum())
             grads += [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -109,7 +109,7 @@ def test_a_context_that_was_read_with_gradients_is_not_written_over():
     store, tokens = setting.store(), setting.tokens
     now = tokens.part(0, 4)
     keys = now.keys.clone().requires_grad_()
-    store.append(keys, now.values)
+    store.write(keys, now.values)
     store.select(now.query)
     context = store.context()
     before = context.keys.detach().clone()
@@ -128,13 +128,13 @@ def test_without_gradients_a_context_is_a_view_and_nothing_is_copied():
     with torch.no_grad():
         list(feed(store, setting.tokens, [4, 4]))
         context = store.context()
-    assert context.keys.untyped_storage().data_ptr() == store.keys.untyped_storage().data_ptr()
+    assert context.keys.untyped_storage().data_ptr() == store.rotated.untyped_storage().data_ptr()
     assert context.values.untyped_storage().data_ptr() == store.values.untyped_storage().data_ptr()
 
 
 def test_history_holds_no_graph():
     setting = Setting(
-        policy=policy("archive", sink=1, recent=2, block_size=1, top_k=2, realigner=build("realigner", "anchored")),
+        policy=policy("archive", sink=1, recent=2, block_size=1, top_k=2, realigner=build("realigner", "contiguous")),
         geometry=Geometry(kv_heads=1, head_dim=4),
         rotary=rotary(4),
         seed=0,
@@ -142,17 +142,19 @@ def test_history_holds_no_graph():
     store, tokens = setting.store(), setting.tokens
     for start in range(0, 12, 2):
         now = tokens.part(start, start + 2)
-        store.append(now.keys.clone().requires_grad_(), now.values.clone().requires_grad_())
+        store.write(now.keys.clone().requires_grad_(), now.values.clone().requires_grad_())
         store.select(now.query.clone().requires_grad_())
-    assert not any(buffer.requires_grad for buffer in (store.keys, store.raw, store.values, store.digests.buffer))
+    assert not any(
+        buffer.requires_grad for buffer in (store.rotated, store.unrotated, store.values, store.digests.buffer)
+    )
     assert not any(part.requires_grad for part in store.shelves["full"].tensors().values())
     now = tokens.part(12, 13)
-    store.append(now.keys, now.values)
+    store.write(now.keys, now.values)
     store.select(now.query)
     assert not store.context().keys.requires_grad
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "gaps", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "original", "incremental"])
 def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
     """What the model projected of a compressed block, by finite differences in float64."""
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False, dtype=torch.float64)
@@ -172,11 +174,11 @@ def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
         store = LayerStore(found, geometry, rotary=turn, keep_graph=True)
         for number in range(6):
             query, key, value = full[number]
-            store.draft(key, value)
+            store.write(key, value, replace=True)
             store.select(query)
             if number < 5:
                 store.beside(one[number], keys[number], values[number], offsets, 2)
-                store.settle()
+                store.commit()
         assert store.archived == 3
         return attend_context(store.place_query(full[5, 0]), store.context())
 

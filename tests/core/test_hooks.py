@@ -49,7 +49,7 @@ class Still(kvtiers.Realigner):
 
 
 class Here(kvtiers.Archive):
-    place = "device"
+    location = "device"
 
     def open(self) -> TensorShelf:
         return TensorShelf("device")
@@ -73,7 +73,7 @@ def fed(policy: kvtiers.Policy, *, steps: int = 20, **options: Any) -> kvtiers.L
     store = kvtiers.LayerStore(policy, GEOMETRY, **options)
     for step in range(steps):
         x = torch.full((1, 2, 1, 4), float(step))
-        store.append(x, x)
+        store.write(x, x)
         store.select(x)
     return store
 
@@ -86,17 +86,17 @@ def test_kvtiers_policies_adds_a_preset(plugged: Any) -> None:
 def test_kvtiers_sinks_adds_a_choice_of_anchors(plugged: Any) -> None:
     plugged("kvtiers_sinks", lambda self: {"mine": UpTo})
     made = kvtiers.policy(
-        "streaming", sinks={"name": "mine", "upto": 2}, sink=8, recent=4, block_size=2, realigner="gaps"
+        "streaming", sinks={"name": "mine", "upto": 2}, sink=8, recent=4, block_size=2, realigner="original"
     )
     assert made.sink_steps == 2
-    assert fed(made).census()["sink"] == 2
+    assert fed(made).tier_counts()["sink"] == 2
 
 
 def test_kvtiers_compressors_adds_a_form_for_blocks(plugged: Any) -> None:
     plugged("kvtiers_compressors", lambda self: {"mine": Same})
     made = kvtiers.policy("archive", compressor="mine", recent=4, block_size=2)
     assert isinstance(made.compressor, Same)
-    assert fed(made).census()["dropped"] == 0
+    assert fed(made).tier_counts()["dropped"] == 0
 
 
 def test_kvtiers_retrievers_adds_a_way_to_choose_blocks(plugged: Any) -> None:

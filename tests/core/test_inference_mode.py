@@ -13,7 +13,7 @@ def _filled(policy: kvtiers.Policy, *, forked: bool) -> kvtiers.TieredCache:
             part = torch.randn(2, 1, 24, 4)
             for turn in cache.layers[0].turns(part, part, part):
                 assert turn.context.keys.shape[2] > 0
-        cache.take(torch.tensor([1, 0]))
+        cache.select_rows(torch.tensor([1, 0]))
         return cache.fork() if forked else cache
 
 

@@ -42,10 +42,10 @@ def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
     flat: set[int] = set()
     pool = torch.randn(3, 1, 1, chunk * 7, 4, generator=torch.Generator().manual_seed(0))
     number = 0
-    while store.seen < tokens:
+    while store.num_steps < tokens:
         steps = 1 if number % 100 < 5 else chunk
         query, keys, values = pool[..., (number % 7) * chunk :, :][..., :steps, :]
-        store.append(keys, values)
+        store.write(keys, values)
         store.select(query)
         assert store.context().keys.shape[2] <= bound
         if number % 20 == 0:
@@ -55,9 +55,9 @@ def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
             if number:
                 flat.add(held["device"])
         number += 1
-    assert sum(store.census().values()) == store.seen >= tokens
+    assert sum(store.tier_counts().values()) == store.num_steps >= tokens
     if found.compressor.drops:
         assert len(flat) == 1
-        assert store.census()["dropped"] > 0.9 * tokens
+        assert store.tier_counts()["dropped"] > 0.9 * tokens
     else:
-        assert store.archived * found.block_size == store.census()["mid"] > 0.9 * tokens
+        assert store.archived * found.block_size == store.tier_counts()["mid"] > 0.9 * tokens

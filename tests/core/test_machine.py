@@ -57,20 +57,20 @@ class CacheMachine(RuleBasedStateMachine):
 
     def cut(self) -> None:
         """Forget the tokens that the cache no longer holds."""
-        seen = self.cache.seen
+        seen = self.cache.num_steps
         for name in ("query", "keys", "values"):
             setattr(self.trial, name, getattr(self.trial, name)[:, :, :seen])
 
     # ------------------------------------------------------------------ what is done
 
-    @precondition(lambda self: self.cache.seen < LONGEST)
+    @precondition(lambda self: self.cache.num_steps < LONGEST)
     @rule(steps=st.integers(1, 9))
     def append(self, steps: int) -> None:
         steps = min(steps, self.trial.policy.chunk_size or 9)
         self.extend(steps)
         self.trial.feed(steps)
 
-    @precondition(lambda self: self.cache.seen < LONGEST)
+    @precondition(lambda self: self.cache.num_steps < LONGEST)
     @rule(steps=st.integers(1, 4))
     def decode(self, steps: int) -> None:
         for _ in range(steps):
@@ -79,39 +79,39 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def read(self) -> None:
-        if self.cache.seen:
+        if self.cache.num_steps:
             testing.reading(self.trial, self.cache.context(0))
 
     @rule(back=st.integers(0, 6))
     def crop(self, back: int) -> None:
-        steps = max(0, self.cache.seen - back)
-        before, census = copied(self.cache.context(0)) if self.cache.seen else None, self.cache.census()
+        steps = max(0, self.cache.num_steps - back)
+        before, tier_counts = copied(self.cache.context(0)) if self.cache.num_steps else None, self.cache.tier_counts()
         try:
             self.cache.crop(steps)
         except CropError:
-            assert self.cache.census() == census
+            assert self.cache.tier_counts() == tier_counts
             assert testing.difference(before, self.cache.context(0)) is None
             return
-        assert self.cache.seen == steps
+        assert self.cache.num_steps == steps
         self.cut()
         self.settle_selection()
 
     def settle_selection(self) -> None:
         """After a roll back the next forward chooses anew; until then a context is that of the last selection."""
-        if self.cache.seen:
+        if self.cache.num_steps:
             self.extend(1)
             self.trial.feed(1)
 
     @rule(rows=st.lists(st.integers(0, 1), min_size=1, max_size=3))
-    def take(self, rows: list[int]) -> None:
+    def select_rows(self, rows: list[int]) -> None:
         batch = self.trial.geometry.batch
-        if self.cache.seen:
-            self.trial.take(torch.tensor([row % batch for row in rows]))
+        if self.cache.num_steps:
+            self.trial.select_rows(torch.tensor([row % batch for row in rows]))
 
     @rule()
     def fork(self) -> None:
         """The copy is left aside; whatever happens here must not change it."""
-        if self.cache.seen:
+        if self.cache.num_steps:
             other = self.trial.branch(self.cache.fork())
             self.aside.append((other, copied(other.cache.context(0))))
 
@@ -133,9 +133,9 @@ class CacheMachine(RuleBasedStateMachine):
         path, original = self.files.pop()
         loaded = TieredCache(original.policy, [original.geometry], rotaries=[original.rotary])
         loaded.load(path)
-        assert loaded.census() == original.cache.census()
+        assert loaded.tier_counts() == original.cache.tier_counts()
         self.trial = original.branch(loaded)
-        if loaded.seen:
+        if loaded.num_steps:
             assert testing.difference(loaded.context(0), original.cache.context(0)) is None
         self.extend(1)
         own = self.trial.feed(1)
@@ -145,19 +145,19 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def swap(self, data) -> None:
         other = data.draw(policies() | small_presets())
-        names = ("retriever", "realigner", "top_k", "fringe", "refresh", "chunk_size")
+        names = ("retriever", "realigner", "top_k", "top_k_compressed", "refresh", "chunk_size")
         fields = {name: getattr(other, name) for name in data.draw(st.sets(st.sampled_from(names)))}
-        changed = attrs.evolve(self.trial.policy, **fields) if self.cache.seen else other
-        census = self.cache.census()
+        changed = attrs.evolve(self.trial.policy, **fields) if self.cache.num_steps else other
+        tier_counts = self.cache.tier_counts()
         try:
             self.cache.swap(changed)
         except SwapError:
             assert self.cache.policies == [self.trial.policy]
-            assert self.cache.census() == census
+            assert self.cache.tier_counts() == tier_counts
             return
         self.trial.policy = changed
         self.files = [(path, trial) for path, trial in self.files if trial.policy is not changed]
-        if self.cache.seen:
+        if self.cache.num_steps:
             self.extend(1)
             self.trial.feed(1)
 
@@ -170,16 +170,16 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_cache_holds_what_the_list_says(self) -> None:
-        if not hasattr(self, "trial") or not self.cache.stores() or not self.cache.seen:
+        if not hasattr(self, "trial") or not self.cache.stores() or not self.cache.num_steps:
             return
-        assert self.cache.seen == self.trial.keys.shape[2]
+        assert self.cache.num_steps == self.trial.keys.shape[2]
         context = self.cache.context(0)
         testing.conservation(self.trial)
         testing.contents(self.trial, context)
-        held = self.cache.held()
+        held = self.cache.memory_usage()
         real = testing.storages(self.trial.store)
-        for place in ("device", "host"):
-            assert sum(h.bytes for h in held if h.place == place) == real[place]
+        for location in ("device", "host"):
+            assert sum(h.bytes for h in held if h.location == location) == real[location]
         bound = self.trial.policy.bound(self.trial.geometry)
         assert bound is None or context.keys.shape[2] <= bound
 

@@ -82,10 +82,10 @@ class Oracle:
 
 def oracle_of(found: Policy) -> Oracle:
     retriever = type(found.retriever).__name__
-    extra = found.fringe
+    extra = found.top_k_compressed
     newest = {"NoBlocks": 0, "Recency": found.top_k + extra}.get(retriever)
     compressor = found.compressor
-    top = type(compressor).__name__ == "TopTokens" and found.recall == "compressed"
+    top = type(compressor).__name__ == "TopTokens" and found.attend == "compressed"
     return Oracle(
         sink=found.sink_steps,
         recent=found.recent,
@@ -108,19 +108,25 @@ def disagreement(setting: Setting, lengths: list[int], oracle: Oracle) -> float:
     return worst
 
 
-only_dropping = policies(compressor="drop", realigner="gaps")
+only_dropping = policies(compressor="drop", realigner="original")
 whole_blocks = policies(
-    compressor=("keep", "mean-pool"), retriever=("all", "none", "recency"), realigner="gaps", recall="full", fringe=0
+    compressor=("keep", "mean-pool"),
+    retriever=("all", "none", "recency"),
+    realigner="original",
+    attend="full",
+    top_k_compressed=0,
 )
-kept_with_fringe = policies(compressor="keep", retriever=("all", "recency"), realigner="gaps")
+kept_with_compressed = policies(compressor="keep", retriever=("all", "recency"), realigner="original")
 
 
 @st.composite
 def some_tokens(draw: st.DrawFn) -> Policy:
-    found = draw(policies(compressor="top-tokens", retriever=("all", "recency"), realigner="gaps", fringe=0))
+    found = draw(
+        policies(compressor="top-tokens", retriever=("all", "recency"), realigner="original", top_k_compressed=0)
+    )
     # Two keys are equally like their mean, so rounding alone would choose between them.
     by = "key-norm" if found.block_size == 2 else draw(st.sampled_from(["key-norm", "key-similarity"]))
-    return attrs.evolve(found, compressor=attrs.evolve(found.compressor, by=by), recall="compressed")
+    return attrs.evolve(found, compressor=attrs.evolve(found.compressor, by=by), attend="compressed")
 
 
 @given(data=st.data())
@@ -129,7 +135,7 @@ def some_tokens(draw: st.DrawFn) -> Policy:
     [
         pytest.param(only_dropping, id="drop"),
         pytest.param(whole_blocks, id="whole blocks"),
-        pytest.param(kept_with_fringe, id="keep with fringe"),
+        pytest.param(kept_with_compressed, id="keep with compressed"),
         pytest.param(some_tokens(), id="top-tokens"),
     ],
 )
@@ -169,7 +175,7 @@ def test_full_holds_what_was_appended_bit_for_bit_and_attends_it_plainly(data):
 
 @given(data=st.data())
 def test_whoever_keeps_and_attends_everything_equals_full(data):
-    found = data.draw(policies(compressor="keep", retriever="all", realigner="gaps"))
+    found = data.draw(policies(compressor="keep", retriever="all", realigner="original"))
     setting = data.draw(settings_of(st.just(found)))
     full = attrs.evolve(setting, policy=policy("full"))
     lengths = data.draw(cuts(found))
@@ -209,12 +215,12 @@ CONTROL = Setting(
     rotary=Setting.plain_rotary(4),
     seed=5,
 )
-DROPPING = policy("streaming", realigner="gaps", sink=2, recent=5, block_size=2, chunk_size=7)
+DROPPING = policy("streaming", realigner="original", sink=2, recent=5, block_size=2, chunk_size=7)
 NEWEST = policy("archive", retriever="recency", sink=2, recent=5, block_size=2, top_k=2, chunk_size=7)
 SOME = policy(
     "archive",
     compressor=("top-tokens", {"keep": 2}),
-    recall="compressed",
+    attend="compressed",
     retriever="all",
     sink=2,
     recent=3,

@@ -27,9 +27,9 @@ def go_on(cache: TieredCache, tokens: Stream, lengths: list[int], start: int) ->
     said = []
     for length in lengths:
         now = tokens.part(start, start + length)
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
         cache.select(0, now.query)
-        said.append((copied(cache.context(0)), cache.census()))
+        said.append((copied(cache.context(0)), cache.tier_counts()))
         start += length
     return said
 
@@ -51,7 +51,7 @@ def test_what_was_saved_goes_on_exactly(data):
         cache.save(Path(folder) / "saved.safetensors", extra={"note": [1, "two"]})
         assert loaded.load(Path(folder) / "saved.safetensors") == {"note": [1, "two"]}
         assert [path.name for path in Path(folder).iterdir()] == ["saved.safetensors"]
-    assert loaded.census() == cache.census()
+    assert loaded.tier_counts() == cache.tier_counts()
     if split:
         assert testing.difference(cache.context(0), loaded.context(0)) is None
     assert_same_future(cache, loaded, setting.tokens, lengths[split:], sum(lengths[:split]))
@@ -80,7 +80,7 @@ def test_a_roll_back_is_exact_or_refused(data):
     steps = data.draw(st.integers(0, total) | st.integers(max(0, total - 3), total), label="crop to")
     cache, kept = setting.cache(), setting.cache()
     go_on(cache, setting.tokens, lengths, 0)
-    before, census = copied(cache.context(0)), cache.census()
+    before, tier_counts = copied(cache.context(0)), cache.tier_counts()
     refusal = None
     try:
         cache.crop(steps)
@@ -89,9 +89,9 @@ def test_a_roll_back_is_exact_or_refused(data):
     if refusal is not None:
         assert "fork() the cache" in refusal
         assert testing.difference(before, cache.context(0)) is None
-        assert cache.census() == census
+        assert cache.tier_counts() == tier_counts
         return
-    assert cache.seen == steps
+    assert cache.num_steps == steps
     left, done = [], 0
     for length in lengths:
         if done < steps:
@@ -223,7 +223,7 @@ def one_tensor_missing(path: Path) -> None:
 def numbers_changed(path: Path) -> None:
     def change(_, metadata):
         about = json.loads(metadata["about"])
-        about["layers"][0][0]["numbers"]["seen"] += 1
+        about["layers"][0][0]["numbers"]["num_steps"] += 1
         metadata["about"] = json.dumps(about, sort_keys=True)
 
     rewritten(path, change)
@@ -264,12 +264,12 @@ def absent(path: Path) -> None:
 def test_a_damaged_file_is_refused_and_the_cache_stays_as_it_was(damage, tmp_path):
     setting, cache, path = saved(tmp_path)
     cache.load(path)
-    before, census = copied(cache.context(0)), cache.census()
+    before, tier_counts = copied(cache.context(0)), cache.tier_counts()
     damage(path)
     with pytest.raises(SavedCacheError, match=str(path)):
         cache.load(path)
     assert testing.difference(before, cache.context(0)) is None
-    assert cache.census() == census
+    assert cache.tier_counts() == tier_counts
     go_on(cache, setting.tokens, [1], 12)
 
 
@@ -288,11 +288,11 @@ def test_the_file_of_another_policy_or_model_is_refused(other, tmp_path):
     cache = attrs.evolve(setting, **other).cache()
     with pytest.raises(SavedCacheError, match=r"saved from another model or policy: .* in the file and"):
         cache.load(path)
-    assert cache.seen == 0
+    assert cache.num_steps == 0
 
 
 def test_a_file_of_another_rotation_is_refused_where_keys_are_rotated_here(tmp_path):
-    setting, _, path = saved(tmp_path, realigner="anchored")
+    setting, _, path = saved(tmp_path, realigner="contiguous")
     same, other = setting.cache(), attrs.evolve(setting, rotary=rotary(4, layout="interleaved")).cache()
     same.load(path)
     with pytest.raises(SavedCacheError, match=r"saved from another model or policy: .* in the file and"):
@@ -333,7 +333,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):
     setting, cache, path = saved(tmp_path)
     secret = 12345.0
-    cache.stores()[0].keys[:, :, cache.stores()[0].tail :] = secret  # a spare slot
+    cache.stores()[0].rotated[:, :, cache.stores()[0].tail :] = secret  # a spare slot
     cache.save(path)
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
@@ -354,7 +354,7 @@ class Counting(Compressor):
 
 def test_a_state_that_is_no_tensor_is_forked_but_cannot_be_saved(tmp_path):
     found = policy("archive", retriever="recency", sink=0, recent=2, block_size=2, top_k=1)
-    found = attrs.evolve(found, compressor=Counting(), recall="compressed")
+    found = attrs.evolve(found, compressor=Counting(), attend="compressed")
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0)
     cache = setting.cache()
     go_on(cache, setting.tokens, [4, 4, 4], 0)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtiers.accounting import bytes_in, held_by
+from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.geometry import Geometry
 from kvtiers.planning import Shape, cost
 from kvtiers.presets import policy
@@ -48,11 +48,11 @@ def test_what_is_planned_covers_what_is_then_held_and_attended(data, steps):
     planned, cache, tokens = cost(setting.policy, shape), setting.cache(), setting.tokens
     for turn in cache.layers[0].turns(*(x[:, :, :steps] for x in (tokens.query, tokens.keys, tokens.values))):
         assert turn.context.keys.shape[2] <= planned.attended
-    cache.settle()
-    assert bytes_in(cache.held(), "device") <= planned.device_bytes
+    cache.commit()
+    assert bytes_in(cache.memory_usage(), "device") <= planned.device_bytes
     blocks = sum(max((shelf.count for shelf in store.shelves.values()), default=0) for store in cache.stores())
     of_block = cost(setting.policy, attrs.evolve(shape, growth_steps=setting.policy.block_size)).growth_bytes
-    if setting.policy.archive.place != "device":
+    if setting.policy.archive.location != "device":
         assert planned.archive_bytes == blocks * of_block
 
 
@@ -62,16 +62,17 @@ def test_a_policy_without_a_bound_never_holds_more_than_twice_what_it_needs(data
     shape = Shape(name="", layers=1, geometry=setting.geometry, steps=steps, growth_steps=1, growth_unit="step")
     planned, store = cost(setting.policy, shape).device_bytes, setting.store()
     for _ in feed(store, setting.tokens, data.draw(cuts(setting.policy, most=steps, steps=steps))):
-        assert bytes_in(held_by([store]), "device") <= planned
+        assert bytes_in(memory_usage_of([store]), "device") <= planned
 
 
 def test_all_of_a_video_takes_up_to_twice_its_size_as_its_buffer_doubles():
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(2, 3), steps_per_commit=4, causal=False)
     store, held, planned = LayerStore(policy("full"), geometry), [], []
     for number in range(1, 20):
-        store.commit(*torch.zeros(2, 1, 2, 24, 12))
+        store.write(*torch.zeros(2, 1, 2, 24, 12), replace=True)
+        store.commit()
         shape = attrs.evolve(WAN, layers=1, geometry=geometry, steps=4 * number)
-        held.append(bytes_in(held_by([store]), "device"))
+        held.append(bytes_in(memory_usage_of([store]), "device"))
         planned.append(cost(policy("full"), shape).device_bytes)
         assert cost(policy("full"), shape).cached_bytes * 2 == planned[-1]
     assert all(have <= most for have, most in zip(held, planned, strict=True))

@@ -14,7 +14,7 @@ from kvtiers.rotary import Rotary
 from strategies import Setting, attend_context, cuts, feed, per_head, policies, rotary, settings_of
 
 in_full = policies(
-    realigner=("anchored", "incremental"), compressor=("keep", "drop", "mean-pool"), recall="full", fringe=0
+    realigner=("contiguous", "incremental"), compressor=("keep", "drop", "mean-pool"), attend="full", top_k_compressed=0
 )
 
 
@@ -50,10 +50,10 @@ def test_every_key_is_the_stored_key_rotated_once_however_often_blocks_moved(dat
 
 @given(data=st.data())
 def test_the_query_is_placed_where_its_own_key_is(data):
-    setting = data.draw(settings_of(policies(realigner=("anchored", "incremental"))))
+    setting = data.draw(settings_of(policies(realigner=("contiguous", "incremental"))))
     store = setting.store()
     for start, context in feed(store, setting.tokens, data.draw(cuts(setting.policy))):
-        now = setting.tokens.part(start, store.seen)
+        now = setting.tokens.part(start, store.num_steps)
         placed = per_head(context.placed, context)[:1, :1, -context.current :].expand(*now.query.shape[:3])
         want = turned_by_complex_numbers(now.query, placed, setting.rotary)
         assert torch.allclose(store.place_query(now.query).double(), want, rtol=0, atol=3e-5)
@@ -63,13 +63,13 @@ ONCE = ("incremental", {"rotations": "once"})
 
 
 @given(data=st.data(), rotations=st.sampled_from(["each", "once"]))
-def test_anchored_and_incremental_attend_alike(data, rotations):
+def test_contiguous_and_incremental_attend_alike(data, rotations):
     """They differ by a shift of everything, which attention does not see."""
-    setting = exact(data.draw(settings_of(policies(realigner="anchored"))))
+    setting = exact(data.draw(settings_of(policies(realigner="contiguous"))))
     lengths = data.draw(cuts(setting.policy))
     runs = [
         attended(attrs.evolve(setting, policy=policy(setting.policy, realigner=realigner)), lengths)
-        for realigner in ("anchored", ("incremental", {"rotations": rotations}))
+        for realigner in ("contiguous", ("incremental", {"rotations": rotations}))
     ]
     for one, other in zip(*runs, strict=True):
         assert one.dtype == torch.float64
@@ -77,8 +77,8 @@ def test_anchored_and_incremental_attend_alike(data, rotations):
 
 
 @pytest.mark.parametrize("compressor", ["drop", "keep"])
-def test_anchored_and_incremental_attend_alike_over_500_blocks(compressor):
-    found = blocks_of_two("anchored", compressor)
+def test_contiguous_and_incremental_attend_alike_over_500_blocks(compressor):
+    found = blocks_of_two("contiguous", compressor)
     setting = exact(
         Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=3, steps=1000)
     )
@@ -86,8 +86,8 @@ def test_anchored_and_incremental_attend_alike_over_500_blocks(compressor):
     for realigner in ("incremental", *([ONCE] if compressor == "drop" else [])):
         got = attended(attrs.evolve(setting, policy=policy(found, realigner=realigner)), [2] * 500)
         assert max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)) < 1e-10
-    gaps = attended(attrs.evolve(setting, policy=policy(found, realigner="gaps")), [2] * 20)
-    assert max(float((a - b).abs().max()) for a, b in zip(gaps, wanted, strict=False)) > 1e-2
+    original = attended(attrs.evolve(setting, policy=policy(found, realigner="original")), [2] * 20)
+    assert max(float((a - b).abs().max()) for a, b in zip(original, wanted, strict=False)) > 1e-2
 
 
 def exact(setting):
@@ -99,7 +99,7 @@ def attended(setting, lengths):
     """What the tokens of each forward attend."""
     store, tokens = setting.store(), setting.tokens
     return [
-        attend_context(store.place_query(tokens.part(start, store.seen).query), context)
+        attend_context(store.place_query(tokens.part(start, store.num_steps).query), context)
         for start, context in feed(store, tokens, lengths)
     ]
 
@@ -124,11 +124,11 @@ def blocks_of_two(realigner, compressor):
 def test_without_gaps_realigning_equals_leaving_the_models_rotation(data):
     """As long as nothing is left out, a realigned context is the model's own; rotating before or after is the same."""
     found = data.draw(
-        policies(compressor="keep", retriever="all", realigner=("anchored", "incremental"), recall="full")
+        policies(compressor="keep", retriever="all", realigner=("contiguous", "incremental"), attend="full")
     )
     setting = data.draw(settings_of(st.just(found)))
     lengths = data.draw(cuts(found))
-    plain = attrs.evolve(setting, policy=attrs.evolve(found, realigner=build("realigner", "gaps")))
+    plain = attrs.evolve(setting, policy=attrs.evolve(found, realigner=build("realigner", "original")))
     store, tokens = setting.store(), setting.tokens
     at = torch.arange(setting.steps)[:, None].double()
     turned = attrs.evolve(
@@ -137,9 +137,9 @@ def test_without_gaps_realigning_equals_leaving_the_models_rotation(data):
     for (start, mine), (_, theirs) in zip(
         feed(store, tokens, lengths), feed(plain.store(), turned, lengths), strict=True
     ):
-        query = tokens.part(start, store.seen).query
+        query = tokens.part(start, store.num_steps).query
         own = attend_context(store.place_query(query), mine)
-        model = attend_context(turned.part(start, store.seen).query, theirs)
+        model = attend_context(turned.part(start, store.num_steps).query, theirs)
         assert torch.allclose(own, model, rtol=0, atol=3e-5)
 
 
@@ -159,7 +159,7 @@ def errors_in_bfloat16(realigner, compressor):
 _ONE_ROUNDING = 2**-8
 
 
-@pytest.mark.parametrize("realigner", ["anchored", ONCE], ids=["anchored", "incremental once"])
+@pytest.mark.parametrize("realigner", ["contiguous", ONCE], ids=["contiguous", "incremental once"])
 @pytest.mark.parametrize("compressor", ["drop", "keep"])
 def test_error_in_bfloat16_does_not_grow_over_500_blocks(realigner, compressor):
     errors = errors_in_bfloat16(realigner, compressor)

@@ -80,8 +80,11 @@ def test_the_chosen_blocks_have_the_highest_declared_scores(data):
             assert store.selection is None
             continue
         blocks = [keys[:, :, a : a + found.block_size] for a in store.starts.data.tolist()]
-        scores = brute_force(found.retriever, queries[:, :, start : store.seen], blocks)
-        for picked, more in ((store.selection.chosen, 0), (store.selection.fringe, store.selection.chosen.shape[-1])):
+        scores = brute_force(found.retriever, queries[:, :, start : store.num_steps], blocks)
+        for picked, more in (
+            (store.selection.chosen, 0),
+            (store.selection.compressed, store.selection.chosen.shape[-1]),
+        ):
             rank = scores.sort(-1, descending=True).values
             got = scores.gather(-1, picked).sort(-1, descending=True).values
             want = rank[..., more : more + picked.shape[-1]]
@@ -120,7 +123,7 @@ def test_equal_blocks_are_chosen_newest_first(data):
     retriever = data.draw(
         st.sampled_from([("affinity", {"normalise": "none"}), ("affinity", {"heads": "per-kv"}), ("page-bounds", {})])
     )
-    found = data.draw(policies(refresh="chunk", realigner="gaps", recent=3, compressor="keep"))
+    found = data.draw(policies(refresh="chunk", realigner="original", recent=3, compressor="keep"))
     found = attrs.evolve(found, retriever=build("retriever", retriever))
     setting = data.draw(settings_of(st.just(found)))
     setting = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, head_dim=4))
@@ -153,7 +156,7 @@ def test_rows_and_heads_do_not_influence_what_others_choose(data):
     lengths = data.draw(cuts(found))
     tokens, row = setting.tokens, data.draw(st.integers(0, setting.geometry.batch - 1))
     together, alone = setting.store(), attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, batch=1)).store()
-    own = tokens.take(torch.tensor([row]))
+    own = tokens.select_rows(torch.tensor([row]))
     for (_, all_rows), (_, one_row) in zip(feed(together, tokens, lengths), feed(alone, own, lengths), strict=True):
         assert torch.allclose(all_rows.values[row], one_row.values[0], rtol=1e-6, atol=1e-6)
         assert torch.allclose(all_rows.keys[row], one_row.keys[0], rtol=1e-5, atol=1e-5)
@@ -199,7 +202,7 @@ def test_a_selection_is_renewed_as_often_as_refresh_says(refresh, singles, times
     assert before == 1
     asked = []
     for _count in range(singles):
-        list(feed(store, setting.tokens, [1], start=store.seen))
+        list(feed(store, setting.tokens, [1], start=store.num_steps))
         asked.append(store.archived)
     by_archiving = sum(b > a for a, b in zip([1, *asked], asked, strict=False))
     assert len(retriever.asked) - before >= times
@@ -213,7 +216,7 @@ def test_a_chunk_and_a_block_that_was_archived_always_renew_the_selection():
     store = setting.store()
     list(feed(store, setting.tokens, [4, 1, 2, 2, 2]))
     assert len(retriever.asked) == 4
-    list(feed(store, setting.tokens, [1, 1, 1, 1], start=store.seen))
+    list(feed(store, setting.tokens, [1, 1, 1, 1], start=store.num_steps))
     assert len(retriever.asked) == 7  # history of 11, 12 and 14 steps ends a block each, 13 does not
 
 
@@ -225,7 +228,7 @@ def test_between_renewals_the_mid_tokens_stay_what_they_were(data):
     list(feed(store, setting.tokens, [min(found.chunk_size or 9, 9)] * 3))
     selection, archived = store.selection, store.archived
     for _ in range(4):
-        list(feed(store, setting.tokens, [1], start=store.seen))
+        list(feed(store, setting.tokens, [1], start=store.num_steps))
         if store.archived == archived and selection is not None:
             assert store.selection is selection
 
@@ -234,11 +237,11 @@ def test_a_context_before_the_selection_that_it_needs_is_a_clear_error():
     found = policy("archive", sink=0, recent=2, block_size=2, top_k=1)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0)
     store, tokens = setting.store(), setting.tokens
-    with pytest.raises(SelectionError, match="holds nothing yet; append"):
+    with pytest.raises(SelectionError, match="holds nothing yet; write"):
         store.context()
     list(feed(store, tokens, [4]))
     now = tokens.part(4, 6)
-    store.append(now.keys, now.values)
+    store.write(now.keys, now.values)
     with pytest.raises(SelectionError, match=r"call select\(query\) before context"):
         store.context()
     with pytest.raises(SelectionError, match="Affinity chooses by the query, but layer 0 was given none"):
@@ -256,7 +259,7 @@ def test_a_retriever_that_needs_no_query_is_served_without_one(data):
     for length in data.draw(cuts(found)):
         now = setting.tokens.part(start, start + length)
         start += length
-        with_query.append(now.keys, now.values)
+        with_query.write(now.keys, now.values)
         with_query.select(now.query)
-        without.append(now.keys, now.values)
+        without.write(now.keys, now.values)
         assert testing.difference(copied(with_query.context()), without.context()) is None

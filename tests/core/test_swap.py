@@ -24,7 +24,7 @@ from strategies import (
     unchecked,
 )
 
-FREE = ("retriever", "realigner", "top_k", "fringe", "refresh", "chunk_size")
+FREE = ("retriever", "realigner", "top_k", "top_k_compressed", "refresh", "chunk_size")
 
 
 @given(data=st.data())
@@ -33,7 +33,7 @@ def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
     trial = testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=STEPS)
     for steps in data.draw(cuts(setting.policy, most=5, steps=20)):
         trial.feed(steps)
-    before, census = copied(trial.cache.context(0)), trial.cache.census()
+    before, tier_counts = copied(trial.cache.context(0)), trial.cache.tier_counts()
     other = data.draw(policies() | small_presets(), label="other")
     changed = attrs.evolve(
         setting.policy, **{name: getattr(other, name) for name in data.draw(st.sets(st.sampled_from(FREE)))}
@@ -42,11 +42,11 @@ def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
         trial.cache.swap(changed)
     except SwapError:
         assert testing.difference(before, trial.cache.context(0)) is None
-        assert trial.cache.census() == census
+        assert trial.cache.tier_counts() == tier_counts
         assert trial.store.policy == setting.policy
         return
     trial.policy = changed
-    for steps in data.draw(cuts(changed, most=5, steps=STEPS - trial.seen)):
+    for steps in data.draw(cuts(changed, most=5, steps=STEPS - trial.num_steps)):
         context = trial.feed(steps)
         testing.conservation(trial)
         testing.contents(trial, context)
@@ -55,12 +55,12 @@ def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
 
 @given(data=st.data())
 def test_a_swapped_cache_is_what_it_would_be_under_the_new_policy_from_the_start(data):
-    """Retriever, realigner, top_k, fringe and refresh decide what is attended, and nothing of what is held."""
+    """Retriever, realigner, top_k, top_k_compressed, refresh decide what is attended, and nothing of what is held."""
     first = data.draw(
         policies(compressor="keep", retriever=("recency", "affinity", "page-bounds"), refresh="chunk", recent=3)
     )
     second = data.draw(policies(compressor="keep", retriever=("recency", "affinity", "page-bounds"), refresh="chunk"))
-    names = [name for name in FREE if name not in ("chunk_size", "realigner", "fringe")]
+    names = [name for name in FREE if name not in ("chunk_size", "realigner", "top_k_compressed")]
     changed = attrs.evolve(first, **{name: getattr(second, name) for name in names})
     setting = data.draw(settings_of(st.just(first)))
     lengths = data.draw(cuts(first, most=6))
@@ -101,9 +101,11 @@ def filled(**changes):
         pytest.param({"block_size": 3}, "block_size cannot change any more", id="block size"),
         pytest.param({"compressor": "keep"}, "compressor cannot change any more", id="compressor"),
         pytest.param({"archive": "device"}, "archive cannot change any more", id="archive"),
-        pytest.param({"recall": "compressed"}, "recall cannot change any more", id="recall"),
-        pytest.param({"realigner": "gaps"}, "stores keys unrotated for Anchored", id="keys stored otherwise"),
-        pytest.param({"fringe": 1}, "archived no compressed form for fringe=1", id="a form that was not kept"),
+        pytest.param({"attend": "compressed"}, "attend cannot change any more", id="attend"),
+        pytest.param({"realigner": "original"}, "stores keys unrotated for Contiguous", id="keys stored otherwise"),
+        pytest.param(
+            {"top_k_compressed": 1}, "archived no compressed form for top_k_compressed=1", id="a form that was not kept"
+        ),
     ],
 )
 def test_what_would_need_what_is_gone_is_refused_by_name(changes, reason):
@@ -124,7 +126,7 @@ def test_a_full_archive_goes_on_with_a_larger_limit(archive, limit):
             trial.feed(1)
     trial.policy = attrs.evolve(trial.policy, archive=build("archive", (archive, {"limit_bytes": 40_000})))
     trial.cache.swap(trial.policy)
-    while trial.seen < STEPS:
+    while trial.num_steps < STEPS:
         context = trial.feed(1)
         testing.conservation(trial)
         testing.contents(trial, context)
@@ -166,9 +168,9 @@ def test_an_empty_cache_takes_any_policy_that_rotates_alike():
     cache.swap(policy("streaming", sink=1, recent=2, block_size=1, chunk_size=4))
     now = setting.tokens.part(0, 4)
     for _ in range(3):
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
         cache.select(0, now.query)
-    assert cache.census()["dropped"] == 5
+    assert cache.tier_counts()["dropped"] == 5
 
 
 def test_a_cache_that_was_rolled_back_to_nothing_begins_as_the_new_policy_says():
@@ -184,17 +186,17 @@ def test_a_cache_that_was_rolled_back_to_nothing_begins_as_the_new_policy_says()
 
 
 def test_a_form_that_was_given_up_is_freed_and_cannot_come_back():
-    trial = filled(fringe=1)
+    trial = filled(top_k_compressed=1)
     assert set(trial.store.shelves) == {"full", "compressed"}
-    with_fringe = trial.policy
-    trial.policy = attrs.evolve(with_fringe, fringe=0)
+    with_compressed = trial.policy
+    trial.policy = attrs.evolve(with_compressed, top_k_compressed=0)
     trial.cache.swap(trial.policy)
     for _ in range(2):
         context = trial.feed(4)
         testing.conservation(trial)
         testing.contents(trial, context)
-    with pytest.raises(SwapError, match="archived no compressed form for fringe=1"):
-        trial.cache.swap(with_fringe)
+    with pytest.raises(SwapError, match="archived no compressed form for top_k_compressed=1"):
+        trial.cache.swap(with_compressed)
 
 
 def test_digests_that_nobody_needs_any_more_are_freed():
@@ -222,7 +224,7 @@ def test_what_was_dropped_is_realigned_at_once():
     cache = setting.cache()
     for a, b in extents([4] * 4):
         now = setting.tokens.part(a, b)
-        cache.append(0, now.keys, now.values)
+        cache.write(0, now.keys, now.values)
     cache.swap(attrs.evolve(setting.policy, realigner=build("realigner", "incremental")))
     assert float(cache.context(0).placed[0, 0, -1, 0]) == 15
 

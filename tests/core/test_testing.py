@@ -187,7 +187,7 @@ def test_a_plain_compressor_passes():
         pytest.param(BlocksMixed, r"invariant 1 .*block \d becomes something else alone", id="mixes blocks"),
         pytest.param(OutsideItsSpan, r"invariant 5 .*are not in order within a span", id="leaves its span"),
         pytest.param(WordyState, r"invariant 10 .*no tensor with the batch first", id="a state of words"),
-        pytest.param(SilentOffsets, r"set own_offsets=True", id="offsets of its own, unsaid"),
+        pytest.param(SilentOffsets, r"set offsets_differ=True", id="offsets of its own, unsaid"),
         pytest.param(NoValue, r"are not equal; make it @attrs.frozen", id="no value"),
         pytest.param(dict, r"made a dict, which is no Compressor", id="no compressor"),
     ],
@@ -314,10 +314,10 @@ def test_a_realigner_that_breaks_an_invariant_is_told_which(factory, message):
 
 
 class Forgetful(TensorShelf):
-    def take(self, rows):
-        self._keys.take(rows)
-        self._values.take(rows.sort().values)
-        self._offsets.take(rows)
+    def select_rows(self, rows):
+        self._keys.select_rows(rows)
+        self._values.select_rows(rows.sort().values)
+        self._offsets.select_rows(rows)
 
 
 class Careless(TensorShelf):
@@ -340,7 +340,7 @@ class SharedFork(TensorShelf):
 def test_an_archive_that_breaks_an_invariant_is_told_which(shelf):
     @attrs.frozen
     class Wrong(type(build("archive", "device")).__mro__[1]):
-        place: ClassVar = "device"
+        location: ClassVar = "device"
 
         def open(self):
             return shelf("device")

@@ -98,7 +98,7 @@ def test_recent_never_holds_more_than_one_unfinished_block_beyond_its_size(timel
 
 @given(timeline=text, seen=st.integers(0, 60), more=st.integers(0, 30))
 def test_history_never_moves_back_towards_recent(timeline, seen, more):
-    assert timeline.recent_start(seen + more) >= timeline.recent_start(seen)
+    assert timeline.recent_start_at(seen + more) >= timeline.recent_start_at(seen)
     order = ["sink", "mid", "recent", "current"]
     for step in range(seen):
         now, later = timeline.tier(step, seen), timeline.tier(step, seen + more)

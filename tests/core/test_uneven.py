@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvtiers.accounting import bytes_in, held_by
+from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.blocks import Context, run_of
 from kvtiers.cache import TieredCache
 from kvtiers.errors import GeometryError
@@ -68,10 +68,10 @@ def play(store: LayerStore, film: Film, numbers: range) -> list[Context]:
     seen = []
     for number in numbers:
         for _ in range(2):
-            store.draft(film.keys[number], film.values[number])
+            store.write(film.keys[number], film.values[number], replace=True)
             store.select(film.query[number])
         seen.append(copied(store.context()))
-        store.settle()
+        store.commit()
     return seen
 
 
@@ -86,7 +86,7 @@ def by_hand(store: LayerStore, film: Film, current: int) -> Tensor:
     turn, policy = rotary(), store.policy
     assert store.starts.data is not None or store.selection is None
     anchors = [n for n in range(current) if film.first(n) < store.timeline.sink]
-    recent = [n for n in range(current + 1) if film.first(n) >= store.aged_to and n not in anchors]
+    recent = [n for n in range(current + 1) if film.first(n) >= store.recent_start and n not in anchors]
     rows = []
     for row in range(2):
         heads = []
@@ -130,7 +130,7 @@ lengths_of = st.lists(st.integers(1, LONGEST), min_size=3, max_size=9)
     sink=st.integers(0, 3),
     recent=st.integers(0, 5),
     top_k=st.integers(1, 4),
-    realigner=st.sampled_from(["gaps", "anchored", "incremental"]),
+    realigner=st.sampled_from(["original", "contiguous", "incremental"]),
     retriever=st.sampled_from([("affinity", {"heads": "per-kv"}), "recency"]),
 )
 def test_a_context_is_what_it_would_be_without_padding(
@@ -152,20 +152,20 @@ def test_a_context_is_what_it_would_be_without_padding(
         query = store.place_query(given.query[number])
         assert (attend_context(query, context) - by_hand(store, film, number)).abs().max() < 1e-5
         assert context.keys.shape[2] <= (found.bound(geometry()) or 0)
-        store.settle()
-    assert bytes_in(held_by([store]), "device") <= (found.bound_bytes(geometry(), store.archived) or 0)
-    assert sum(store.census().values()) == sum(lengths)
+        store.commit()
+    assert bytes_in(memory_usage_of([store]), "device") <= (found.bound_bytes(geometry(), store.archived) or 0)
+    assert sum(store.tier_counts().values()) == sum(lengths)
 
 
 def play_current(store: LayerStore, film: Film, number: int) -> list[Context]:
     """The context of a block that is not committed yet."""
-    store.draft(film.keys[number], film.values[number])
+    store.write(film.keys[number], film.values[number], replace=True)
     store.select(film.query[number])
     return [store.context()]
 
 
 def compressed(**changes: Any) -> Policy:
-    settings: dict[str, Any] = {"sink": 2, "recent": 3, "top_k": 2, "fringe": 2, "recall": "full"}
+    settings: dict[str, Any] = {"sink": 2, "recent": 3, "top_k": 2, "top_k_compressed": 2, "attend": "full"}
     return policy("archive", **{**settings, "compressor": ("mean-pool", {"ratio": 5}), **changes})
 
 
@@ -173,12 +173,12 @@ def compressed(**changes: Any) -> Policy:
     "found",
     [
         compressed(),
-        compressed(fringe=0, recall="compressed"),
+        compressed(top_k_compressed=0, attend="compressed"),
         compressed(compressor=("top-tokens", {"keep": 9})),
         compressed(archive="host"),
         compressed(archive="disk"),
     ],
-    ids=["pooled fringe", "pooled", "some tokens", "host", "disk"],
+    ids=["pooled compressed", "pooled", "some tokens", "host", "disk"],
 )
 @torch.no_grad()
 def test_padding_is_masked_wherever_blocks_lie_and_a_shorter_block_never_shows_zeros(found: Policy) -> None:
@@ -217,10 +217,10 @@ def test_a_fork_a_saved_video_and_chosen_rows_go_on_alike(tmp_path: Any) -> None
     def go_on(held: TieredCache, numbers: range, rows: Tensor) -> list[Context]:
         seen = []
         for number in numbers:
-            held.draft(0, film.keys[number][rows], film.values[number][rows])
+            held.write(0, film.keys[number][rows], film.values[number][rows], replace=True)
             held.select(0, film.query[number][rows])
             seen.append(copied(held.context(0)))
-            held.settle()
+            held.commit()
         return seen
 
     both, turned = torch.tensor([0, 1]), torch.tensor([1, 0])
@@ -230,7 +230,7 @@ def test_a_fork_a_saved_video_and_chosen_rows_go_on_alike(tmp_path: Any) -> None
     loaded = TieredCache(found, [geometry()], rotaries=[rotary()])
     loaded.load(tmp_path / "film")
     swapped = cache.fork()
-    swapped.take(turned)
+    swapped.select_rows(turned)
     wanted = go_on(cache, range(7, 10), both)
     for held, rows in ((fork, both), (loaded, both), (swapped, turned)):
         for mine, theirs in zip(go_on(held, range(7, 10), rows), wanted, strict=True):
@@ -251,9 +251,9 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
     play(wanted, film, range(8))
     cache = TieredCache(start, [geometry()], rotaries=[rotary()])
     for number in range(8):
-        cache.draft(0, film.keys[number], film.values[number])
+        cache.write(0, film.keys[number], film.values[number], replace=True)
         cache.select(0, film.query[number])
-        cache.settle()
+        cache.commit()
     cache.swap(policy(start, retriever=one))
     mine, theirs = cache.stores()[0].digests.data, wanted.digests.data
     assert mine is not None
@@ -275,7 +275,7 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
 @torch.no_grad()
 def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> None:
     film = Film.of([1, 4, 2, 1, 3, 2])
-    found = policy("archive", sink=0, recent=0, top_k=2, retriever=retriever, realigner="anchored")
+    found = policy("archive", sink=0, recent=0, top_k=2, retriever=retriever, realigner="contiguous")
     store = LayerStore(found, geometry(), rotary=rotary())
     play(store, film, range(6))
     turn, judge = rotary(), found.retriever
@@ -309,4 +309,4 @@ def test_a_retriever_that_makes_more_digests_than_it_says_is_refused_and_nothing
     play(store, film, range(1))
     with pytest.raises(GeometryError, match=r"Chatty made 4 digests of a block of 24 tokens, and .* says 1"):
         play(store, film, range(1, 2))
-    assert (store.archived, store.settled, store.seen) == (1, 1, 5)
+    assert (store.archived, store.committed_steps, store.num_steps) == (1, 1, 5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvtiers.accounting import bytes_in, held_by
+from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.blocks import Context
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
@@ -23,15 +23,15 @@ def one_block(store: LayerStore, make: object, *, steps: int = 2) -> Context:
     tokens = geometry.steps_per_commit * geometry.tokens_per_step
     shape = (geometry.batch, geometry.kv_heads, tokens, geometry.head_dim)
     for _ in range(steps):
-        store.draft(make(shape), make(shape))
+        store.write(make(shape), make(shape), replace=True)
         store.select(make(shape))
         context = store.context()
-    store.draft(make(shape), make(shape))
+    store.write(make(shape), make(shape), replace=True)
     store.select(make(shape))
     offsets = compressor.offsets(geometry.steps_per_commit, geometry.grid).to(make((1,)).device)
     small = (*shape[:2], len(offsets), shape[3])
     store.beside(make(small), make(small), make(small), offsets, compressor.span(geometry.steps_per_commit))
-    store.settle()
+    store.commit()
     return context
 
 
@@ -59,8 +59,8 @@ def test_an_hour_really_is_an_hour():
         context = one_block(store, torch.randn, steps=1)
         assert context.keys.shape[2] == bound or number < 19
         assert context.keys.shape[2] <= bound
-    assert (store.archived, store.settled) == (3_600 - 3, 14_400)
-    assert bytes_in(held_by([store]), "device") <= found.bound_bytes(geometry, store.archived)
+    assert (store.archived, store.committed_steps) == (3_600 - 3, 14_400)
+    assert bytes_in(memory_usage_of([store]), "device") <= found.bound_bytes(geometry, store.archived)
 
 
 @pytest.mark.parametrize("archive", ["host", "disk"])
@@ -78,7 +78,9 @@ def test_past_top_k_nothing_of_a_denoise_step_moves(archive):
     context = one_block(store, torch.randn)
     assert torch.equal(context.placed, last)
     assert not torch.equal(context.origins, last)
-    device = {h.tier: h.bytes for h in held_by([store]) if h.place == "device" and h.tier != "digests"}
+    device = {h.tier: h.bytes for h in memory_usage_of([store]) if h.location == "device" and h.tier != "digests"}
     for _ in range(6):
         one_block(store, torch.randn)
-    assert {h.tier: h.bytes for h in held_by([store]) if h.place == "device" and h.tier != "digests"} == device
+    assert {
+        h.tier: h.bytes for h in memory_usage_of([store]) if h.location == "device" and h.tier != "digests"
+    } == device

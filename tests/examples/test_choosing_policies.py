@@ -33,7 +33,7 @@ def test_the_policy_file_is_the_policy_that_its_comments_describe() -> None:
         sink=8,
         recent=128,
         top_k=6,
-        fringe=24,
+        top_k_compressed=24,
         compressor="mean-pool",
         retriever={"name": "affinity", "heads": "per-kv", "normalise": "softmax", "digest_tokens": 8},
     )

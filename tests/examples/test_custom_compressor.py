@@ -19,18 +19,18 @@ from kvtiers.plugins import registry
 PACKAGE = Path(__file__).parents[2] / "examples" / "custom_compressor"
 USE = """
 import json, sys, torch, kvtiers, kvtiers_value_norm
-policy = kvtiers.policy("archive", compressor="value-norm", recall="compressed", recent=32, top_k=2)
+policy = kvtiers.policy("archive", compressor="value-norm", attend="compressed", recent=32, top_k=2)
 store = kvtiers.LayerStore(policy, kvtiers.Geometry(kv_heads=2, head_dim=4))
 for _ in range(4):
     x = torch.randn(1, 2, 64, 4)
-    store.append(x, x)
+    store.write(x, x)
     store.select(x)
 print(json.dumps({
     "file": kvtiers_value_norm.__file__,
     "compressor": type(policy.compressor).__module__,
     "preset": type(kvtiers.policy("value-norm-archive").compressor).__name__,
     "attended": store.context().keys.shape[2],
-    "census": store.census(),
+    "tier_counts": store.tier_counts(),
 }))
 """
 
@@ -79,8 +79,8 @@ def test_the_installed_package_is_used_by_name(installed: tuple[Environment, Pat
     assert Path(used["file"]).is_relative_to(environment.folder)
     assert used["compressor"] == "kvtiers_value_norm"
     assert used["preset"] == "ValueNorm"
-    assert used["census"]["dropped"] == 0
-    assert used["attended"] == 4 + 2 * 8 + used["census"]["recent"] + used["census"]["current"]
+    assert used["tier_counts"]["dropped"] == 0
+    assert used["attended"] == 4 + 2 * 8 + used["tier_counts"]["recent"] + used["tier_counts"]["current"]
 
 
 def test_the_command_line_lists_it_with_its_distribution(installed: tuple[Environment, Path]) -> None:

@@ -20,7 +20,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sliding-window": ("sliding-window", {"recent": 9, "chunk_size": 16}),
     "streaming": ("streaming", SMALL),
     "archive": ("archive", {**SMALL, "top_k": 2}),
-    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "recall": "compressed"}),
+    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "attend": "compressed"}),
 }
 
 
@@ -100,7 +100,7 @@ def test_flash_attention_is_refused_where_only_a_mask_says_what_is_attended() ->
 
 
 # A rounding of bfloat16 is 2^-9 and of float16 2^-12 of a number; over two layers and a softmax as sharp as this one
-# they add up to some 20 of them. Under `gaps` both sides round alike, so that `full` must agree bit for bit.
+# they add up to some 20 of them. Under `original` both sides round alike, so that `full` must agree bit for bit.
 _ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.005}
 
 
@@ -110,7 +110,7 @@ def test_full_in_half_precision_is_the_models_own_cache(dtype: torch.dtype, atte
     model, ids = build(attention=attention).to(dtype), tokens(40, rows=2)
     with tiered(model, "full") as cache:
         assert torch.equal(feed(model, ids, cache, (16, 30, 31)), plain(model, ids, (16, 30, 31)))
-    for realigner in ("anchored", "incremental"):
+    for realigner in ("contiguous", "incremental"):
         with tiered(model, "full", realigner=realigner) as cache:
             assert distance(feed(model, ids, cache, (16, 30, 31)), plain(model, ids, (16, 30, 31))) < _ROUNDING[dtype]
 
@@ -140,7 +140,7 @@ def test_a_context_holds_the_dtype_of_the_model(name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("realigner", ["gaps", "anchored"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous"])
 @pytest.mark.parametrize("family", ["llama", "glm", "gemma3"])
 def test_the_gradients_of_a_tiered_forward_are_the_models_own(family: str, realigner: str, attention: str) -> None:
     model = build(family, attention=attention)

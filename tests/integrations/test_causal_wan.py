@@ -62,7 +62,7 @@ def test_every_call_of_the_published_code_is_reproduced(name: str) -> None:
         here = slice(store.head, store.tail)
         length = store.tail - store.head  # the published buffer still holds what the next block would push out
         assert length > 0
-        for mine, theirs in ((store.keys, keys), (store.values, values)):
+        for mine, theirs in ((store.rotated, keys), (store.values, values)):
             assert mine is not None
             assert (mine[:, :, here].transpose(1, 2) - theirs[:, -length:]).abs().max() < 1e-5
 
@@ -74,7 +74,7 @@ def test_every_call_of_the_published_code_is_reproduced(name: str) -> None:
         ("window", {"recent": 6}),
         ("sink_window", {"sink": 0}),
         ("sink_window", {"sink": 4}),
-        ("sink_window", {"realigner": "anchored"}),
+        ("sink_window", {"realigner": "contiguous"}),
     ],
 )
 def test_the_rollouts_notice_a_block_too_many_or_too_few(name: str, off: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ def test_the_tiers_end_where_blocks_end_and_the_bound_is_reached_and_kept() -> N
             bound = wan.policies[0].bound(wan.cache.geometries[0])
             assert bound == (4 + 2 * 2 + 4 + 2) * 6
             assert max(wan.attended()) <= bound
-        assert wan.cache.census() == {"sink": 4, "mid": 10, "recent": 4, "current": 0, "dropped": 0}
+        assert wan.cache.tier_counts() == {"sink": 4, "mid": 10, "recent": 4, "current": 0, "dropped": 0}
         wan.denoise(clip, 500.0, text)
         assert max(wan.attended()) == bound
 
@@ -144,22 +144,22 @@ def test_the_tiers_end_where_blocks_end_and_the_bound_is_reached_and_kept() -> N
 def test_an_archive_elsewhere_gives_the_same_video_bit_for_bit(archive: str) -> None:
     model, text, clips = build(), prompt(rows=2), blocks(8, rows=2)
     flows = []
-    for place in ("device", archive):
-        with tiered(model, "packforcing-lm", archive=place, **ROLLING) as wan:
+    for location in ("device", archive):
+        with tiered(model, "packforcing-lm", archive=location, **ROLLING) as wan:
             flows.append(video(wan, clips, text))
     assert all(torch.equal(a, b) for a, b in zip(*flows, strict=True))
 
 
-def test_anchored_and_incremental_attend_alike() -> None:
+def test_contiguous_and_incremental_attend_alike() -> None:
     model, text, clips = build().double(), prompt().double(), [clip.double() for clip in blocks(8)]
     flows = []
-    for realigner in ("anchored", "incremental"):
+    for realigner in ("contiguous", "incremental"):
         with tiered(model, "archive", realigner=realigner, **ROLLING) as wan:
             flows.append(video(wan, clips, text))
     assert max(float((a - b).abs().max()) for a, b in zip(*flows, strict=True)) < 1e-5
-    with tiered(model, "archive", realigner="gaps", **ROLLING) as wan:
-        gaps = video(wan, clips, text)
-    assert max(float((a - b).abs().max()) for a, b in zip(flows[0], gaps, strict=True)) > 1e-3
+    with tiered(model, "archive", realigner="original", **ROLLING) as wan:
+        original = video(wan, clips, text)
+    assert max(float((a - b).abs().max()) for a, b in zip(flows[0], original, strict=True)) > 1e-3
 
 
 @torch.no_grad()
@@ -205,7 +205,7 @@ def test_blocks_of_different_length_make_one_video_where_none_is_archived() -> N
             assert max(wan.attended()) <= bound
         assert wan.frames == sum(lengths)
         assert [extent.steps for extent, _ in wan.cache.layout()] == lengths
-        assert wan.cache.census() == {"sink": 1, "mid": 0, "recent": 3, "current": 0, "dropped": 8}
+        assert wan.cache.tier_counts() == {"sink": 1, "mid": 0, "recent": 3, "current": 0, "dropped": 8}
 
 
 @pytest.mark.parametrize("policy", ["archive", "packforcing-lm"])
@@ -213,10 +213,18 @@ def test_blocks_of_different_length_make_one_video_where_none_is_archived() -> N
 def test_an_uneven_video_of_which_everything_is_attended_is_that_of_full_history(policy: str) -> None:
     model, text = build(), prompt()
     clips = [blocks(1, frames=frames, seed=frames)[0] for frames in (1, 3, 2, 3, 1, 2)]
-    changes = {"sink": 1, "recent": 2, "top_k": 9, "recall": "full", "fringe": 0, "block_frames": 3, "even": False}
+    changes = {
+        "sink": 1,
+        "recent": 2,
+        "top_k": 9,
+        "attend": "full",
+        "top_k_compressed": 0,
+        "block_frames": 3,
+        "even": False,
+    }
     with tiered(model, "full", block_frames=3, even=False) as wan:
         wanted = video(wan, clips, text)
-    with tiered(model, policy, realigner="anchored", **changes) as wan:
+    with tiered(model, policy, realigner="contiguous", **changes) as wan:
         got = video(wan, clips, text)
         assert wan.cache is not None
         assert wan.cache.stores()[0].archived == 4
@@ -287,7 +295,7 @@ def test_a_video_rolls_back_to_the_end_of_a_block_and_its_rows_can_be_chosen(
         assert wan.frames == 6
         assert all(torch.equal(a, b) for a, b in zip(video(wan, clips[4:], text), wanted, strict=True))
         plain = wan.denoise(clips[0], 500.0, text)
-        wan.cache.take(torch.tensor([1, 0]))
+        wan.cache.select_rows(torch.tensor([1, 0]))
         turned = wan.denoise(clips[0].flip(0), 500.0, text.flip(0))
         assert torch.allclose(turned.flip(0), plain, atol=1e-6)
 
@@ -414,10 +422,10 @@ def test_a_compiled_model_makes_the_same_video_and_does_not_recompile_between_bl
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == [
-        "archive/anchored",
-        "sink-rolling-window/gaps",
-        "packforcing/anchored",
-        "packforcing/anchored/uneven",
+        "archive/contiguous",
+        "sink-rolling-window/original",
+        "packforcing/contiguous",
+        "packforcing/contiguous/uneven",
     ]
     for name, error, *counts in rows:
         assert float(error) == 0.0, name
@@ -481,7 +489,7 @@ def test_a_block_is_committed_once() -> None:
         assert wan.frames == 2
         wan.commit(clips[0].clone(), text)
         wan.reset()
-        assert (wan.frames, wan.held(), wan.attended()) == (0, [], [])
+        assert (wan.frames, wan.memory_usage(), wan.attended()) == (0, [], [])
         wan.commit(clips[0], text)
 
 

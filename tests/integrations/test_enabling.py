@@ -67,7 +67,7 @@ def test_an_enabled_model_without_a_tiered_cache_is_itself(family: str, attentio
             ]
 
     before = everything()
-    with tiered(model, "streaming", realigner="gaps", **SMALL) as cache:
+    with tiered(model, "streaming", realigner="original", **SMALL) as cache:
         feed(model, ids, cache, (5,))
         during = everything()
     assert is_untouched(model, attention)
@@ -222,11 +222,11 @@ def test_a_full_archive_stops_the_forward_and_the_model_is_restored(limit: int) 
     with tiered(model, "archive", archive=("host", {"limit_bytes": limit}), **SMALL) as cache:
         with pytest.raises(ArchiveFullError, match=r"limit_bytes = [\d,]+"):
             feed(model, ids, cache, tuple(range(8, 90, 8)))
-        before = {layer.layer.seen for layer in cache.tiered_layers}
+        before = {layer.layer.num_steps for layer in cache.tiered_layers}
         assert len(before) == 1, "some layers took the tokens that others refused"
         with pytest.raises(ArchiveFullError):
             feed(model, ids[:, :8], cache, ())
-        assert {layer.layer.seen for layer in cache.tiered_layers} == before
+        assert {layer.layer.num_steps for layer in cache.tiered_layers} == before
         assert torch.equal(plain(model, ids), plain(model, ids))
     assert is_untouched(model)
 
@@ -480,8 +480,8 @@ def test_positions_that_jump_cannot_be_realigned() -> None:
         wanted = model(ids, position_ids=positions, past_key_values=DynamicCache(config=model.config)).logits
         with tiered(model, "full") as cache:
             assert torch.equal(model(ids, position_ids=positions, past_key_values=cache).logits, wanted)
-        with tiered(model, "full", realigner="anchored") as cache:
-            with pytest.raises(UnsupportedModelError, match=r"position_ids jump.*realigner='gaps'"):
+        with tiered(model, "full", realigner="contiguous") as cache:
+            with pytest.raises(UnsupportedModelError, match=r"position_ids jump.*realigner='original'"):
                 model(ids, position_ids=positions, past_key_values=cache)
             assert distance(feed(model, ids, cache, ()), plain(model, ids)) < 1e-5
 

@@ -35,7 +35,7 @@ def test_full_with_gaps_is_the_models_own_cache_bit_for_bit(
     assert cache.get_seq_length() == 44
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 @pytest.mark.parametrize("family", ROTARY)
 def test_full_realigned_is_the_models_own_cache_but_for_rounding(family: str, realigner: str) -> None:
     model, ids = build(family), tokens(44, rows=2)
@@ -46,8 +46,8 @@ def test_full_realigned_is_the_models_own_cache_but_for_rounding(family: str, re
 
 @pytest.mark.parametrize(
     ("family", "attention", "realigner"),
-    [pytest.param(*case.values, "gaps", id=f"{case.id}-gaps") for case in ATTENTIONS]
-    + [pytest.param(family, "eager", "anchored", id=f"{family}-eager-anchored") for family in ROTARY],
+    [pytest.param(*case.values, "original", id=f"{case.id}-original") for case in ATTENTIONS]
+    + [pytest.param(family, "eager", "contiguous", id=f"{family}-eager-contiguous") for family in ROTARY],
 )
 def test_greedy_generation_under_full_gives_the_same_tokens(family: str, attention: str, realigner: str) -> None:
     model, prompt = build(family, attention=attention), tokens(11)
@@ -60,9 +60,9 @@ def test_greedy_generation_under_full_gives_the_same_tokens(family: str, attenti
     assert len(set(own[0].tolist())) > 5  # the model does not just repeat itself
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 def test_a_model_without_rotary_embedding_refuses_to_be_realigned(realigner: str) -> None:
-    with pytest.raises(RotaryError, match="no rotary embedding; use realigner='gaps'"):
+    with pytest.raises(RotaryError, match="no rotary embedding; use realigner='original'"):
         tiered(build("gpt2"), "streaming", realigner=realigner).__enter__()
 
 
@@ -73,7 +73,7 @@ def test_a_window_with_gaps_is_full_attention_that_is_masked(family: str) -> Non
     tiers = {"gemma2": (1,), "gemma3": (1,)}.get(family, range(2))
     own = drop_mask(40, sink=0, recent=8, block=1)  # the model's own sliding window of 9
     masks = {m.layer_idx: (window if m.layer_idx in tiers else own)[None, None] for m in attentions(model)}
-    with tiered(model, "streaming", realigner="gaps", sink=3, recent=8, block_size=4, chunk_size=8) as cache:
+    with tiered(model, "streaming", realigner="original", sink=3, recent=8, block_size=4, chunk_size=8) as cache:
         ours = feed(model, ids, cache, (7, 8, 9, 30))
         assert len(cache.tiered_layers) == len(tiers)
     assert distance(ours, masked(model, ids, masks)) < 1e-5
@@ -87,10 +87,10 @@ def test_sliding_layers_stay_the_models_own(family: str) -> None:
     with tiered(model, "streaming", sink=2, recent=8, block_size=2) as cache:
         feed(model, ids, cache, (20, 21))
         kinds = [type(layer).__name__ for layer in cache.layers]
-        held = cache.held()
+        held = cache.memory_usage()
     assert kinds == ["DynamicSlidingWindowLayer", "TieredLayer"]
     assert all(layer.get_seq_length() == 40 for layer in cache.layers)
-    assert sum(h.bytes for h in held if h.place == "device") > sum(
+    assert sum(h.bytes for h in held if h.location == "device") > sum(
         layer.keys.nbytes + layer.values.nbytes for layer in cache.layers[::2]
     )
 
@@ -151,7 +151,7 @@ def test_gaps_keep_any_rotation_that_the_model_has(name: str) -> None:
             assert torch.equal(feed(model, ids, cache, splits), own)
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 @pytest.mark.parametrize("name", _SCALED)
 def test_fixed_frequencies_can_be_realigned(name: str, realigner: str) -> None:
     model, ids = _scaled(name), tokens(60)
@@ -168,7 +168,7 @@ def test_fixed_frequencies_can_be_realigned(name: str, realigner: str) -> None:
 def test_frequencies_that_change_with_length_are_refused(name: str) -> None:
     model = _scaled(name)
     with pytest.raises(RotaryError, match=f"rope_type='{name}'.*freeze_rope=True"):
-        tiered(model, "full", realigner="anchored").__enter__()
+        tiered(model, "full", realigner="contiguous").__enter__()
 
 
 @pytest.mark.parametrize("name", _CHANGING)
@@ -178,7 +178,7 @@ def test_frozen_frequencies_are_those_that_the_model_has_now(name: str, first: i
     model, ids = _scaled(name), tokens(60)
     plain(model, ids[:, :first])
     before = model.get_decoder().rotary_emb.inv_freq.clone()
-    with tiered(model, "full", realigner="anchored", freeze_rope=True) as cache:
+    with tiered(model, "full", realigner="contiguous", freeze_rope=True) as cache:
         assert torch.equal(model.get_decoder().rotary_emb.inv_freq, before)
         ours = feed(model, ids, cache, (10, 30))
     assert all(rotary is not None and torch.equal(rotary.frequencies[0], before) for rotary in cache.core.rotaries)
@@ -194,7 +194,7 @@ def test_trying_a_model_leaves_its_rotation_as_it_was(name: str) -> None:
     model, untouched = _scaled(name), _scaled(name)
     for other in (model, untouched):
         plain(other, ids)
-    with tiered(model, "full", realigner="anchored", freeze_rope=True):
+    with tiered(model, "full", realigner="contiguous", freeze_rope=True):
         pass
     for cut in (60, 12, 40):
         assert torch.equal(plain(model, ids[:, :cut]), plain(untouched, ids[:, :cut]))
@@ -219,12 +219,12 @@ def test_a_layer_that_its_model_does_not_rotate_is_not_rotated() -> None:
     )
     config._attn_implementation = "eager"
     model, ids = Cohere2ForCausalLM(config).eval(), tokens(40)
-    with tiered(model, "full", realigner="anchored") as cache:
+    with tiered(model, "full", realigner="contiguous") as cache:
         assert [rotary.width for rotary in cache.core.rotaries if rotary is not None] == [0, 0]
         assert distance(feed(model, ids, cache, (10, 11)), plain(model, ids)) < 1e-5
     with tiered(
         model, "streaming", sink=2, recent=8, block_size=2
     ) as cache:  # without positions, closing up is nothing
         ours = feed(model, ids, cache, (5, 30))
-    with tiered(model, "streaming", realigner="gaps", sink=2, recent=8, block_size=2) as cache:
+    with tiered(model, "streaming", realigner="original", sink=2, recent=8, block_size=2) as cache:
         assert distance(ours, feed(model, ids, cache, (5, 30))) < 1e-5

@@ -16,16 +16,27 @@ from tiny_models import build, distance, feed, pad_left, plain, tokens
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
-    "full-anchored": ("full", {"realigner": "anchored"}),
+    "full-contiguous": ("full", {"realigner": "contiguous"}),
     "sliding-window": ("sliding-window", {"recent": 9, "chunk_size": 8}),
     "streaming": ("streaming", {"sink": 2, "recent": 8, "block_size": 4, "chunk_size": 8}),
     "archive": ("archive", {"sink": 2, "recent": 8, "block_size": 4, "top_k": 2, "chunk_size": 8}),
     "packforcing-lm": ("packforcing-lm", {"sink": 2, "recent": 8, "block_size": 4, "top_k": 2, "chunk_size": 8}),
     "pooled": (
         "packforcing-lm",
-        {"sink": 2, "recent": 8, "block_size": 4, "top_k": 2, "chunk_size": 8, "recall": "compressed", "fringe": 0},
+        {
+            "sink": 2,
+            "recent": 8,
+            "block_size": 4,
+            "top_k": 2,
+            "chunk_size": 8,
+            "attend": "compressed",
+            "top_k_compressed": 0,
+        },
     ),
-    "fringe": ("packforcing-lm", {"sink": 1, "recent": 6, "block_size": 3, "top_k": 2, "chunk_size": 7, "fringe": 2}),
+    "top_k_compressed": (
+        "packforcing-lm",
+        {"sink": 1, "recent": 6, "block_size": 3, "top_k": 2, "chunk_size": 7, "top_k_compressed": 2},
+    ),
     "incremental-snapkv": (
         "packforcing-lm",
         {
@@ -35,7 +46,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "chunk_size": 8,
             "realigner": "incremental",
             "compressor": ("top-tokens", {"keep": 2, "by": "attention", "window": 4}),
-            "recall": "compressed",
+            "attend": "compressed",
         },
     ),
 }
@@ -55,7 +66,7 @@ def generated(model: Any, prompt: Tensor, cache: Any, count: int = 24, **options
 # ---------------------------------------------------------------- ways of decoding, under `full`
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous"])
 def test_sampling_draws_the_same_tokens(realigner: str) -> None:
     model, prompt = build(), tokens(9, rows=2)
     options = {"do_sample": True, "temperature": 1.3, "top_k": 0}
@@ -68,7 +79,7 @@ def test_sampling_draws_the_same_tokens(realigner: str) -> None:
     assert not torch.equal(generated(model, prompt, own(model), **options), wanted)
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous"])
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "left-padded"])
 def test_beam_search_finds_the_same_beams(realigner: str, padded: bool) -> None:
     model = build()
@@ -109,7 +120,7 @@ def test_beams_on_a_cache_that_holds_one_row_are_refused() -> None:
 def test_generate_can_read_the_prompt_in_pieces(name: str, size: int) -> None:
     policy, changes = PRESETS[name]
     if name == "streaming":
-        changes = {**changes, "realigner": "gaps"}
+        changes = {**changes, "realigner": "original"}
     model, prompt = build(), tokens(33)
     with tiered(model, policy, **changes) as cache:
         whole = generated(model, prompt, cache)
@@ -158,7 +169,7 @@ def test_padding_between_turns_is_no_history() -> None:
     """A chat in a batch: the second turn too is padded, so a row has pads in the middle of its columns."""
     model = build()
     first, second = [tokens(n, seed=n)[0] for n in (9, 4)], [tokens(n, seed=n)[0] for n in (3, 12)]
-    options: dict[str, Any] = {"realigner": "gaps", "sink": 2, "recent": 6, "block_size": 2, "chunk_size": 5}
+    options: dict[str, Any] = {"realigner": "original", "sink": 2, "recent": 6, "block_size": 2, "chunk_size": 5}
     (a, mask_a), (b, mask_b) = pad_left(first), pad_left(second)
     mask = torch.cat([mask_a, mask_b], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -206,7 +217,7 @@ def test_the_oracle_of_padding_notices_a_pad_that_is_stored() -> None:
 @pytest.mark.parametrize(
     ("name", "padded"),
     [pytest.param(name, True, id=f"{name}-left-padded") for name in PRESETS]
-    + [pytest.param(name, False, id=f"{name}-even") for name in ("full", "streaming", "archive", "fringe")],
+    + [pytest.param(name, False, id=f"{name}-even") for name in ("full", "streaming", "archive", "top_k_compressed")],
 )
 def test_reordered_repeated_and_selected_rows_go_on_as_themselves(name: str, padded: bool) -> None:
     policy, changes = PRESETS[name]
@@ -263,9 +274,9 @@ def test_pieces_that_end_on_the_chunk_grid_change_nothing(name: str) -> None:
 def test_policies_that_drop_with_gaps_read_pieces_of_any_size(name: str, ends: tuple[int, ...]) -> None:
     policy, changes = PRESETS[name]
     model, ids = build(), tokens(60)
-    with tiered(model, policy, **{**changes, "realigner": "gaps"}) as cache:
+    with tiered(model, policy, **{**changes, "realigner": "original"}) as cache:
         whole = feed(model, ids, cache, ())
-    with tiered(model, policy, **{**changes, "realigner": "gaps"}) as cache:
+    with tiered(model, policy, **{**changes, "realigner": "original"}) as cache:
         assert distance(feed(model, ids, cache, ends), whole) < 1e-5
 
 
@@ -284,14 +295,14 @@ def test_policies_that_drop_with_gaps_read_pieces_of_any_size(name: str, ends: t
     ids=str,
 )
 @pytest.mark.parametrize("count", [1, 29])
-@pytest.mark.parametrize("name", ["streaming", "archive", "fringe"])
+@pytest.mark.parametrize("name", ["streaming", "archive", "top_k_compressed"])
 def test_odd_budgets_and_prompts_are_within_bounds_and_finite(name: str, count: int, changes: dict[str, Any]) -> None:
     policy, same = PRESETS[name]
     model, prompt = build(), tokens(count)
     with tiered(model, policy, **{**same, **changes}) as cache:
         logits = feed(model, torch.cat([prompt, tokens(14, seed=2)], 1), cache, tuple(range(count, count + 14)))
         bound = cache.policies[0].bound(cache.core.geometries[0])
-        _check_census(cache, count + 14)
+        _check_tier_counts(cache, count + 14)
         width = cache.core.context(0).keys.shape[2]
     assert logits.isfinite().all()
     assert bound is None or width <= bound
@@ -299,6 +310,6 @@ def test_odd_budgets_and_prompts_are_within_bounds_and_finite(name: str, count: 
         assert distance(logits, plain(model, torch.cat([prompt, tokens(14, seed=2)], 1))) < 1e-5
 
 
-def _check_census(cache: TransformersCache, count: int) -> None:
+def _check_tier_counts(cache: TransformersCache, count: int) -> None:
     for layer in range(2):
-        assert sum(cache.core.census(layer).values()) == count
+        assert sum(cache.core.tier_counts(layer).values()) == count

@@ -1,4 +1,4 @@
-"""With `gaps`, whatever a policy leaves out is as if the full attention were masked: at every step, layer and KV head.
+"""With `original`, whatever a policy leaves out is as if the full attention were masked: at every step, layer, head.
 
 The masks are made here, from the words of DESIGN.md, for policies that drop by age; for the others the blocks that a
 context says it holds are read after every forward. A mask that is off by one index fails by a factor of a thousand.
@@ -35,38 +35,38 @@ WINDOWS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "sliding-window": ("sliding-window", {"recent": 11, "chunk_size": 16}, {"sink": 0, "recent": 11, "block": 1}),
     "streaming": (
         "streaming",
-        {"realigner": "gaps", "sink": 4, "recent": 12, "block_size": 8, "chunk_size": 16},
+        {"realigner": "original", "sink": 4, "recent": 12, "block_size": 8, "chunk_size": 16},
         {"sink": 4, "recent": 12, "block": 8},
     ),
     "streaming-by-token": (
         "streaming",
-        {"realigner": "gaps", "sink": 1, "recent": 7, "block_size": 1, "chunk_size": 7},
+        {"realigner": "original", "sink": 1, "recent": 7, "block_size": 1, "chunk_size": 7},
         {"sink": 1, "recent": 7, "block": 1},
     ),
     "nothing-recent": (
         "streaming",
-        {"realigner": "gaps", "sink": 2, "recent": 0, "block_size": 3, "chunk_size": 5},
+        {"realigner": "original", "sink": 2, "recent": 0, "block_size": 3, "chunk_size": 5},
         {"sink": 2, "recent": 0, "block": 3},
     ),
     "only-the-current-token": ("sliding-window", {"recent": 0, "chunk_size": 4}, {"sink": 0, "recent": 0, "block": 1}),
     "single-token-chunks": (
         "streaming",
-        {"realigner": "gaps", "sink": 3, "recent": 9, "block_size": 4, "chunk_size": 1},
+        {"realigner": "original", "sink": 3, "recent": 9, "block_size": 4, "chunk_size": 1},
         {"sink": 3, "recent": 9, "block": 4},
     ),
     "block-wider-than-recent": (
         "streaming",
-        {"realigner": "gaps", "sink": 2, "recent": 5, "block_size": 13, "chunk_size": 3},
+        {"realigner": "original", "sink": 2, "recent": 5, "block_size": 13, "chunk_size": 3},
         {"sink": 2, "recent": 5, "block": 13},
     ),
     "sink-of-most": (
         "streaming",
-        {"realigner": "gaps", "sink": 40, "recent": 6, "block_size": 2, "chunk_size": 9},
+        {"realigner": "original", "sink": 40, "recent": 6, "block_size": 2, "chunk_size": 9},
         {"sink": 40, "recent": 6, "block": 2},
     ),
     "wider-than-the-text": (
         "streaming",
-        {"realigner": "gaps", "sink": 90, "recent": 6, "block_size": 2, "chunk_size": 128},
+        {"realigner": "original", "sink": 90, "recent": 6, "block_size": 2, "chunk_size": 128},
         {"sink": 90, "recent": 6, "block": 2},
     ),
 }
@@ -121,7 +121,7 @@ def test_every_layer_has_its_own_budget(kind: str, splits: tuple[int, ...]) -> N
     model, ids = build(), tokens(LENGTH)
     recents = [30, 7]
     recent: Any = {0: 30, "*": 7} if kind == "mapping" else lambda layer: recents[layer]
-    changes: dict[str, Any] = {"realigner": "gaps", "sink": 2, "block_size": 4, "chunk_size": 16}
+    changes: dict[str, Any] = {"realigner": "original", "sink": 2, "block_size": 4, "chunk_size": 16}
     with tiered(model, "streaming", recent=recent, **changes) as cache:
         ours = feed(model, ids, cache, splits)
     masks = {i: drop_mask(LENGTH, sink=2, recent=r, block=4)[None, None] for i, r in enumerate(recents)}
@@ -166,15 +166,18 @@ RECALLING: dict[str, tuple[str, dict[str, Any]]] = {
     "archive-disk": ("archive", {"archive": "disk"}),
     "archive-nothing-recent": ("archive", {"recent": 0, "sink": 0}),
     "archive-by-token": ("archive", {"block_size": 1, "retriever": ("affinity", {"heads": "per-kv"})}),
-    "top-tokens-norm": ("archive", {"compressor": ("top-tokens", {"keep": 2}), "recall": "compressed"}),
+    "top-tokens-norm": ("archive", {"compressor": ("top-tokens", {"keep": 2}), "attend": "compressed"}),
     "top-tokens-attention": (
         "archive",
-        {"compressor": ("top-tokens", {"keep": 2, "by": "attention", "window": 3}), "recall": "compressed"},
+        {"compressor": ("top-tokens", {"keep": 2, "by": "attention", "window": 3}), "attend": "compressed"},
     ),
-    "top-tokens-fringe": ("archive", {"compressor": ("top-tokens", {"keep": 1}), "recall": "full", "fringe": 2}),
+    "top-tokens-compressed": (
+        "archive",
+        {"compressor": ("top-tokens", {"keep": 1}), "attend": "full", "top_k_compressed": 2},
+    ),
     "top-tokens-all": (
         "archive",
-        {"compressor": ("top-tokens", {"keep": 3}), "recall": "compressed", "retriever": "all"},
+        {"compressor": ("top-tokens", {"keep": 3}), "attend": "compressed", "retriever": "all"},
     ),
 }
 _SMALL: dict[str, Any] = {"sink": 3, "recent": 8, "block_size": 4, "top_k": 2, "chunk_size": 8}
@@ -214,7 +217,7 @@ def test_what_is_recalled_is_all_that_is_attended_of_the_past(name: str, splits:
     model, ids = build(), tokens(LENGTH)
     masks = _blank(1, LENGTH)
     parts, start = [], 0
-    with tiered(model, policy, realigner="gaps", **settings) as cache, torch.no_grad():
+    with tiered(model, policy, realigner="original", **settings) as cache, torch.no_grad():
         stops = sorted({*splits, *range(chunk, LENGTH, chunk), LENGTH})
         for stop in stops:
             parts.append(model(ids[:, start:stop], past_key_values=cache).logits)
@@ -234,7 +237,9 @@ def test_what_is_recalled_is_all_that_is_attended_of_the_past(name: str, splits:
         assert any(not torch.equal(m[:, 0], m[:, 2]) for m in masks)  # KV heads choose for themselves
 
 
-@pytest.mark.parametrize("name", ["archive-affinity", "archive-recency", "top-tokens-attention", "top-tokens-fringe"])
+@pytest.mark.parametrize(
+    "name", ["archive-affinity", "archive-recency", "top-tokens-attention", "top-tokens-compressed"]
+)
 def test_rows_with_other_padding_recall_for_themselves(name: str) -> None:
     policy, changes = RECALLING[name]
     model = build()
@@ -243,7 +248,10 @@ def test_rows_with_other_padding_recall_for_themselves(name: str) -> None:
     ids, mask = pad_left(rows)
     masks, parts = _blank(4, 50), []
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with tiered(model, policy, realigner="gaps", **{**_SMALL, "chunk_size": 1, **changes}) as cache, torch.no_grad():
+    with (
+        tiered(model, policy, realigner="original", **{**_SMALL, "chunk_size": 1, **changes}) as cache,
+        torch.no_grad(),
+    ):
         for now in range(50):
             out = model(
                 ids[:, now : now + 1],

@@ -137,12 +137,12 @@ def separately(wan: CausalWan, block: Tensor, text: Tensor, layer: int) -> tuple
         if number == layer:
             return key, value
         where = reduced.offsets.clone()
-        where[:, 0] += store.settled + store.recent_shift
+        where[:, 0] += store.committed_steps + store.recent_shift
         turned = [wan.rotary.rotate(x, where) for x in (query, key)]
         history = slice(store.begin, store.tail - store.current)
-        assert store.keys is not None
+        assert store.rotated is not None
         assert store.values is not None
-        keys = torch.cat([store.keys[:, :, history], turned[1]], 2)
+        keys = torch.cat([store.rotated[:, :, history], turned[1]], 2)
         values = torch.cat([store.values[:, :, history], value], 2)
         out = torch.nn.functional.scaled_dot_product_attention(turned[0], keys, values)
         hidden = hidden + attn.to_out[0](out.transpose(1, 2).flatten(2)) * gate
@@ -250,7 +250,7 @@ def test_an_anchor_passes_the_low_resolution_branch_by_which_remembers_its_last_
         assert wan.frames == 0
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous", "incremental"])
 @pytest.mark.parametrize("positions", ["center", "corner", "unit"])
 @torch.no_grad()
 def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realigner: str, positions: str) -> None:
@@ -266,12 +266,12 @@ def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realign
             assert torch.equal(origins[..., 1:], placed[..., 1:])
             times = placed[0, 0, :, 0].unique()
             mid = 1 if positions == "unit" else 2
-            want = {"gaps": 32, "anchored": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
+            want = {"original": 32, "contiguous": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
             assert times.max() == want - 1
             buffers = store._buffers()
-            raw = buffers[1][:, :, store.begin : store.tail]
-            if realigner != "gaps":
-                assert (wan.rotary.rotate(raw, placed) - context.keys).abs().max() < 1e-5
+            unrotated = buffers[1][:, :, store.begin : store.tail]
+            if realigner != "original":
+                assert (wan.rotary.rotate(unrotated, placed) - context.keys).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -332,7 +332,7 @@ def _fail(*_: object) -> None:
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("realigner", ["anchored", "gaps"])
+@pytest.mark.parametrize("realigner", ["contiguous", "original"])
 @pytest.mark.parametrize("lengths", [[4] * 6, [4, 4, 2, 4, 3, 4]], ids=["even", "uneven"])
 def test_gradients_flow_through_archived_blocks_to_the_compressor(realigner: str, lengths: list[int]) -> None:
     model, text = build().double(), prompt().double()
@@ -462,16 +462,16 @@ def test_digests_choose_what_the_formula_chooses(
     reduced = DualBranch(branches="hr").offsets(frames, grid)
     kept = []
     for _ in range(archived + 1):
-        store.draft(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)))
+        store.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
         store.select(torch.randn(*shape, 12, generator=random).to(dtype))
         small = [torch.randn(rows, heads, cells, 12, generator=random).to(dtype) for _ in range(3)]
         store.beside(*small, reduced, frames)
         kept.append(small[1])
-        store.settle()
+        store.commit()
     query = torch.randn(*shape, 12, generator=random).to(dtype)
-    store.draft(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)))
+    store.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
     store.select(query)
-    positions = geometry.positions(store.settled, store.settled + frames)
+    positions = geometry.positions(store.committed_steps, store.committed_steps + frames)
     half = max(1, heads // 2)
     turned = rotary.rotate(query, positions).double()[:, :half]
     count = turned.shape[2]
@@ -507,7 +507,7 @@ def test_digests_choose_what_the_formula_chooses(
         pytest.param({"compressor": "mean-pool"}, id="compressor"),
         pytest.param(hr(), id="branches"),
         pytest.param({"retriever": "recency"}, id="retriever"),
-        pytest.param({"realigner": "gaps"}, id="realigner"),
+        pytest.param({"realigner": "original"}, id="realigner"),
         pytest.param({"realigner": "incremental"}, id="incremental"),
         pytest.param({"sink": 0}, id="sink"),
         pytest.param({"archive": "device"}, id="archive"),
@@ -596,7 +596,8 @@ def _text_store() -> object:
 def _without_reduced() -> object:
     geometry = Geometry(kv_heads=1, head_dim=8, grid=(4, 4), steps_per_commit=2, causal=False)
     store = LayerStore(kvtiers.policy("packforcing", sink=0), geometry, rotary=kvtiers.Rotary([torch.ones(1)]))
-    return store.commit(torch.zeros(1, 1, 32, 8), torch.zeros(1, 1, 32, 8))
+    store.write(torch.zeros(1, 1, 32, 8), torch.zeros(1, 1, 32, 8), replace=True)
+    return store.commit()
 
 
 @pytest.mark.parametrize(
@@ -608,7 +609,7 @@ def _without_reduced() -> object:
         pytest.param(lambda: DualBranch().cells(1, (30, 52)), PolicyError, "commit longer blocks", id="one frame"),
         pytest.param(lambda: DualBranch().cells(4, (3, 52)), PolicyError, "of 3 x 52; commit", id="small frames"),
         pytest.param(
-            lambda: kvtiers.policy("packforcing", recall="full"),
+            lambda: kvtiers.policy("packforcing", attend="full"),
             PolicyError,
             "let it digest the full form",
             id="digests",

@@ -1,4 +1,4 @@
-"""`anchored` and `incremental` against attention that is worked out by hand, in float64, layer by layer.
+"""`contiguous` and `incremental` against attention that is worked out by hand, in float64, layer by layer.
 
 What goes into every layer's attention and what comes out of it is taken from the run itself; between the two the
 reference here decides which tokens remain, puts them where DESIGN.md says, rotates them (with complex numbers), and
@@ -104,7 +104,7 @@ def held_by_hand(
     mid = [sink + b * block + i for b in chosen for i in range(block)]
     late = list(range(min(first, seen), seen))
     early = list(range(min(sink, seen)))
-    if realigner == "anchored":
+    if realigner == "contiguous":
         places = early + [sink + i for i in range(len(mid))] + [t - first + sink + len(mid) for t in late]
     else:
         from_mid = first - len(mid)
@@ -194,7 +194,7 @@ SPLITS = [
 
 
 @pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 @pytest.mark.parametrize("policy", ["streaming", "archive"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_realigned_context_is_what_one_places_by_hand(
@@ -215,7 +215,7 @@ def test_a_realigned_context_is_what_one_places_by_hand(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("realigner", ["anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 def test_odd_budgets_are_placed_by_hand_too(realigner: str, changes: dict[str, Any]) -> None:
     assert _worst("llama", "archive", realigner, (5, *range(33, LENGTH)), **changes) < 1e-5
 
@@ -227,4 +227,4 @@ def test_odd_budgets_are_placed_by_hand_too(realigner: str, changes: dict[str, A
     ids=["a position too late", "a position too early", "what was recalled left out"],
 )
 def test_a_reference_that_is_wrong_by_one_is_noticed(name: str, wrong: dict[str, Any]) -> None:
-    assert _worst(name, "archive", "anchored", (), **wrong) > 0.01
+    assert _worst(name, "archive", "contiguous", (), **wrong) > 0.01

@@ -19,7 +19,7 @@ from tiny_models import build, distance, feed, pad_left, tokens
 SMALL: dict[str, Any] = {"sink": 2, "recent": 8, "block_size": 4, "chunk_size": 8}
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
-    "full-anchored": ("full", {"realigner": "anchored"}),
+    "full-contiguous": ("full", {"realigner": "contiguous"}),
     "kept-in-place": ("archive", {**SMALL, "retriever": "all"}),
     "sliding-window": ("sliding-window", {"recent": 9, "chunk_size": 8}),
     "streaming": ("streaming", SMALL),
@@ -29,11 +29,11 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "archive-every-3": ("archive", {**SMALL, "top_k": 2, "refresh": 3}),
     "archive-recency": ("archive", {**SMALL, "top_k": 2, "retriever": "recency"}),
     "packforcing-lm": ("packforcing-lm", {**SMALL, "top_k": 2}),
-    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "recall": "compressed"}),
-    "fringe": ("packforcing-lm", {**SMALL, "top_k": 2, "fringe": 2}),
+    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "attend": "compressed"}),
+    "top_k_compressed": ("packforcing-lm", {**SMALL, "top_k": 2, "top_k_compressed": 2}),
     "snapkv": (
         "archive",
-        {**SMALL, "compressor": ("top-tokens", {"keep": 2, "by": "attention"}), "recall": "compressed"},
+        {**SMALL, "compressor": ("top-tokens", {"keep": 2, "by": "attention"}), "attend": "compressed"},
     ),
     "disk": ("archive", {**SMALL, "top_k": 2, "archive": "disk"}),
 }
@@ -164,7 +164,7 @@ def test_sliding_layers_are_cropped_with_the_others_or_not_at_all() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("name", ["full", "full-anchored", "kept-in-place"])
+@pytest.mark.parametrize("name", ["full", "full-contiguous", "kept-in-place"])
 def test_prompt_lookup_gives_the_same_tokens(name: str, family: str) -> None:
     policy, changes = POLICIES[name]
     model = build(family)
@@ -175,7 +175,7 @@ def test_prompt_lookup_gives_the_same_tokens(name: str, family: str) -> None:
         assert torch.equal(model.generate(prompt, past_key_values=cache, **options), wanted)
 
 
-@pytest.mark.parametrize("name", ["full", "full-anchored"])
+@pytest.mark.parametrize("name", ["full", "full-contiguous"])
 def test_an_assistant_gives_the_same_tokens(name: str) -> None:
     policy, changes = POLICIES[name]
     model, assistant, prompt = build(), build(seed=1), tokens(12)
@@ -208,7 +208,7 @@ def test_a_reset_cache_is_a_new_one(name: str) -> None:
         feed(model, tokens(40, rows=3), cache, ())
         cache.reset()
         assert cache.get_seq_length() == 0
-        assert sum(h.bytes for h in cache.held()) == 0
+        assert sum(h.bytes for h in cache.memory_usage()) == 0
         assert torch.equal(continued(model, cache), continued(model, new_cache(model, policy, **changes)))
 
 

@@ -45,7 +45,7 @@ def agree(a: Tensor, b: Tensor) -> bool:
     return mean < 1e-4 and largest < 5e-3
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous"])
 def test_full_generates_what_the_models_own_cache_does(loaded: tuple[Any, Tensor], realigner: str) -> None:
     model, ids = loaded
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": 200, "max_new_tokens": 200}
@@ -78,7 +78,7 @@ def test_a_policy_that_drops_is_a_mask(loaded: tuple[Any, Tensor], name: str) ->
     policy, changes, window = DROPPING[name]
     if policy == "archive":
         ids = ids[:, :240]  # it ages before every chunk, so it equals a mask token by token only
-    with tiered(model, policy, realigner="gaps", **changes) as cache:
+    with tiered(model, policy, realigner="original", **changes) as cache:
         ours = feed(model, ids, cache, [s for s in SPLITS if s < ids.shape[1]])
     wanted = masked(model, ids, drop_mask(ids.shape[1], **window)[None, None])
     assert agree(ours, wanted)
@@ -87,7 +87,7 @@ def test_a_policy_that_drops_is_a_mask(loaded: tuple[Any, Tensor], name: str) ->
 def test_an_oracle_that_is_wrong_by_one_is_noticed(loaded: tuple[Any, Tensor]) -> None:
     model, ids = loaded
     policy, changes, window = DROPPING["streaming"]
-    with tiered(model, policy, realigner="gaps", **changes) as cache:
+    with tiered(model, policy, realigner="original", **changes) as cache:
         ours = feed(model, ids, cache, SPLITS)
     index = drop_mask(LENGTH, **{**window, "recent": window["recent"] + 1})[None, None]
     sink = drop_mask(LENGTH, **{**window, "sink": 0})[None, None]
@@ -108,7 +108,7 @@ def test_an_oracle_that_is_wrong_by_one_is_noticed(loaded: tuple[Any, Tensor]) -
 def test_every_layer_has_its_own_budget(loaded: tuple[Any, Tensor]) -> None:
     model, ids = loaded
     recent = {0: 500, 7: 20, "*": 96}
-    with tiered(model, "streaming", realigner="gaps", sink=4, block_size=16, recent=recent) as cache:
+    with tiered(model, "streaming", realigner="original", sink=4, block_size=16, recent=recent) as cache:
         ours = feed(model, ids, cache, SPLITS)
     masks = {
         layer: drop_mask(LENGTH, sink=4, recent={0: 500, 7: 20}.get(layer, 96), block=16)[None, None]
@@ -124,7 +124,7 @@ def test_padding_on_the_left_is_no_history(loaded: tuple[Any, Tensor]) -> None:
     rows = [ids[0, :300], ids[0, 300:450]]
     padded, mask = pad_left(rows)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    changes: dict[str, Any] = {"realigner": "gaps", "sink": 4, "recent": 60, "block_size": 16}
+    changes: dict[str, Any] = {"realigner": "original", "sink": 4, "recent": 60, "block_size": 16}
     with tiered(model, "streaming", **changes) as cache, torch.no_grad():
         ours = model(padded, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
     for i, row in enumerate(rows):
@@ -138,7 +138,7 @@ def test_what_is_recalled_is_all_that_is_attended_of_the_past(loaded: tuple[Any,
     ids = ids[:, :320]
     masks = {layer: torch.zeros(1, 9, 320, 320, dtype=torch.bool) for layer in range(30)}
     parts = []
-    options: dict[str, Any] = {"realigner": "gaps", "sink": 4, "recent": 48, "top_k": 3, "block_size": 16}
+    options: dict[str, Any] = {"realigner": "original", "sink": 4, "recent": 48, "top_k": 3, "block_size": 16}
     with tiered(model, "archive", chunk_size=32, **options) as cache:
         for start in range(0, 320, 32):
             parts.append(feed(model, ids[:, start : start + 32], cache, ()))

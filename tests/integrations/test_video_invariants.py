@@ -80,7 +80,7 @@ def stored(wan: CausalWan) -> list[Tensor]:
 # ---------------------------------------------------------------- steps, rollbacks, rows
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous", "incremental"])
 @torch.no_grad()
 def test_a_denoise_step_changes_nothing_that_is_stored_and_repeats_itself(realigner: str) -> None:
     model, text, clips = build(), prompt(), blocks(7, **FRAMES)
@@ -160,7 +160,7 @@ def test_rows_can_be_exchanged_and_take_their_reduced_tokens_along() -> None:
         fork = wan.cache.fork()
         wanted = video(wan, clips[5:], text)
         wan.cache = fork
-        fork.take(torch.tensor([1, 0]))
+        fork.select_rows(torch.tensor([1, 0]))
         turned = video(wan, [clip.flip(0) for clip in clips[5:]], text.flip(0))
     assert all(torch.allclose(a.flip(0), b, atol=1e-6) for a, b in zip(turned, wanted, strict=True))
 
@@ -198,7 +198,7 @@ def cells(start: int) -> Tensor:
 def test_under_gaps_the_mid_keys_attended_are_those_of_the_model_rotated_once_to_where_they_were(layer: int) -> None:
     model, text, clips = build(), prompt(), blocks(8, **FRAMES)
     heard, made = Heard(model), []
-    with tiered(model, "packforcing", **small(realigner="gaps")) as wan:
+    with tiered(model, "packforcing", **small(realigner="original")) as wan:
         for clip in clips[:7]:
             wan.commit(clip, text)
             made.append((heard.reduced(layer, "key"), heard.reduced(layer, "value")))
@@ -220,7 +220,7 @@ def test_under_gaps_the_mid_keys_attended_are_those_of_the_model_rotated_once_to
             assert (keys[:, :, slot] - twice).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored", "incremental"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous", "incremental"])
 @torch.no_grad()
 def test_reduced_tokens_attend_history_and_one_another_from_their_own_positions(realigner: str) -> None:
     model, text, clips = build(), prompt(), blocks(8, **FRAMES)
@@ -231,7 +231,7 @@ def test_reduced_tokens_attend_history_and_one_another_from_their_own_positions(
         wan.denoise(clips[7], 500.0, text)
         contexts = [wan.cache.context(layer) for layer in (0, 1)]  # type: ignore[union-attr]
         history = [(context.keys[:, :, :-OWN].clone(), context.values[:, :, :-OWN].clone()) for context in contexts]
-        start = {"anchored": 4 + 2 * 4 + 4}.get(realigner, 28)
+        start = {"contiguous": 4 + 2 * 4 + 4}.get(realigner, 28)
         wan.commit(clips[7], text)
         for layer, (keys, values) in enumerate(history):
             query, key, value = (heard.reduced(layer, name) for name in ("query", "key", "value"))
@@ -264,7 +264,7 @@ def events() -> Iterator[list[Event]]:
         yield told
 
 
-@pytest.mark.parametrize("realigner", ["gaps", "anchored"])
+@pytest.mark.parametrize("realigner", ["original", "contiguous"])
 @pytest.mark.parametrize("archive", ["host", "disk"])
 @torch.no_grad()
 def test_of_an_archive_elsewhere_the_selected_blocks_come_back_once_a_block_and_are_counted(
@@ -281,18 +281,18 @@ def test_of_an_archive_elsewhere_the_selected_blocks_come_back_once_a_block_and_
             archived, recalled = max(0, number - 2), [event for event in events if isinstance(event, Recalled)]
             count = 2 * 2 * min(2, archived)  # rows and heads
             want = {(layer, count, 2 * count * BYTES, archive): 1 for layer in (0, 1) if count}
-            assert Counter((event.layer, event.blocks, event.bytes, event.place) for event in recalled) == want
+            assert Counter((event.layer, event.blocks, event.bytes, event.location) for event in recalled) == want
             chosen = [event.chosen for event in events if isinstance(event, Selected)]
             selections = [store.selection for store in stores(wan) if store.selection is not None]
             assert len(chosen) == len(selections) == (2 if archived else 0)
             assert all(torch.equal(a, b.chosen) for a, b in zip(chosen, selections, strict=True))
             events.clear()
-        held = wan.held()
+        held = wan.memory_usage()
         everything = 2 * 7 * 2 * 2 * 2 * BYTES  # layers, blocks, rows, heads, keys and values
         assert everything <= bytes_in(held, archive) < 2.5 * everything  # type: ignore[arg-type]
         wan.denoise(clips[0], 500.0, text)
-        here = {part.tier: part.bytes for part in wan.held() if part.place == "device"}
-        buffers = 2 if realigner == "gaps" else 3  # the keys as stored too
+        here = {part.tier: part.bytes for part in wan.memory_usage() if part.location == "device"}
+        buffers = 2 if realigner == "original" else 3  # the keys as stored too
         assert here["mid"] == 2 * 2 * 2 * 2 * buffers * BYTES
 
 
@@ -343,7 +343,7 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
     frames, grid, width = 4, (8, 8), 16
     geometry = Geometry(kv_heads=2, head_dim=width, grid=grid, steps_per_commit=frames, causal=False, batch=rows)
     rotary = kvtiers.Rotary([torch.ones(4), torch.ones(2), torch.ones(2)], layout="interleaved")
-    changes = {"retriever": ("affinity", {"form": "compressed"}), "realigner": "gaps"}
+    changes = {"retriever": ("affinity", {"form": "compressed"}), "realigner": "original"}
     store = LayerStore(
         kvtiers.policy("packforcing", **small(sink=0, top_k=top_k, **changes)),
         geometry,
@@ -355,13 +355,13 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
     query = torch.randint(-3, 4, full.shape, generator=random).float()
     direction = query[:, :1].sum(2).sign()  # of the first half of the heads, which choose
     for like in [*likes, 0]:  # the last one is recent
-        store.draft(full, full)
+        store.write(full, full, replace=True)
         store.select(query)
         keys = torch.randint(-3, 4, (rows, 2, len(offsets), width), generator=random).float()
         keys[:, :1, -1] = like * direction - keys[:, :1, :-1].sum(2)
         store.beside(torch.zeros_like(keys), keys, torch.zeros_like(keys), offsets, frames)
-        store.settle()
-    store.draft(full, full)
+        store.commit()
+    store.write(full, full, replace=True)
     store.select(query)
     assert store.archived == len(likes)
     assert store.selection is not None

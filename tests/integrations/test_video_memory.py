@@ -273,7 +273,7 @@ def test_a_video_goes_back_to_its_blocks_wherever_a_pass_failed(layer: int) -> N
         handle.remove()
         wan.crop(6)
         assert wan.cache is not None
-        assert [store.seen for store in wan.cache.stores()] == [6, 6]
+        assert [store.num_steps for store in wan.cache.stores()] == [6, 6]
         assert same(go_on(wan, clips[3:]), wanted)
 
 
@@ -331,7 +331,7 @@ def test_after_a_pass_that_failed_another_batch_may_begin(where: str) -> None:
 
 @torch.no_grad()
 def test_a_compressor_that_looks_at_queries_looks_at_those_of_the_clean_pass_alone() -> None:
-    changes = {"compressor": ("top-tokens", {"by": "attention", "keep": 4}), "recall": "compressed"}
+    changes = {"compressor": ("top-tokens", {"by": "attention", "keep": 4}), "attend": "compressed"}
     clips, text, states = blocks(6), prompt(), []
     for steps in (0, 2):
         with tiered(build(), "archive", **ROLLING, **changes) as wan:
@@ -459,7 +459,7 @@ def test_inference_first_and_gradients_afterwards() -> None:
 def test_the_prompts_keys_and_values_are_counted() -> None:
     with tiered(build(), "archive", **ROLLING) as wan:
         go_on(wan, blocks(2))
-        held = {h.tier: h.bytes for h in wan.held()}
+        held = {h.tier: h.bytes for h in wan.memory_usage()}
     assert held["prompt"] == 2 * 2 * 6 * 48 * 4  # layers, keys and values, words, channels, float32
 
 

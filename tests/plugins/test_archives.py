@@ -89,10 +89,10 @@ def test_rows_are_taken_and_forks_go_their_own_way(archive, data):
     shelf.write(first)
     rows = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
     more = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
-    shelf.take(rows)
+    shelf.select_rows(rows)
     shelf.write(second)
     fork = shelf.fork()
-    shelf.take(more)
+    shelf.select_rows(more)
     fork.write(third)
     assert (shelf.count, fork.count) == (3, 4)
     index = torch.arange(3).expand(2, 3, 3)
@@ -108,7 +108,7 @@ def test_a_saved_shelf_continues_in_an_archive_of_any_kind(archive, own):
     shelf = archive().open()
     for part in (blocks(2, own=own), blocks(3, own=own, first=4)):
         shelf.write(part)
-    shelf.take(torch.tensor([1, 0]))
+    shelf.select_rows(torch.tensor([1, 0]))
     index = torch.tensor([4, 0, 2]).expand(2, 3, 3)
     for other in ARCHIVES.values():
         copy = other().open()
@@ -163,7 +163,7 @@ def test_blocks_of_another_size_are_refused(archive):
 @archives
 def test_an_empty_shelf_cannot_be_read_and_choosing_nothing_gives_nothing(archive):
     shelf = archive().open()
-    assert sum(shelf.bytes_by_place().values()) == 0
+    assert sum(shelf.bytes_by_location().values()) == 0
     with pytest.raises(GeometryError, match="an empty shelf was read"):
         shelf.read(torch.zeros(2, 3, 1, dtype=torch.int64))
     shelf.write(blocks(1))
@@ -178,7 +178,7 @@ def test_the_byte_limit_holds_over_all_shelves_and_a_refusal_changes_nothing(arc
     shelves = [opened.open(), opened.open()]
     for number, count in enumerate(counts):
         shelf = shelves[number % 2]
-        before = (shelf.count, shelf.bytes_by_place(), {k: t.clone() for k, t in shelf.tensors().items()})
+        before = (shelf.count, shelf.bytes_by_location(), {k: t.clone() for k, t in shelf.tensors().items()})
         refused = None
         try:
             shelf.write(blocks(count, own=own, first=number))
@@ -186,11 +186,11 @@ def test_the_byte_limit_holds_over_all_shelves_and_a_refusal_changes_nothing(arc
             refused = str(error)
         if refused is not None:
             assert f"limit_bytes = {limit:,}" in refused
-            after = (shelf.count, shelf.bytes_by_place(), shelf.tensors())
+            after = (shelf.count, shelf.bytes_by_location(), shelf.tensors())
             assert before[:2] == after[:2]
             assert before[2].keys() == after[2].keys()
             assert all(torch.equal(before[2][name], after[2][name]) for name in after[2])
-        held = sum(sum(each.bytes_by_place().values()) for each in shelves)
+        held = sum(sum(each.bytes_by_location().values()) for each in shelves)
         assert held <= limit
 
 
@@ -237,11 +237,11 @@ def test_a_file_lives_as_long_as_a_fork_needs_it(tmp_path):
     fork = shelf.fork()
     shelf.write(blocks(1, first=5))
     assert len(files(tmp_path)) == 2
-    assert shelf.bytes_by_place() == {"disk": sum(file.stat().st_size for file in files(tmp_path))}
+    assert shelf.bytes_by_location() == {"disk": sum(file.stat().st_size for file in files(tmp_path))}
     del shelf
     gc.collect()
     (left,) = files(tmp_path)
-    assert fork.bytes_by_place() == {"disk": left.stat().st_size}
+    assert fork.bytes_by_location() == {"disk": left.stat().st_size}
     assert torch.equal(fork.read(torch.zeros(2, 3, 1, dtype=torch.int64))[0], blocks(2).keys[:, :, :1])
     del fork
     gc.collect()

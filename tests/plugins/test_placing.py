@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers.blocks import Extent
-from kvtiers_policies.anchored import Anchored
+from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.first import FirstSteps
-from kvtiers_policies.gaps import Gaps
 from kvtiers_policies.incremental import Incremental
 from kvtiers_policies.no_sink import NoSink
+from kvtiers_policies.original import Original
 
 
 @given(start=st.integers(0, 50), steps=st.integers(1, 9), sink=st.integers(0, 50))
@@ -50,14 +50,14 @@ def contexts(draw):
 
 @given(context=contexts())
 def test_gaps_moves_nothing_and_keeps_the_models_rotation(context):
-    placed = Gaps().place(**context)
-    assert not Gaps.rotates
+    placed = Original().place(**context)
+    assert not Original.rotates
     assert (placed.sink_shift, placed.recent_shift) == (0, 0)
     assert placed.mid_starts.is_floating_point()
     assert placed.mid_starts.tolist() == context["starts"].tolist()
 
 
-@given(context=contexts(), realigner=st.sampled_from([Anchored(), Incremental()]))
+@given(context=contexts(), realigner=st.sampled_from([Contiguous(), Incremental()]))
 def test_the_spans_of_a_realigned_context_tile_the_time_axis(context, realigner):
     placed = realigner.place(**context)
     assert realigner.rotates
@@ -70,17 +70,17 @@ def test_the_spans_of_a_realigned_context_tile_the_time_axis(context, realigner)
 
 
 @given(context=contexts())
-def test_anchored_holds_the_sink_and_incremental_holds_recent(context):
-    assert Anchored().place(**context).sink_shift == 0
+def test_contiguous_holds_the_sink_and_incremental_holds_recent(context):
+    assert Contiguous().place(**context).sink_shift == 0
     assert Incremental().place(**context).recent_shift == 0
 
 
 @given(context=contexts())
-def test_anchored_and_incremental_agree_up_to_one_common_shift(context):
-    anchored, incremental = Anchored().place(**context), Incremental().place(**context)
-    shift = incremental.sink_shift - anchored.sink_shift
-    assert incremental.recent_shift - anchored.recent_shift == shift
-    assert (incremental.mid_starts - anchored.mid_starts == shift).all()
+def test_contiguous_and_incremental_agree_up_to_one_common_shift(context):
+    contiguous, incremental = Contiguous().place(**context), Incremental().place(**context)
+    shift = incremental.sink_shift - contiguous.sink_shift
+    assert incremental.recent_shift - contiguous.recent_shift == shift
+    assert (incremental.mid_starts - contiguous.mid_starts == shift).all()
 
 
 def test_the_papers_own_example():

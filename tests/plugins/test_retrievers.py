@@ -288,7 +288,7 @@ def test_settings_out_of_range_are_refused_by_name(options):
 @pytest.mark.parametrize(
     "compressor", [("mean-pool", {"ratio": 8}), ("top-tokens", {"keep": 3}), ("mean-pool", {"ratio": 1})]
 )
-@pytest.mark.parametrize("realigner", ["anchored", "gaps"])
+@pytest.mark.parametrize("realigner", ["contiguous", "original"])
 def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(compressor, realigner):
     found = policy(
         "archive",
@@ -296,7 +296,7 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
         recent=2,
         top_k=2,
         compressor=compressor,
-        recall="compressed",
+        attend="compressed",
         realigner=realigner,
         retriever=("affinity", {"form": "compressed"}),
     )
@@ -306,9 +306,9 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
     store, random = LayerStore(found, geometry, rotary=turn), torch.Generator().manual_seed(0)
     for _ in range(4):
         keys = torch.randn(1, 2, 32, 12, generator=random)
-        store.draft(keys, keys)
+        store.write(keys, keys, replace=True)
         store.select(keys)
-        store.settle()
+        store.commit()
     index = torch.arange(store.archived).expand(1, 2, -1)
     keys, _, offsets = store.shelves["compressed"].read(index)
     positions = offsets.double().expand(*keys.shape[:4], -1).clone()

@@ -39,6 +39,6 @@ def test_the_invariants_hold() -> None:
 
 def test_it_is_found_by_name() -> None:
     assert "value-norm" in entry_points(group="kvtiers").names
-    policy = kvtiers.policy("archive", compressor={"name": "value-norm", "keep": 3}, recall="compressed")
+    policy = kvtiers.policy("archive", compressor={"name": "value-norm", "keep": 3}, attend="compressed")
     assert policy.compressor == ValueNorm(keep=3)
     assert kvtiers.policy("value-norm-archive").compressor == ValueNorm()
