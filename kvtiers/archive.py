@@ -7,7 +7,7 @@ nothing of keys and values: it holds named tensors, which a `Codec` made of them
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import attrs
 import torch
@@ -22,6 +22,9 @@ from kvtiers.state import Saved, State
 
 Parts = Mapping[str, Tensor]
 """What a codec made of a run of blocks: tensors by name, each [batch, kv_heads, blocks, ...]."""
+
+
+OwnStore = TypeVar("OwnStore", bound="BlockStore")
 
 
 class ByteBudget:
@@ -81,11 +84,11 @@ class BlockStore(State, ABC):
         """Bytes of the storages (or files) held, by location."""
 
     @abstractmethod
-    def fork(self) -> Self:
+    def fork(self: OwnStore) -> OwnStore:
         """An independent copy that continues from here. It may share what is held until one side writes."""
 
     @abstractmethod
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> Self:
+    def select_rows(self: OwnStore, rows: Int[Tensor, " rows"]) -> OwnStore:
         """A copy whose row i is row `rows[i]` of this one. Blocks that are held stay as they are."""
 
     @abstractmethod

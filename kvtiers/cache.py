@@ -1,5 +1,6 @@
 """`TieredCache`: the layers of a model, and the rows of a batch."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,15 @@ class TieredCache:
         return self._budgets.setdefault(archive, ByteBudget(archive.limit_bytes))
 
     def _rows_of(self, index: int) -> LayerRows:
-        return LayerRows(lambda batch: self.new_layer(index, batch), self.numbers[index])
+        me = weakref.ref(self)  # so that `del cache` frees at once
+
+        def make(batch: int) -> Layer:
+            cache = me()
+            if cache is None:
+                raise GeometryError("this layer's cache is gone; keep the cache as long as its layers are fed")
+            return cache.new_layer(index, batch)
+
+        return LayerRows(make, self.numbers[index])
 
     # ------------------------------------------------------------------ the verbs
 

@@ -7,7 +7,7 @@ Nothing here knows caches or layers.
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, Self, cast
+from typing import Any, TypeVar, cast
 
 import attrs
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvtiers.errors import SavedCacheError
 
+Own = TypeVar("Own", bound="State")
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Named tensors, and what JSON can hold."""
 
@@ -75,11 +76,11 @@ class State:
         """Go back to what `snapshot` gave."""
         self.__dict__.update(before)
 
-    def fork(self) -> Self:
+    def fork(self: Own) -> Own:
         """An independent copy that continues from here."""
         return self._mapped(_cloned, lambda one: one.fork())
 
-    def select_rows(self, at: Tensor) -> Self:
+    def select_rows(self: Own, at: Tensor) -> Own:
         """A copy whose row i is row `at[i]` of this one."""
 
         def taken(kind: str, x: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class State:
 
         return self._mapped(taken, lambda one: one.select_rows(at))
 
-    def _mapped(self, tensor: Any, inner: Any) -> Self:
+    def _mapped(self: Own, tensor: Any, inner: Any) -> Own:
         other = copy.copy(self)
         for name, kind, value in self.declared():
             if kind == "number":

@@ -19,7 +19,7 @@ from kvtiers.cache import TieredCache
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
 from kvtiers.plugins import registry
-from kvtiers.policy import SLOTS, Policy, SourceCompressor
+from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import build
 from kvtiers.presets import policy as preset
 from kvtiers.rotary import Rotary
@@ -83,7 +83,7 @@ def names(slot: str) -> tuple[str, ...]:
 
 def _reduces(made: Any) -> bool:
     """Whether this compresses what a video model is given, which no layer by itself can."""
-    return isinstance(made.compressor if isinstance(made, Policy) else made, SourceCompressor)
+    return getattr(made.compressor if isinstance(made, Policy) else made, "given", False)
 
 
 @cache
@@ -203,7 +203,7 @@ class Setting:
         return stream(self.geometry, self.steps, self.seed)
 
     def layer(self, **changes: Any) -> Layer:
-        return Layer(self.policy, self.geometry, rotary=self.rotary, **changes)
+        return Layer(policy=self.policy, geometry=self.geometry, rotary=self.rotary, **changes)
 
     def cache(self, **changes: Any) -> TieredCache:
         return TieredCache(self.policy, [self.geometry], rotaries=[self.rotary], **changes)

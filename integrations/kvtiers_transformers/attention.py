@@ -48,28 +48,13 @@ def _own_attention(module: nn.Module, backend: str) -> Callable[..., Any]:
     return function
 
 
-def _allowed(context: Context, query: Tensor) -> Tensor | None:
-    """What each current token may see, [queries, tokens], or none if everything."""
-    if context.mask is not None or not context.causal:
-        return context.mask
-    return torch.ones(context.current, context.current, dtype=torch.bool, device=query.device).tril()
-
-
-def _additive(context: Context, query: Tensor) -> Tensor | None:
-    """The mask as numbers to add to the scores, [batch, 1, queries, tokens]."""
-    allowed = _allowed(context, query)
-    if allowed is None:
-        return None
-    lowest = torch.finfo(query.dtype).min
-    numbers = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill(~allowed, lowest)
-    return numbers.expand(query.shape[0], 1, -1, -1)
-
-
 def _block_mask(context: Context, query: Tensor) -> Any:
     """The mask as flex attention takes it. Its kernels look beyond the edge, so the mask goes on to whole blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    allowed = _allowed(context, query)
+    allowed = context.mask
+    if allowed is None and context.causal:
+        allowed = torch.ones(context.current, context.keys.shape[2], dtype=torch.bool, device=query.device).tril()
     if allowed is None:
         return None
     rows, columns = allowed.shape
@@ -85,17 +70,22 @@ def _block_mask(context: Context, query: Tensor) -> Any:
 
 
 def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
+    """What the backend adds to logits, or may look at: mask and bias of a context."""
+    if backend == "eager" or (backend == "sdpa" and context.bias is not None):
+        added = context.logit_bias(query.shape[1], query.dtype)
+        if added is None:
+            return None
+        lowest = torch.finfo(query.dtype).min
+        return added.clamp(min=lowest).expand(query.shape[0], -1, query.shape[2], -1)
     if backend == "sdpa":
         return None if context.mask is None else context.mask.expand(query.shape[0], 1, -1, -1)
-    if backend == "eager":
-        return _additive(context, query)
-    if backend == "flex_attention":
+    if backend == "flex_attention" and context.bias is None:
         return _block_mask(context, query)
-    if "flash" in backend and not context.banded:
+    if "flash" in backend and not context.banded and context.bias is None:
         return None  # its causal order counts from the end of the keys, which is where the current tokens are
     raise UnsupportedModelError(
-        f"attention {backend!r} cannot attend this context; load the model with attn_implementation='sdpa', "
-        "'eager' or 'flex_attention'"
+        f"attention {backend!r} cannot attend this context{' with a bias on its tokens' if context.bias is not None else ''}"
+        "; load the model with attn_implementation='sdpa' or 'eager'"
     )
 
 

@@ -1,6 +1,7 @@
 """A `transformers.Cache` whose full-attention layers are tiers; sliding layers stay transformers' own."""
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class TieredLayer(CacheLayerMixin):
 
     def __init__(self, owner: "TransformersCache", layer: LayerRows) -> None:
         super().__init__()
-        self.owner, self.layer = owner, layer
+        self.owner, self.layer = weakref.ref(owner), layer  # so that `del cache` frees at once
         self.held_before = 0
         """Tokens of all rows before the forward that is running."""
         self.columns = 0
@@ -66,7 +67,7 @@ class TieredLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Count the new columns and hand the current keys and values on to the attention function."""
         forward = running.get()
-        if forward is None or forward.cache is not self.owner:
+        if forward is None or forward.cache is not self.owner():
             raise UnsupportedModelError(
                 "this cache was given to a model that is not enabled for it; use it inside "
                 "`with tiered(model, ...) as cache`, or call enable(model) first"
@@ -89,7 +90,7 @@ class TieredLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.layer.groups = []
+        self.layer.groups = ()
         self.columns = self.padded_until = 0
 
     def offload(self) -> None:

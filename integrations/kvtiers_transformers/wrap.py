@@ -361,13 +361,11 @@ def new_cache(
     policies = kvtiers.resolve(policy, layers=tiers, **changes)
     rotates = policies[0].realigner.rotates
     rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if rotates else None for i in tiers]
-    observe = kvtiers.observer()
     core = TieredCache(
         policies,
         [attrs.evolve(_geometry(config, attentions[i]), dtype=model.dtype) for i in tiers],
         rotaries=rotaries,
         numbers=tiers,
-        observe=observe,
         check=check,
     )
     return TransformersCache(core, own, _outline(decoder), model.device)

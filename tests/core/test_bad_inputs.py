@@ -71,21 +71,21 @@ def test_a_slot_takes_only_its_kind(slot):
 )
 def test_a_policy_that_could_exceed_its_budget_is_refused_before_a_token_is_held(changes, bound):
     with pytest.raises(BudgetError, match=f"this policy attends {bound} tokens, more than budget"):
-        Layer(policy("archive", **changes), GEOMETRY)
+        Layer(policy=policy("archive", **changes), geometry=GEOMETRY)
     with pytest.raises(BudgetError):
         TieredCache(policy("archive", **changes), [GEOMETRY])
 
 
 def test_a_budget_that_is_kept_is_accepted():
     found = policy("archive")
-    Layer(attrs.evolve(found, budget=found.bound(GEOMETRY)), GEOMETRY)
+    Layer(policy=attrs.evolve(found, budget=found.bound(GEOMETRY)), geometry=GEOMETRY)
 
 
 @pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 def test_a_realigner_needs_a_rotary_embedding(realigner):
     with pytest.raises(RotaryError, match="layer 3 has no rotary embedding; use realigner='original'"):
-        Layer(policy("streaming", realigner=realigner), GEOMETRY, layer=3)
-    Layer(policy("streaming", realigner="original"), GEOMETRY, layer=3)
+        Layer(policy=policy("streaming", realigner=realigner), geometry=GEOMETRY, layer=3)
+    Layer(policy=policy("streaming", realigner="original"), geometry=GEOMETRY, layer=3)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_without_checking_nothing_is_looked_at():
 
 def test_a_video_layer_takes_whole_steps():
     geometry = Geometry(kv_heads=1, head_dim=4, grid=(2, 3), steps_per_commit=1, causal=False)
-    layer = Layer(policy("archive", block_size=1), geometry)
+    layer = Layer(policy=policy("archive", block_size=1), geometry=geometry)
     with pytest.raises(GeometryError, match="takes whole steps of 6 tokens, got 7 tokens"):
         layer.write(torch.zeros(1, 1, 7, 4), torch.zeros(1, 1, 7, 4))
 
@@ -191,14 +191,14 @@ def test_a_video_layer_takes_whole_steps():
 def test_a_video_layer_takes_no_more_than_one_commit_at_once():
     """Else the context would exceed its bound, which counts one commit."""
     geometry = Geometry(kv_heads=1, head_dim=4, grid=(2,), steps_per_commit=3, causal=False)
-    layer = Layer(policy("archive", block_size=3, sink=3, recent=3), geometry)
+    layer = Layer(policy=policy("archive", block_size=3, sink=3, recent=3), geometry=geometry)
     layer.write(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4))
     with pytest.raises(GeometryError, match="at most 3 steps at once, got 12 tokens"):
         layer.write(torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
 
 
 def test_reading_or_selecting_before_anything_is_held_says_what_to_do():
-    layer = Layer(policy("archive"), GEOMETRY)
+    layer = Layer(policy=policy("archive"), geometry=GEOMETRY)
     with pytest.raises(SelectionError, match="holds nothing yet; write keys and values first"):
         layer.context()
     layer.select()

@@ -171,7 +171,7 @@ def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
     one = full[:, 0, :, :, :1]
 
     def attended(keys, values):
-        layer = Layer(found, geometry, rotary=turn, keep_graph=True)
+        layer = Layer(policy=found, geometry=geometry, rotary=turn, keep_graph=True)
         for number in range(6):
             query, key, value = full[number]
             layer.write(key, value, replace=True)

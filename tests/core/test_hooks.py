@@ -70,7 +70,7 @@ def plugged() -> Iterator[Any]:
 
 
 def fed(policy: kvtiers.Policy, *, steps: int = 20, **options: Any) -> kvtiers.Layer:
-    layer = kvtiers.Layer(policy, GEOMETRY, **options)
+    layer = kvtiers.Layer(policy=policy, geometry=GEOMETRY, **options)
     for step in range(steps):
         x = torch.full((1, 2, 1, 4), float(step))
         layer.write(x, x)

@@ -37,7 +37,7 @@ def runs() -> list:
 def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
     """In chunks, and one by one now and then, as a long conversation would."""
     found = policy(name)
-    layer = Layer(found, GEOMETRY, rotary=rotary(4))
+    layer = Layer(policy=found, geometry=GEOMETRY, rotary=rotary(4))
     bound, chunk = found.bound(GEOMETRY), found.chunk_size
     flat: set[int] = set()
     pool = torch.randn(3, 1, 1, chunk * 7, 4, generator=torch.Generator().manual_seed(0))

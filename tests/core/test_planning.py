@@ -67,7 +67,7 @@ def test_a_policy_without_a_bound_never_holds_more_than_twice_what_it_needs(data
 
 def test_all_of_a_video_takes_up_to_twice_its_size_as_its_buffer_doubles():
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(2, 3), steps_per_commit=4, causal=False)
-    layer, held, planned = Layer(policy("full"), geometry), [], []
+    layer, held, planned = Layer(policy=policy("full"), geometry=geometry), [], []
     for number in range(1, 20):
         layer.write(*torch.zeros(2, 1, 2, 24, 12), replace=True)
         layer.commit()

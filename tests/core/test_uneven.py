@@ -146,7 +146,7 @@ def test_a_context_is_what_it_would_be_without_padding(
             query=[turn.rotate(q, at(film, n)) for n, q in enumerate(film.query)],
             keys=[turn.rotate(k, at(film, n)) for n, k in enumerate(film.keys)],
         )
-    layer = Layer(found, geometry(), rotary=turn)
+    layer = Layer(policy=found, geometry=geometry(), rotary=turn)
     for number in range(len(lengths)):
         (context,) = play_current(layer, given, number)
         query = layer.place_query(given.query[number])
@@ -183,7 +183,7 @@ def compressed(**changes: Any) -> Policy:
 @torch.no_grad()
 def test_padding_is_masked_wherever_blocks_lie_and_a_shorter_block_never_shows_zeros(found: Policy) -> None:
     film = Film.of([3, 1, 4, 2, 1, 3, 4, 1, 2, 4])
-    layer = Layer(found, geometry(), rotary=rotary())
+    layer = Layer(policy=found, geometry=geometry(), rotary=rotary())
     hidden = 0
     for context in play(layer, film, range(10)):
         zeros = (context.values == 0).all(-1)
@@ -200,8 +200,8 @@ def test_padding_is_masked_wherever_blocks_lie_and_a_shorter_block_never_shows_z
 def test_blocks_that_happen_to_be_of_one_length_need_no_mask_and_attend_like_an_even_video() -> None:
     film = Film.of([LONGEST] * 8)
     found = policy("archive", sink=4, recent=4, top_k=2)
-    uneven = Layer(found, geometry(), rotary=rotary())
-    even = Layer(found, attrs.evolve(geometry(), even=True), rotary=rotary())
+    uneven = Layer(policy=found, geometry=geometry(), rotary=rotary())
+    even = Layer(policy=found, geometry=attrs.evolve(geometry(), even=True), rotary=rotary())
     for mine, theirs in zip(play(uneven, film, range(8)), play(even, film, range(8)), strict=True):
         assert mine.mask is None
         assert torch.equal(mine.values, theirs.values)
@@ -247,7 +247,7 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
     film = Film.of([3, 1, 4, 2, 1, 3, 4, 1])
     one = ("affinity", {"heads": "per-kv", "normalise": "softmax"})
     start = policy("archive", sink=2, recent=3, top_k=2, retriever="recency")
-    wanted = Layer(policy(start, retriever=one), geometry(), rotary=rotary())
+    wanted = Layer(policy=policy(start, retriever=one), geometry=geometry(), rotary=rotary())
     play(wanted, film, range(8))
     cache = TieredCache(start, [geometry()], rotaries=[rotary()])
     for number in range(8):
@@ -276,7 +276,7 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
 def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> None:
     film = Film.of([1, 4, 2, 1, 3, 2])
     found = policy("archive", sink=0, recent=0, top_k=2, retriever=retriever, realigner="contiguous")
-    layer = Layer(found, geometry(), rotary=rotary())
+    layer = Layer(policy=found, geometry=geometry(), rotary=rotary())
     play(layer, film, range(6))
     turn, judge = rotary(), found.retriever
     query = turn.rotate(film.query[5], at(film, 5))
@@ -305,7 +305,7 @@ def test_a_retriever_that_makes_more_digests_than_it_says_is_refused_and_nothing
 
     film = Film.of([1, 4, 1])
     found = policy("archive", sink=0, recent=0, retriever=Chatty(digest_tokens=6, normalise="softmax"))
-    layer = Layer(found, geometry(), rotary=rotary())
+    layer = Layer(policy=found, geometry=geometry(), rotary=rotary())
     play(layer, film, range(1))
     with pytest.raises(GeometryError, match=r"Chatty made 4 digests of a block of 24 tokens, and .* says 1"):
         play(layer, film, range(1, 2))

@@ -41,7 +41,7 @@ def test_a_video_of_an_hour_attends_27_872_tokens_a_step():
         kv_heads=12, head_dim=128, grid=(30, 52), steps_per_commit=4, causal=False, dtype=torch.bfloat16
     )
     found = policy("packforcing", archive="device")
-    layer = Layer(found, geometry, rotary=wan_rotary(128))
+    layer = Layer(policy=found, geometry=geometry, rotary=wan_rotary(128))
     with torch.device("meta"):
         seen = [one_block(layer, lambda shape: torch.empty(shape, dtype=torch.bfloat16), steps=1) for _ in range(40)]
     counts = [context.keys.shape[2] for context in seen]
@@ -53,7 +53,7 @@ def test_a_video_of_an_hour_attends_27_872_tokens_a_step():
 def test_an_hour_really_is_an_hour():
     geometry = Geometry(kv_heads=1, head_dim=12, grid=(4, 4), steps_per_commit=4, causal=False)
     found = policy("packforcing", archive="host")
-    layer = Layer(found, geometry, rotary=wan_rotary(12))
+    layer = Layer(policy=found, geometry=geometry, rotary=wan_rotary(12))
     bound = found.bound(geometry)
     for number in range(3_600):
         context = one_block(layer, torch.randn, steps=1)
@@ -68,7 +68,7 @@ def test_an_hour_really_is_an_hour():
 def test_past_top_k_nothing_of_a_denoise_step_moves(archive):
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=4, causal=False)
     found = policy("packforcing", archive=archive, top_k=3)
-    layer = Layer(found, geometry, rotary=wan_rotary(12))
+    layer = Layer(policy=found, geometry=geometry, rotary=wan_rotary(12))
     seen = [one_block(layer, torch.randn) for _ in range(14)]
     steady = seen[7:]
     places = {(c.keys.data_ptr(), c.values.data_ptr(), c.keys.shape, c.current) for c in steady}

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "examples" / "custom_compressor"
 USE = """
 import json, sys, torch, kvtiers, kvtiers_value_norm
 policy = kvtiers.policy("archive", compressor="value-norm", attend="compressed", recent=32, top_k=2)
-layer = kvtiers.Layer(policy, kvtiers.Geometry(kv_heads=2, head_dim=4))
+layer = kvtiers.Layer(policy=policy, geometry=kvtiers.Geometry(kv_heads=2, head_dim=4))
 for _ in range(4):
     x = torch.randn(1, 2, 64, 4)
     layer.write(x, x)

@@ -455,7 +455,7 @@ def test_digests_choose_what_the_formula_chooses(
         **hr(),
     )
     layer, random = (
-        Layer(found, geometry, rotary=rotary),
+        Layer(policy=found, geometry=geometry, rotary=rotary),
         torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
     )
     shape = (rows, heads, frames * grid[0] * grid[1])
@@ -595,7 +595,7 @@ def _text_store() -> object:
 
 def _without_reduced() -> object:
     geometry = Geometry(kv_heads=1, head_dim=8, grid=(4, 4), steps_per_commit=2, causal=False)
-    layer = Layer(kvtiers.policy("packforcing", sink=0), geometry, rotary=kvtiers.Rotary([torch.ones(1)]))
+    layer = Layer(policy=kvtiers.policy("packforcing", sink=0), geometry=geometry, rotary=kvtiers.Rotary([torch.ones(1)]))
     layer.write(torch.zeros(1, 1, 32, 8), torch.zeros(1, 1, 32, 8), replace=True)
     return layer.commit()
 

@@ -303,7 +303,7 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
     frequencies = [torch.tensor([1.0, 0.1]), torch.tensor([0.7, 0.1]), torch.tensor([0.5, 0.2])]
     turn = Rotary(frequencies, layout="interleaved", angle_dtype=torch.float64)
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False)
-    layer, random = Layer(found, geometry, rotary=turn), torch.Generator().manual_seed(0)
+    layer, random = Layer(policy=found, geometry=geometry, rotary=turn), torch.Generator().manual_seed(0)
     for _ in range(4):
         keys = torch.randn(1, 2, 32, 12, generator=random)
         layer.write(keys, keys, replace=True)
