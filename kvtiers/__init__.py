@@ -3,9 +3,9 @@
 from importlib.metadata import version as _version
 
 from kvtiers.accounting import MemoryUsage, bytes_in, memory_usage_of
-from kvtiers.archive import Archive, Shelf
+from kvtiers.archive import Archive, BlockStore
 from kvtiers.blocks import Blocks, Context, Extent, Selection
-from kvtiers.cache import Layer, Ragged, TieredCache, Turn
+from kvtiers.cache import TieredCache
 from kvtiers.errors import (
     ArchiveFullError,
     BudgetError,
@@ -28,6 +28,7 @@ from kvtiers.errors import (
 )
 from kvtiers.geometry import Geometry
 from kvtiers.hookspecs import hookimpl
+from kvtiers.layer import Layer
 from kvtiers.layered import resolve
 from kvtiers.plugins import observer, register, unregister
 from kvtiers.policy import (
@@ -44,7 +45,7 @@ from kvtiers.policy import (
 )
 from kvtiers.presets import load_policy, policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
+from kvtiers.rows import Chunk, LayerRows, PaddingPattern, RowGroup
 from kvtiers.timeline import Timeline
 
 __version__ = _version("kvtiers")
@@ -52,37 +53,39 @@ __version__ = _version("kvtiers")
 __all__ = [
     "Archive",
     "ArchiveFullError",
+    "BlockStore",
     "Blocks",
     "BudgetError",
+    "Chunk",
     "Compressor",
     "Context",
     "CropError",
     "Extent",
     "Geometry",
     "GeometryError",
-    "MemoryUsage",
     "InterruptedForwardError",
     "KVTiersError",
     "Layer",
-    "LayerStore",
+    "LayerRows",
+    "MemoryUsage",
     "MissingExtraError",
     "MissingModelError",
     "NotFiniteError",
+    "PaddingPattern",
     "Placement",
     "PluginError",
     "Policy",
     "PolicyError",
-    "Ragged",
     "Realigner",
     "Reduced",
     "Reducer",
     "Retriever",
     "Rotary",
     "RotaryError",
+    "RowGroup",
     "SavedCacheError",
     "Selection",
     "SelectionError",
-    "Shelf",
     "Sink",
     "SlotError",
     "Source",
@@ -90,13 +93,12 @@ __all__ = [
     "SwapError",
     "TieredCache",
     "Timeline",
-    "Turn",
     "UnknownPolicyError",
     "UnsupportedModelError",
     "bytes_in",
-    "memory_usage_of",
     "hookimpl",
     "load_policy",
+    "memory_usage_of",
     "observer",
     "policy",
     "register",

@@ -8,8 +8,8 @@ import attrs
 from torch import Tensor
 
 from kvtiers.blocks import Location, Selection, Tier
+from kvtiers.layer import Layer
 from kvtiers.recall import MidTokens
-from kvtiers.store import LayerStore
 
 Part = Tier | Literal["digests", "spare", "prompt"]
 
@@ -24,27 +24,27 @@ class MemoryUsage:
     bytes: int
 
 
-def memory_usage_of(stores: Iterable[LayerStore]) -> list[MemoryUsage]:
-    """What `stores` hold together, one entry per tier and location, largest first."""
+def memory_usage_of(layers: Iterable[Layer]) -> list[MemoryUsage]:
+    """What `layers` hold together, one entry per tier and location, largest first."""
     total: Counter[tuple[Part, Location]] = Counter()
     small: dict[int, int] = {}
     waiting: dict[int, int] = {}
     graph: dict[int, int] = {}
-    for store in stores:
-        for buffer in store._all_buffers():
-            _split(store, buffer, total)
-        parts = [store.digests.buffer, store.starts.buffer, store.state, *_parts(store.mid), *_parts(store.selection)]
-        parts += [part.table.buffer for part in store.lengths.values()]
+    for layer in layers:
+        for buffer in layer._all_buffers():
+            _split(layer, buffer, total)
+        parts = [layer.digests.buffer, layer.starts.buffer, layer.state, *_parts(layer.mid), *_parts(layer.selection)]
+        parts += [part.table.buffer for part in layer.lengths.values()]
         storages = [part.untyped_storage() for part in parts if isinstance(part, Tensor)]
         small |= {storage.data_ptr(): storage.nbytes() for storage in storages}  # rows that part ways share some
-        for block in store.reduced.values():
+        for block in layer.reduced.values():
             for part in (block.keys, block.values, block.offsets):
                 waiting[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        for run in store.graph:
+        for run in layer.graph:
             for part in (run.keys, run.values):
                 graph[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        for shelf in store.shelves.values():
-            for location, size in shelf.bytes_by_location().items():
+        for store in layer.stores.values():
+            for location, size in store.bytes_by_location().items():
                 total["mid", location] += size
     total["digests", "device"] = sum(small.values())
     total["recent", "device"] += sum(waiting.values())
@@ -56,16 +56,16 @@ def _parts(value: MidTokens | Selection | None) -> list[object]:
     return [] if value is None else [getattr(value, field.name) for field in attrs.fields(type(value))]
 
 
-def _split(store: LayerStore, buffer: Tensor, total: Counter[tuple[Part, Location]]) -> None:
+def _split(layer: Layer, buffer: Tensor, total: Counter[tuple[Part, Location]]) -> None:
     """Credit the slots of a context buffer to the tiers that are in them."""
     whole = buffer.untyped_storage().nbytes()
     slot = whole // buffer.shape[2]
-    recent = max(0, store.tail - store.head - store.current)
+    recent = max(0, layer.tail - layer.head - layer.current)
     parts: dict[Part, int] = {
-        "sink": store.sink_tokens,
-        "mid": 0 if store.stale else store.mid_tokens,
+        "sink": layer.sink_tokens,
+        "mid": 0 if layer.stale else layer.mid_tokens,
         "recent": recent,
-        "current": min(store.current, store.tail - store.head),
+        "current": min(layer.current, layer.tail - layer.head),
     }
     for tier, tokens in parts.items():
         total[tier, "device"] += tokens * slot

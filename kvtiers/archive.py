@@ -1,4 +1,4 @@
-"""The archive: every mid block, attended now or not. `Archive` is the policy, a `Shelf` holds one layer's blocks."""
+"""The archive: every mid block, attended now or not. `Archive` is the policy, a `BlockStore` holds a layer's blocks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from kvtiers.blocks import Blocks, Location
 from kvtiers.errors import GeometryError
 
 
-class Shelf(ABC):
+class BlockStore(ABC):
     """The archived blocks of one layer in one form, all of one size, in order of origin."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Shelf(ABC):
         """Make new row i what row `rows[i]` was."""
 
     @abstractmethod
-    def fork(self) -> "Shelf":
+    def fork(self) -> "BlockStore":
         """An independent copy that continues from here."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Shelf(ABC):
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], *, count: int, span: int) -> None:
-        """Become what `tensors` of a saved shelf say."""
+        """Become what `tensors` of a saved store say."""
 
     def admit(self, blocks: Blocks) -> None:
         """Check that `blocks` are of the size of those already here."""
@@ -68,20 +68,20 @@ class Shelf(ABC):
 
 
 class Archive(ABC):
-    """Decides where archived data lives. A frozen setting; `open` gives each layer its shelf."""
+    """Decides where archived data lives. A frozen setting; `open` gives each layer its store."""
 
     location: ClassVar[Location]
 
     @abstractmethod
-    def open(self) -> Shelf:
-        """A new, empty shelf for one layer and one form."""
+    def open(self) -> BlockStore:
+        """A new, empty store for one layer and one form."""
 
     def adopts(self, other: "Archive") -> bool:
-        """Whether `adopt` can go on with the shelves that `other` opened, as with another byte limit."""
+        """Whether `adopt` can go on with the stores that `other` opened, as with another byte limit."""
         return self == other
 
-    def adopt(self, shelf: Shelf) -> None:  # noqa: B027 (there may be nothing to do)
-        """Go on with a shelf that an archive which this one `adopts` has opened."""
+    def adopt(self, store: BlockStore) -> None:  # noqa: B027 (there may be nothing to do)
+        """Go on with a store that an archive which this one `adopts` has opened."""
 
 
 def lasting(shape: Sequence[int], *, like: Tensor, pinned: bool = False) -> Tensor:
@@ -151,8 +151,8 @@ class Growing:
         self.buffer = buffer.pin_memory() if self.pinned else buffer
 
 
-class TensorShelf(Shelf):
-    """A shelf in memory, on the device the blocks come from or on the one that is named."""
+class TensorBlockStore(BlockStore):
+    """A store in memory, on the device the blocks come from or on the one that is named."""
 
     def __init__(self, location: Location, device: torch.device | None = None, *, pinned: bool = False) -> None:
         super().__init__()
@@ -194,15 +194,15 @@ class TensorShelf(Shelf):
         for part in (self._keys, self._values, self._offsets):
             part.select_rows(rows)
 
-    def fork(self) -> "TensorShelf":
+    def fork(self) -> "TensorBlockStore":
         other = self._empty()
         other.count, other.span, other.tokens = self.count, self.span, self.tokens
         other._keys, other._values, other._offsets = self._keys.fork(), self._values.fork(), self._offsets.fork()
         other._constant = None if self._constant is None else self._constant.clone()
         return other
 
-    def _empty(self) -> "TensorShelf":
-        return TensorShelf(self.location, self.device, pinned=self.pinned)
+    def _empty(self) -> "TensorBlockStore":
+        return TensorBlockStore(self.location, self.device, pinned=self.pinned)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {"keys": self._keys.data, "values": self._values.data, "offsets": self._offsets.data}
@@ -224,8 +224,8 @@ def pick(
 ) -> Float[Tensor, "batch kv_heads chosen tokens width"]:
     """The chosen blocks of every row and head, in one copy of whole blocks."""
     if part.buffer is None:
-        raise GeometryError("an empty shelf was read")
+        raise GeometryError("an empty store was read")
     batch, heads, slots, tokens, width = part.buffer.shape
-    lane = torch.arange(batch * heads, device=part.buffer.device).view(batch, heads, 1) * slots
+    start = torch.arange(batch * heads, device=part.buffer.device).view(batch, heads, 1) * slots
     whole = part.buffer.view(batch * heads * slots, tokens * width)
-    return whole.index_select(0, (lane + index).flatten()).view(batch, heads, index.shape[-1], tokens, width)
+    return whole.index_select(0, (start + index).flatten()).view(batch, heads, index.shape[-1], tokens, width)

@@ -1,204 +1,26 @@
-"""`TieredCache`: the layers of a model, and the rows of a batch. Rows that advance together share one store."""
+"""`TieredCache`: the layers of a model, and what is done to all of them at once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvtiers import accounting, saving, session, swap
 from kvtiers.blocks import Context, Extent, Tier
 from kvtiers.errors import CropError, GeometryError, SwapError
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer, Observe
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore, Observe
-
-
-class Ragged:
-    """Which columns of a forward are real tokens, by row. Worked out once per forward, for all layers."""
-
-    def __init__(self, valid: Bool[Tensor, "batch steps"]) -> None:
-        host = valid.cpu()
-        patterns: dict[bytes, int] = {}
-        self.pattern_of_row: list[int] = []
-        self.columns: list[Tensor] = []
-        for row in host:
-            key = bytes(row.tolist())
-            if key not in patterns:
-                patterns[key] = len(patterns)
-                self.columns.append(row.nonzero()[:, 0].to(valid.device))
-            self.pattern_of_row.append(patterns[key])
-        self.tokens = int(host.sum())
-        """Real tokens of all rows."""
-
-    @staticmethod
-    def of(valid: Bool[Tensor, "batch steps"] | None) -> "Ragged | None":
-        """None if every token of every row is real."""
-        return None if valid is None or bool(valid.all()) else Ragged(valid)
-
-
-@attrs.frozen(eq=False, kw_only=True)
-class Turn:
-    """One chunk of some rows of a forward, written and selected: attend `query` to `context`.
-
-    rows: which rows of the batch (none: all). columns: which columns of the forward.
-    query: [rows, query_heads, columns, head_dim], placed.
-    """
-
-    rows: Int[Tensor, " rows"] | None
-    columns: slice | Int[Tensor, " columns"]
-    query: Float[Tensor, "rows query_heads columns head_dim"]
-    context: Context
-
-
-@attrs.define(eq=False)
-class Lane:
-    """Rows with the same history extents, and their store. rows: none means all of them."""
-
-    rows: Int[Tensor, " rows"] | None
-    store: LayerStore
-
-
-class Layer:
-    """One layer: its lanes. A batch without padding is one lane."""
-
-    def __init__(self, make: Callable[[int], LayerStore], number: int) -> None:
-        self._make = make
-        self.number = number
-        """The model's number for this layer."""
-        self.lanes: list[Lane] = []
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen by all rows together."""
-        return sum(lane.store.num_steps * lane.store.geometry.batch for lane in self.lanes)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps seen by the row that has seen most."""
-        return max((lane.store.num_steps for lane in self.lanes), default=0)
-
-    def num_steps_by_row(self) -> list[int]:
-        """Steps seen by each row; empty before the first tokens."""
-        seen = {row: lane.store.num_steps for lane in self.lanes for row in _numbers(lane)}
-        return [seen[row] for row in sorted(seen)]
-
-    @property
-    def batch(self) -> int | None:
-        """Rows, or none before the first tokens."""
-        return sum(lane.store.geometry.batch for lane in self.lanes) or None
-
-    def check_batch(self, batch: int) -> None:
-        """Raise `GeometryError` unless a forward of `batch` rows can go on from here."""
-        if self.num_steps and self.batch != batch:
-            raise GeometryError(
-                f"layer {self.number} holds {self.batch} rows, got {batch}; a filled cache cannot grow its batch by "
-                "itself: use batch_repeat_interleave or batch_select_indices first, or reset() it"
-            )
-
-    def _split(self, batch: int, ragged: Ragged | None) -> list[tuple[Lane, Tensor | None]]:
-        """The lanes of this forward with their valid columns (none: all), split where rows part ways."""
-        self.check_batch(batch)
-        if self.batch != batch:
-            self.lanes = [Lane(None, self._make(batch))]
-        if ragged is None:
-            return [(lane, None) for lane in self.lanes]
-        lanes: list[tuple[Lane, Tensor | None]] = []
-        for lane in self.lanes:
-            rows = list(range(batch)) if lane.rows is None else lane.rows.tolist()
-            groups: dict[int, list[int]] = {}
-            for at, row in enumerate(rows):
-                groups.setdefault(ragged.pattern_of_row[row], []).append(at)
-            for pattern, members in groups.items():
-                columns = ragged.columns[pattern]
-                if len(groups) == 1:
-                    lanes.append((lane, columns))
-                    continue
-                own = session.fork(lane.store) if lane.store.num_steps else self._make(len(members))
-                if lane.store.num_steps:
-                    session.select_rows(own, torch.tensor(members, device=columns.device))
-                lanes.append((Lane(torch.tensor([rows[m] for m in members], device=columns.device), own), columns))
-        self.lanes = [lane for lane, _ in lanes]
-        return lanes
-
-    def turns(
-        self,
-        query: Float[Tensor, "batch query_heads steps head_dim"],
-        keys: Float[Tensor, "batch kv_heads steps head_dim"],
-        values: Float[Tensor, "batch kv_heads steps value_dim"],
-        ragged: Ragged | None = None,
-    ) -> Iterator[Turn]:
-        """Feed a forward of any length through the three verbs, cut on the policy's absolute chunk grid (text)."""
-        for lane, columns in self._split(keys.shape[0], ragged):
-            length = keys.shape[2] if columns is None else columns.numel()
-            size = lane.store.policy.chunk_size
-            start = 0
-            while start < length:
-                stop = length if size is None else min(length, start + size - lane.store.num_steps % size)
-                where = slice(start, stop) if columns is None else columns[start:stop]
-                q, k, v = (_part(x, lane.rows, where, stop - start) for x in (query, keys, values))
-                lane.store.write(k, v)
-                lane.store.select(q)
-                yield Turn(rows=lane.rows, columns=where, query=lane.store.place_query(q), context=lane.store.context())
-                start = stop
-
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        """Make new row i what row `rows[i]` was."""
-        if rows.numel() == 0 or rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
-            raise GeometryError(
-                f"rows to keep are named by their numbers, got a tensor {tuple(rows.shape)} of {rows.dtype}; "
-                "name at least one row, or reset() the cache"
-            )
-        if self.batch is not None and (rows.device.type == "cpu" or len(self.lanes) > 1):
-            absent = sorted({row for row in rows.tolist() if not 0 <= row < self.batch})
-            if absent:  # rows on a GPU are not looked at, which would wait for it
-                raise GeometryError(f"layer {self.number} holds rows 0 to {self.batch - 1} and no row {absent[0]}")
-        if len(self.lanes) == 1:
-            session.select_rows(self.lanes[0].store, rows)
-            self.lanes[0].rows = None
-            return
-        wanted = rows.tolist()
-        lanes = []
-        for lane in self.lanes:
-            own = {row: at for at, row in enumerate(lane.rows.tolist())} if lane.rows is not None else {}
-            new = [(i, own[row]) for i, row in enumerate(wanted) if row in own]
-            if new:
-                session.select_rows(lane.store, torch.tensor([at for _, at in new], device=rows.device))
-                lanes.append(Lane(torch.tensor([i for i, _ in new], device=rows.device), lane.store))
-        if len(lanes) == 1:
-            lanes[0].rows = None
-        self.lanes = lanes
-
-    def stores(self) -> list[LayerStore]:
-        return [lane.store for lane in self.lanes]
-
-    def adopt(self, lanes: Sequence[tuple[Tensor | None, LayerStore]]) -> None:
-        """Become `lanes`: the rows (none: all) and store of each."""
-        self.lanes = [Lane(rows, store) for rows, store in lanes]
-
-
-def _numbers(lane: Lane) -> list[int]:
-    """The rows of a lane by number."""
-    numbers: list[int] = list(range(lane.store.geometry.batch)) if lane.rows is None else lane.rows.tolist()
-    return numbers
-
-
-def _part(x: Tensor, rows: Tensor | None, where: slice | Tensor, length: int) -> Tensor:
-    """Some rows and columns of a forward; the tensor itself where that is all of them."""
-    x = _rows(x, rows)
-    return x if isinstance(where, slice) and length == x.shape[2] else x[:, :, where]
-
-
-def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)
+from kvtiers.rows import LayerRows, rows_of
 
 
 class TieredCache:
-    """What a transformer remembers: one `Layer` per layer of the model.
+    """What a transformer remembers: one `LayerRows` per layer of the model.
 
     policies: one for all layers, or one each. geometries: one per layer (their `batch` is taken from the first tokens).
     rotaries: how each layer rotates, or none where it does not.
@@ -234,11 +56,11 @@ class TieredCache:
         self.numbers = list(range(count)) if numbers is None else list(numbers)
         self.observe, self.check, self.keep_graph = observe, check, keep_graph
         for index in range(count):
-            self._store(index, 1)
-        self.layers = [self._layer(index) for index in range(count)]
+            self._layer(index, 1)
+        self.layers = [self._layer_rows(index) for index in range(count)]
 
-    def _store(self, index: int, batch: int) -> LayerStore:
-        return LayerStore(
+    def _layer(self, index: int, batch: int) -> Layer:
+        return Layer(
             self.policies[index],
             attrs.evolve(self.geometries[index], batch=batch),
             layer=self.numbers[index],
@@ -248,8 +70,8 @@ class TieredCache:
             keep_graph=self.keep_graph,
         )
 
-    def _layer(self, index: int) -> Layer:
-        return Layer(lambda batch: self._store(index, batch), self.numbers[index])
+    def _layer_rows(self, index: int) -> LayerRows:
+        return LayerRows(lambda batch: self._layer(index, batch), self.numbers[index])
 
     # ------------------------------------------------------------------ the three verbs
 
@@ -261,40 +83,40 @@ class TieredCache:
         *,
         replace: bool = False,
     ) -> None:
-        """Add current tokens, at most one chunk, for rows without padding (with padding, use `layers[i].turns`).
+        """Add current tokens, at most one chunk, for rows without padding (with padding, use `layers[i].chunks`).
 
         replace: take them in place of those that are current (video: a denoise step).
         """
-        for lane, _ in self.layers[layer]._split(keys.shape[0], None):
-            lane.store.write(_rows(keys, lane.rows), _rows(values, lane.rows), replace=replace)
+        for group, _ in self.layers[layer].split(keys.shape[0], None):
+            group.layer.write(rows_of(keys, group.rows), rows_of(values, group.rows), replace=replace)
 
     def commit(self, layer: int | None = None) -> None:
         """Make the current tokens of `layer` history, or of every layer. After an error it can be called again."""
-        for store in self.stores() if layer is None else self.layers[layer].stores():
-            store.commit()
+        for one in self.every_layer() if layer is None else self.layers[layer].layers():
+            one.commit()
 
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
         """Let the policy choose which archived blocks are attended."""
-        for lane in self.layers[layer].lanes:
-            lane.store.select(None if query is None else _rows(query, lane.rows))
+        for group in self.layers[layer].groups:
+            group.layer.select(None if query is None else rows_of(query, group.rows))
 
     def reselect(self) -> None:
         """Let every layer choose anew at its next `select`, whatever its policy's refresh says."""
-        for store in self.stores():
-            store.reselect()
+        for layer in self.every_layer():
+            layer.reselect()
 
     def context(self, layer: int) -> Context:
         """What attention sees. Pure. Rows whose histories differ in length have `contexts`."""
         return self._only(layer).context()
 
-    def _only(self, layer: int) -> LayerStore:
-        lanes = self.layers[layer].lanes
-        if len(lanes) != 1:
+    def _only(self, layer: int) -> Layer:
+        groups = self.layers[layer].groups
+        if len(groups) != 1:
             raise GeometryError(
-                f"layer {layer} has {len(lanes)} groups of rows with histories of different length (or none yet); "
+                f"layer {layer} has {len(groups)} groups of rows with histories of different length (or none yet); "
                 "read contexts(layer) instead"
             )
-        return lanes[0].store
+        return groups[0].layer
 
     def place_query(
         self, layer: int, query: Float[Tensor, "batch query_heads tokens head_dim"]
@@ -311,12 +133,12 @@ class TieredCache:
         offsets: Float[Tensor, "tokens axes"],
         span: int,
     ) -> tuple[Tensor, Context]:
-        """Hold the reduced K/V of the current block (see `LayerStore.beside`)."""
+        """Hold the reduced K/V of the current block (see `Layer.beside`)."""
         return self._only(layer).beside(query, keys, values, offsets, span)
 
     def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
         """The context of each group of rows (none: all rows) that has seen a token."""
-        return [(lane.rows, lane.store.context()) for lane in self.layers[layer].lanes if lane.store.num_steps]
+        return [(group.rows, group.layer.context()) for group in self.layers[layer].groups if group.layer.num_steps]
 
     # ------------------------------------------------------------------ as a whole
 
@@ -328,40 +150,40 @@ class TieredCache:
     @property
     def committed_steps(self) -> int:
         """Steps that are history in every layer and row; later ones are current."""
-        return min((store.committed_steps for store in self.stores()), default=0)
+        return min((layer.committed_steps for layer in self.every_layer()), default=0)
 
-    def stores(self) -> list[LayerStore]:
-        """Every store of every layer."""
-        return [store for layer in self.layers for store in layer.stores()]
+    def every_layer(self) -> list[Layer]:
+        """The `Layer` of every group of rows of every layer of the model."""
+        return [layer for rows in self.layers for layer in rows.layers()]
 
     def reset(self) -> None:
         """Forget everything; buffers and archived files are freed."""
         for layer in self.layers:
-            layer.lanes = []
+            layer.groups = []
 
     def crop(self, steps: int) -> None:
         """Roll every row back to its first `steps` steps, exactly, or raise `CropError` and change nothing."""
         if self.geometries and not self.geometries[0].causal:
-            self._crop_to([steps for _ in self.stores()])  # a pass that failed may have left drafts in some layers
+            self._crop_to([steps for _ in self.every_layer()])  # a pass that failed may have left drafts in some layers
         else:
             self.crop_by(self.num_steps - steps)
 
     def crop_by(self, steps: int) -> None:
         """Remove the newest `steps` steps of every row, exactly, or raise `CropError` and change nothing."""
-        self._crop_to([store.num_steps - steps for store in self.stores()])
+        self._crop_to([layer.num_steps - steps for layer in self.every_layer()])
 
     def _crop_to(self, wanted: Sequence[int]) -> None:
-        """Roll each store back to its own number of steps, or none."""
-        for store, steps in zip(self.stores(), wanted, strict=True):
-            reason = session.why_not_crop(store, steps)
+        """Roll each layer back to its own number of steps, or none."""
+        for layer, steps in zip(self.every_layer(), wanted, strict=True):
+            reason = session.why_not_crop(layer, steps)
             if reason is not None:
                 raise CropError(
-                    f"layer {store.layer} cannot give back {store.num_steps - steps} of {store.num_steps} steps: "
+                    f"layer {layer.layer} cannot give back {layer.num_steps - steps} of {layer.num_steps} steps: "
                     f"{reason}; "
                     "fork() the cache before steps that may have to be undone"
                 )
-        for store, steps in zip(self.stores(), wanted, strict=True):
-            session.crop(store, steps)
+        for layer, steps in zip(self.every_layer(), wanted, strict=True):
+            session.crop(layer, steps)
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was: reorder, repeat or select rows."""
@@ -380,7 +202,7 @@ class TieredCache:
             keep_graph=self.keep_graph,
         )
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            theirs.adopt([(lane.rows, session.fork(lane.store)) for lane in mine.lanes])
+            theirs.adopt([(group.rows, session.fork(group.layer)) for group in mine.groups])
         return other
 
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
@@ -394,17 +216,17 @@ class TieredCache:
             )
         for policy, geometry in zip(each, self.geometries, strict=True):
             policy.check_budget(geometry)
-        for layer, policy in zip(self.layers, each, strict=True):
-            for store in layer.stores():
-                swap.check(store, policy)
+        for rows, policy in zip(self.layers, each, strict=True):
+            for layer in rows.layers():
+                swap.check(layer, policy)
         rotates = [policy.realigner.rotates for policy in (*self.policies, *each)]
         if any(rotates) != all(rotates):
             raise SwapError(
                 "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
             )
-        for layer, policy in zip(self.layers, each, strict=True):
-            for store in layer.stores():
-                swap.apply(store, policy)
+        for rows, policy in zip(self.layers, each, strict=True):
+            for layer in rows.layers():
+                swap.apply(layer, policy)
         self.policies = list(each)
 
     def save(
@@ -440,21 +262,20 @@ class TieredCache:
 
     def memory_usage(self) -> list[accounting.MemoryUsage]:
         """Bytes held per tier and location."""
-        return accounting.memory_usage_of(self.stores())
+        return accounting.memory_usage_of(self.every_layer())
 
     def attended(self) -> list[int]:
         """Tokens that the last step of each layer attended, per row and KV head (of its longest row)."""
-        return [max((store.tail - store.begin for store in layer.stores()), default=0) for layer in self.layers]
+        return [max((layer.tail - layer.begin for layer in rows.layers()), default=0) for rows in self.layers]
 
     def tier_counts(self, layer: int = 0, row: int = 0) -> dict[str, int]:
         """How many steps of a row are in each tier, and how many a policy dropped."""
-        for lane in self.layers[layer].lanes:
-            if lane.rows is None or row in lane.rows.tolist():
-                return lane.store.tier_counts()
+        for group in self.layers[layer].groups:
+            if group.rows is None or row in group.rows.tolist():
+                return group.layer.tier_counts()
         return {}
 
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
         """The blocks of the row that has seen most, each with its tier."""
-        stores = self.layers[layer].stores()
-        store = max(stores, key=lambda s: s.num_steps) if stores else None
-        return [] if store is None else store.timeline.layout(store.committed_steps)
+        found = max(self.layers[layer].layers(), key=lambda one: one.num_steps, default=None)
+        return [] if found is None else found.timeline.layout(found.committed_steps)

@@ -1,6 +1,6 @@
 """The four policies of a tiered cache and its archive, as abstract classes, and `Policy`, one choice of each.
 
-A policy decides; the store moves tensors. A policy sees metadata, digests, a query or blocks, and returns a decision or
+A policy decides; the cache moves tensors. A policy sees metadata, digests, a query or blocks, and returns a decision or
 new blocks. It holds settings only (they are frozen values), so one instance serves every layer.
 """
 

@@ -1,4 +1,4 @@
-"""Fetching selected blocks from their shelves and laying their tokens out in order of origin."""
+"""Fetching selected blocks from their stores and laying their tokens out in order of origin."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvtiers.archive import Shelf
+from kvtiers.archive import BlockStore
 from kvtiers.blocks import Form, Selection
 from kvtiers.lengths import Lengths
 
@@ -54,7 +54,7 @@ class Recalled:
 
 
 def recall(
-    shelves: Mapping[Form, Shelf],
+    stores: Mapping[Form, BlockStore],
     selection: Selection,
     form: Form,
     starts: Int[Tensor, " archived"],
@@ -65,11 +65,11 @@ def recall(
     starts: all blocks' first steps. lengths: how long they are, where they differ.
     """
     one = selection.chosen[:, :1] if selection.shared else selection.chosen
-    chosen = _fetch(shelves[form], selection.chosen, one, starts, lengths.get(form), whole=form == "full")
+    chosen = _fetch(stores[form], selection.chosen, one, starts, lengths.get(form), whole=form == "full")
     if not selection.compressed.shape[-1]:
         return chosen
     compressed = _fetch(
-        shelves["compressed"], selection.compressed, selection.compressed, starts, lengths.get("compressed")
+        stores["compressed"], selection.compressed, selection.compressed, starts, lengths.get("compressed")
     )
     merged = _merge(chosen, compressed, selection)
     if not lengths:
@@ -79,7 +79,7 @@ def recall(
 
 
 def _fetch(
-    shelf: Shelf,
+    store: BlockStore,
     index: Int[Tensor, "batch kv_heads chosen"],
     one: Int[Tensor, "#batch #kv_heads chosen"],
     starts: Tensor,
@@ -88,7 +88,7 @@ def _fetch(
     whole: bool = False,
 ) -> Recalled:
     """The blocks of `index`; `one` is the same, of one KV head if that stands for all."""
-    keys, values, offsets = shelf.read(index)
+    keys, values, offsets = store.read(index)
     count = index.shape[-1]
     first = starts[one]
     wide = offsets.expand(*offsets.shape[:2], count, -1, -1).flatten(2, 3)
@@ -97,8 +97,8 @@ def _fetch(
         keys=keys.flatten(2, 3),
         values=values.flatten(2, 3),
         where=MidTokens(offsets=wide, starts=first, placed=first, owner=None, valid=valid),
-        spans=torch.full_like(first, shelf.span) if lengths is None else lengths.spans_of(one),
-        total=count * shelf.span if lengths is None else lengths.most(count),
+        spans=torch.full_like(first, store.span) if lengths is None else lengths.spans_of(one),
+        total=count * store.span if lengths is None else lengths.most(count),
         whole=whole and lengths is None,
     )
 

@@ -28,12 +28,12 @@ def save(cache: "TieredCache", path: Path, extra: dict[str, Any], beside: Mappin
     tensors = {f"beside.{name}": part.contiguous() for name, part in beside.items()}
     layers: list[list[dict[str, Any]]] = []
     for index, layer in enumerate(cache.layers):
-        lanes = []
-        for number, lane in enumerate(layer.lanes):
-            own, numbers = session.dump(lane.store)
+        groups = []
+        for number, group in enumerate(layer.groups):
+            own, numbers = session.dump(group.layer)
             tensors |= {f"{index}.{number}.{name}": part.contiguous() for name, part in own.items()}
-            lanes.append({"rows": None if lane.rows is None else lane.rows.tolist(), "numbers": numbers})
-        layers.append(lanes)
+            groups.append({"rows": None if group.rows is None else group.rows.tolist(), "numbers": numbers})
+        layers.append(groups)
     about = json.dumps({"policies": _descriptions(cache), "layers": layers, "extra": extra}, sort_keys=True)
     metadata = {"format": FORMAT, "about": about, "sha256": _checksum(tensors, about)}
     try:
@@ -78,22 +78,22 @@ def load(
         raise SavedCacheError(
             f"{path} was saved from another model or policy: {difference}; make the cache with what it was saved with"
         )
-    lanes_of_layers = []
+    groups_of_layers = []
     try:
         for index, saved in enumerate(about["layers"]):
-            lanes = []
-            for number, lane in enumerate(saved):
-                store = cache._store(index, int(lane["numbers"]["batch"]))
+            groups = []
+            for number, group in enumerate(saved):
+                layer = cache._layer(index, int(group["numbers"]["batch"]))
                 start = f"{index}.{number}."
                 own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-                session.restore(store, own, lane["numbers"])
-                rows = None if lane["rows"] is None else torch.tensor(lane["rows"], device=device)
-                lanes.append((rows, store))
-            lanes_of_layers.append(lanes)
+                session.restore(layer, own, group["numbers"])
+                rows = None if group["rows"] is None else torch.tensor(group["rows"], device=device)
+                groups.append((rows, layer))
+            groups_of_layers.append(groups)
     except (KeyError, TypeError, RuntimeError) as error:
         raise SavedCacheError(f"{path} lacks a part that this cache needs ({error!r}); save it again") from error
-    for layer, lanes in zip(cache.layers, lanes_of_layers, strict=True):
-        layer.adopt(lanes)
+    for layer_rows, groups in zip(cache.layers, groups_of_layers, strict=True):
+        layer_rows.adopt(groups)
     kept = {name.removeprefix("beside."): t for name, t in tensors.items() if name.startswith("beside.")}
     return about["extra"], kept
 

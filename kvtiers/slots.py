@@ -11,64 +11,64 @@ from torch import Tensor
 from kvtiers.archive import lasting
 
 if TYPE_CHECKING:
-    from kvtiers.store import LayerStore
+    from kvtiers.layer import Layer
 
 
-def reserve(store: "LayerStore", tokens: int, keys: Tensor, values: Tensor) -> None:
+def reserve(layer: "Layer", tokens: int, keys: Tensor, values: Tensor) -> None:
     """Make sure that `tokens` more slots follow the tail, for tensors like `keys` and `values`."""
-    if store.rotated is None:
-        slots = store.policy.slots(store.geometry)
-        bound = store.policy.mid_bound(store.geometry) or 0
+    if layer.rotated is None:
+        slots = layer.policy.slots(layer.geometry)
+        bound = layer.policy.mid_bound(layer.geometry) or 0
         room = bound + tokens if slots is None else slots
-        store.rotated = lasting((*keys.shape[:2], room, keys.shape[3]), like=keys)
-        store.unrotated = lasting(store.rotated.shape, like=keys) if store.rotates else None
-        store.values = lasting((*values.shape[:2], room, values.shape[3]), like=values)
-        store.tail = bound
-    elif store.tail + tokens > store.rotated.shape[2]:
-        _relocate(store, _reserved(store), tokens)
+        layer.rotated = lasting((*keys.shape[:2], room, keys.shape[3]), like=keys)
+        layer.unrotated = lasting(layer.rotated.shape, like=keys) if layer.rotates else None
+        layer.values = lasting((*values.shape[:2], room, values.shape[3]), like=values)
+        layer.tail = bound
+    elif layer.tail + tokens > layer.rotated.shape[2]:
+        _relocate(layer, _reserved(layer), tokens)
 
 
-def make_room(store: "LayerStore", before: int) -> None:
+def make_room(layer: "Layer", before: int) -> None:
     """Make sure that `before` slots precede recent."""
-    if store.head < before:
-        _relocate(store, max(before, _reserved(store)), 0)
+    if layer.head < before:
+        _relocate(layer, max(before, _reserved(layer)), 0)
 
 
-def move_sink(store: "LayerStore", slot: int) -> None:
+def move_sink(layer: "Layer", slot: int) -> None:
     """Move the sink to `slot`."""
-    if slot != store.sink_slot and store.sink_tokens:
-        for buffer in store._all_buffers():
-            moved = buffer[:, :, store.sink_slot : store.sink_slot + store.sink_tokens].clone()
-            buffer[:, :, slot : slot + store.sink_tokens] = moved
-    store.sink_slot = slot
+    if slot != layer.sink_slot and layer.sink_tokens:
+        for buffer in layer._all_buffers():
+            moved = buffer[:, :, layer.sink_slot : layer.sink_slot + layer.sink_tokens].clone()
+            buffer[:, :, slot : slot + layer.sink_tokens] = moved
+    layer.sink_slot = slot
 
 
-def _reserved(store: "LayerStore") -> int:
+def _reserved(layer: "Layer") -> int:
     """Slots before recent: what sink and mid may come to need, or need now if there is no limit."""
-    bound = store.policy.mid_bound(store.geometry)
-    if bound is None or store.policy.in_place:
-        return store.sink_tokens + store.mid_tokens
-    return store.policy.anchors(store.geometry) * store.geometry.tokens_per_step + bound
+    bound = layer.policy.mid_bound(layer.geometry)
+    if bound is None or layer.policy.in_place:
+        return layer.sink_tokens + layer.mid_tokens
+    return layer.policy.anchors(layer.geometry) * layer.geometry.tokens_per_step + bound
 
 
-def _relocate(store: "LayerStore", head: int, extra: int) -> None:
+def _relocate(layer: "Layer", head: int, extra: int) -> None:
     """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
-    size, old_head = store.tail - store.head, store.head
+    size, old_head = layer.tail - layer.head, layer.head
     needed = head + size + extra
-    sink, mid = store.sink_tokens, 0 if store.stale else store.mid_tokens
+    sink, mid = layer.sink_tokens, 0 if layer.stale else layer.mid_tokens
     for name in ("rotated", "unrotated", "values"):
-        buffer: Tensor | None = getattr(store, name)
+        buffer: Tensor | None = getattr(layer, name)
         if buffer is None:
             continue
-        anchors = buffer[:, :, store.sink_slot : store.sink_slot + sink]
-        rest = buffer[:, :, old_head - mid : store.tail]
+        anchors = buffer[:, :, layer.sink_slot : layer.sink_slot + sink]
+        rest = buffer[:, :, old_head - mid : layer.tail]
         if needed > buffer.shape[2]:
-            room = max(needed, 2 * buffer.shape[2]) if store.policy.slots(store.geometry) is None else needed
+            room = max(needed, 2 * buffer.shape[2]) if layer.policy.slots(layer.geometry) is None else needed
             target = lasting((*buffer.shape[:2], room, buffer.shape[3]), like=buffer)
         else:
             anchors, rest, target = anchors.clone(), rest.clone(), buffer
         target[:, :, head - mid : head + size] = rest
         target[:, :, head - mid - sink : head - mid] = anchors
-        setattr(store, name, target)
-    store.tail = head + size
-    store.sink_slot = head - mid - sink
+        setattr(layer, name, target)
+    layer.tail = head + size
+    layer.sink_slot = head - mid - sink

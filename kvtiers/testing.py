@@ -23,15 +23,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvtiers.archive import Archive, Shelf
+from kvtiers.archive import Archive, BlockStore
 from kvtiers.blocks import Blocks, Context, Extent, Form, run_of
 from kvtiers.cache import TieredCache
 from kvtiers.errors import CropError, GeometryError, MissingExtraError, PolicyError
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.policy import SLOTS, Compressor, Policy, Realigner, Retriever, Sink, Source
 from kvtiers.presets import build, describe
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -103,9 +103,9 @@ class Trial:
         )
 
     @property
-    def store(self) -> LayerStore:
-        """The store of the only lane."""
-        return self.cache.stores()[0]
+    def layer(self) -> Layer:
+        """What the only group of rows holds."""
+        return self.cache.every_layer()[0]
 
     @property
     def num_steps(self) -> int:
@@ -185,15 +185,15 @@ def difference(a: Context, b: Context) -> str | None:
 
 def conservation(trial: Trial) -> None:
     """Invariant 1: every step is in exactly one tier, or dropped by a policy that says so."""
-    store, policy = trial.store, trial.policy
-    tier_counts, seen = store.tier_counts(), trial.num_steps
+    layer, policy = trial.layer, trial.policy
+    tier_counts, seen = layer.tier_counts(), trial.num_steps
     require(
         sum(tier_counts.values()) == seen and min(tier_counts.values()) >= 0,
         1,
         f"{tier_counts} does not add up to {seen} steps",
     )
-    timeline = store.timeline
-    tiers = [timeline.tier(step, store.committed_steps) for step in range(seen)]
+    timeline = layer.timeline
+    tiers = [timeline.tier(step, layer.committed_steps) for step in range(seen)]
     for tier in ("sink", "recent", "current"):
         require(
             tier_counts[tier] == tiers.count(tier),
@@ -204,8 +204,8 @@ def conservation(trial: Trial) -> None:
     require(gone == tiers.count("mid"), 1, f"{tier_counts} but {tiers.count('mid')} steps have left recent")
     if policy.in_place:
         return
-    starts = [] if store.starts.data is None else store.starts.data.tolist()
-    grid = range(timeline.sink, store.recent_start, policy.block_size)
+    starts = [] if layer.starts.data is None else layer.starts.data.tolist()
+    grid = range(timeline.sink, layer.recent_start, policy.block_size)
     require(set(starts) <= set(grid) and starts == sorted(set(starts)), 1, f"archived blocks begin at {starts}")
     require(
         len(starts) * policy.block_size == tier_counts["mid"], 1, f"{len(starts)} archived blocks but {tier_counts}"
@@ -213,17 +213,17 @@ def conservation(trial: Trial) -> None:
     if policy.compressor.drops:
         require(not starts, 1, f"{policy.compressor} drops, but blocks {starts} were archived")
         return
-    for form, shelf in store.shelves.items():
-        require(shelf.count == len(starts), 1, f"the {form} shelf holds {shelf.count} of {len(starts)} archived blocks")
-        _shelf_holds(trial, form, shelf, starts)
+    for form, store in layer.stores.items():
+        require(store.count == len(starts), 1, f"the {form} store holds {store.count} of {len(starts)} archived blocks")
+        _store_holds(trial, form, store, starts)
 
 
-def _shelf_holds(trial: Trial, form: Form, shelf: Shelf, starts: list[int]) -> None:
+def _store_holds(trial: Trial, form: Form, store: BlockStore, starts: list[int]) -> None:
     if not starts or (form == "compressed" and trial.policy.compressor.prepares):
         return
     geometry = trial.geometry
     index = torch.arange(len(starts)).expand(geometry.batch, geometry.kv_heads, -1)
-    keys, values, offsets = shelf.read(index)
+    keys, values, offsets = store.read(index)
     for number, start in enumerate(starts):
         want = trial.form(start, form)
         for name, got, expected in (("keys", keys, want.keys), ("values", values, want.values)):
@@ -240,23 +240,23 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
     """Stored keys, values and origins of the attended mid tokens, worked out block by block; none if there are none."""
-    store = trial.store
+    layer = trial.layer
     if trial.policy.in_place:
-        steps = range(store.timeline.sink, store.recent_start)
+        steps = range(layer.timeline.sink, layer.recent_start)
         at = torch.tensor(list(steps), dtype=torch.long)
         wide = at.double().expand(trial.geometry.batch, trial.geometry.kv_heads, -1)
         return trial.keys[:, :, at], trial.values[:, :, at], wide
-    if store.selection is None or store.starts.data is None:
+    if layer.selection is None or layer.starts.data is None:
         return None
-    starts = store.starts.data.tolist()
+    starts = layer.starts.data.tolist()
     forms: dict[tuple[int, Form], Blocks] = {}
     rows = []
     for row in range(trial.geometry.batch):
         for head in range(trial.geometry.kv_heads):
             picked: list[tuple[int, Form]] = [
-                (n, trial.policy.attend) for n in store.selection.chosen[row, head].tolist()
+                (n, trial.policy.attend) for n in layer.selection.chosen[row, head].tolist()
             ]
-            picked += [(n, "compressed") for n in store.selection.compressed[row, head].tolist()]
+            picked += [(n, "compressed") for n in layer.selection.compressed[row, head].tolist()]
             numbers = [n for n, _ in picked]
             require(len(set(numbers)) == len(numbers), 8, f"a selection names a block twice: {numbers}")
             parts = []
@@ -274,9 +274,9 @@ def _mid(trial: Trial) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def contents(trial: Trial, context: Context) -> None:
     """Invariants 1, 4 and 5: a context is sink, selected mid, recent, current; every key rotated once to its place."""
-    store, geometry, policy = trial.store, trial.geometry, trial.policy
-    sink = list(range(min(store.timeline.sink, trial.num_steps)))
-    recent = list(range(max(store.recent_start, len(sink)), trial.num_steps))
+    layer, geometry, policy = trial.layer, trial.geometry, trial.policy
+    sink = list(range(min(layer.timeline.sink, trial.num_steps)))
+    recent = list(range(max(layer.recent_start, len(sink)), trial.num_steps))
     origins = context.origins[..., 0].expand(*context.keys.shape[:3])
     placed = context.placed[..., 0].expand(*context.keys.shape[:3])
     require(bool((origins.diff(dim=-1) > 0).all()), 5, "origins are not in order: {}", origins)
@@ -296,7 +296,7 @@ def contents(trial: Trial, context: Context) -> None:
             steps,
             part,
         )
-    require(context.current == trial.num_steps - store.committed_steps, 1, f"{context.current} current tokens")
+    require(context.current == trial.num_steps - layer.committed_steps, 1, f"{context.current} current tokens")
     compressor = policy.compressor
     if compressor.prepares and not policy.in_place and (policy.attend == "compressed" or policy.top_k_compressed):
         return  # what it keeps depends on queries that are gone
@@ -323,7 +323,7 @@ def contents(trial: Trial, context: Context) -> None:
     turned = trial.rotary.rotate(stored, placed[..., None])
     limit = 2e-2 if geometry.dtype.itemsize < 4 else 1e-4
     if policy.realigner.rotates_again:  # one rounding for every time that the anchors moved
-        limit *= 1 + (store.recent_start - store.timeline.sink) // store.timeline.block_size
+        limit *= 1 + (layer.recent_start - layer.timeline.sink) // layer.timeline.block_size
     close = torch.allclose(context.keys.double(), turned.double(), rtol=limit, atol=limit)
     require(close, 4, "keys are not their stored keys rotated once to their placed positions")
 
@@ -338,17 +338,17 @@ def tiling(trial: Trial, context: Context) -> None:
 
 def _spans(trial: Trial, context: Context) -> list[tuple[Tensor, Tensor]]:
     """First and last step (excluded) that each placed block occupies, [batch, kv_heads] each, in order."""
-    store = trial.store
+    layer = trial.layer
     heads = (trial.geometry.batch, trial.geometry.kv_heads)
-    sink = store.sink_tokens
+    sink = layer.sink_tokens
     placed = context.placed[..., 0].expand(*context.keys.shape[:3])
     found = []
     if sink:
         found.append((placed[..., 0], placed[..., sink - 1] + 1))
-    if store.mid is not None:
-        starts = store.mid.placed.double().expand(*heads, -1).unbind(-1)
+    if layer.mid is not None:
+        starts = layer.mid.placed.double().expand(*heads, -1).unbind(-1)
         found += [(start, start + trial.policy.block_size) for start in starts]
-    recent = trial.num_steps - max(store.recent_start, sink)
+    recent = trial.num_steps - max(layer.recent_start, sink)
     if recent > 0:
         found.append((placed[..., -recent], placed[..., -1] + 1))
     return found
@@ -356,45 +356,45 @@ def _spans(trial: Trial, context: Context) -> list[tuple[Tensor, Tensor]]:
 
 def bounded(trial: Trial, context: Context) -> None:
     """Invariant 6: tokens and bytes stay within their bounds, and what is reported is what is held."""
-    policy, geometry, store = trial.policy, trial.geometry, trial.store
+    policy, geometry, layer = trial.policy, trial.geometry, trial.layer
     bound = policy.bound(geometry)
     if bound is not None:
         require(context.keys.shape[2] <= bound, 6, f"{context.keys.shape[2]} tokens are attended, bound() says {bound}")
     held = trial.cache.memory_usage()
     device = sum(h.bytes for h in held if h.location == "device")
-    limit = policy.bound_bytes(geometry, store.archived)
+    limit = policy.bound_bytes(geometry, layer.archived)
     if limit is not None:
         require(device <= limit, 6, f"{device} bytes on the device, bound_bytes() says {limit}")
-    real = storages(store)
+    real = storages(layer)
     for location in ("device", "host"):
         reported = sum(h.bytes for h in held if h.location == location)
         require(reported == real[location], 6, f"{reported} bytes reported in {location}, {real[location]} held")
 
 
-def storages(store: LayerStore) -> dict[str, int]:
-    """Bytes of the storages that can be reached from `store`, by location, without asking its accounting."""
-    return storages_of([store])
+def storages(layer: Layer) -> dict[str, int]:
+    """Bytes of the storages that can be reached from `layer`, by location, without asking its accounting."""
+    return storages_of([layer])
 
 
-def storages_of(stores: Iterable[LayerStore]) -> dict[str, int]:
-    """`storages` of several stores together; what they share is counted once."""
+def storages_of(layers: Iterable[Layer]) -> dict[str, int]:
+    """`storages` of several layers together; what they share is counted once."""
     found: dict[str, dict[int, int]] = {"device": {}, "host": {}, "disk": {}}
-    for store in stores:
-        shelves = {id(shelf) for shelf in store.shelves.values()}
-        for location, tensor in _tensors(store, "device", shelves, store.policy.archive.location, set()):
+    for layer in layers:
+        stores = {id(store) for store in layer.stores.values()}
+        for location, tensor in _tensors(layer, "device", stores, layer.policy.archive.location, set()):
             storage = tensor.untyped_storage()
             found[location].setdefault(storage.data_ptr(), storage.nbytes())
     return {location: sum(sizes.values()) for location, sizes in found.items()}
 
 
 def _tensors(
-    value: object, location: str, shelves: set[int], shelf_location: str, seen: set[int]
+    value: object, location: str, stores: set[int], store_location: str, seen: set[int]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor reachable from `value` through attributes and containers of kvtiers and its plugins."""
     if id(value) in seen:
         return
     seen.add(id(value))
-    location = shelf_location if id(value) in shelves else location
+    location = store_location if id(value) in stores else location
     if isinstance(value, Tensor):
         if value.numel():
             yield location, value
@@ -408,20 +408,20 @@ def _tensors(
     else:
         names = list(getattr(value, "__dict__", {}))
         names += [n for c in type(value).__mro__ for n in getattr(c, "__slots__", ()) if n != "__weakref__"]
-        children = [getattr(value, name, None) for name in names if name != "_ledger"]
+        children = [getattr(value, name, None) for name in names if name != "_byte_budget"]
     for child in children:
-        yield from _tensors(child, location, shelves, shelf_location, seen)
+        yield from _tensors(child, location, stores, store_location, seen)
 
 
 def reading(trial: Trial, context: Context) -> None:
-    """Invariant 7: reading again gives the same tensors, and changes no byte of the store."""
+    """Invariant 7: reading again gives the same tensors, and changes no byte of the layer."""
     first = copied(context)
-    numbers = (trial.store.tier_counts(), trial.store.num_steps, trial.store.committed_steps)
+    numbers = (trial.layer.tier_counts(), trial.layer.num_steps, trial.layer.committed_steps)
     for _ in range(2):
         said = difference(first, trial.cache.context(0))
         require(said is None, 7, f"a second reading differs: {said}")
     require(
-        numbers == (trial.store.tier_counts(), trial.store.num_steps, trial.store.committed_steps),
+        numbers == (trial.layer.tier_counts(), trial.layer.num_steps, trial.layer.committed_steps),
         7,
         "reading changed the counts",
     )
@@ -496,7 +496,7 @@ def memory(trial: Trial, lengths: list[int], split: int, back: int) -> None:
         for way, other in ways.items():
             said = difference(context, other.feed(steps))
             require(said is None, 10, f"a {way} cache goes on otherwise: {said}")
-            require(other.store.tier_counts() == trial.store.tier_counts(), 10, f"a {way} cache counts otherwise")
+            require(other.layer.tier_counts() == trial.layer.tier_counts(), 10, f"a {way} cache counts otherwise")
 
 
 def _has_a_name(policy: Policy) -> bool:
@@ -893,22 +893,22 @@ def check_realigner(factory: Callable[[], Realigner], *, examples: int = 25) -> 
 
 
 def check_archive(factory: Callable[[], Archive], *, examples: int = 25) -> None:
-    """Check an archive: a shelf holds what a list would, through rows, forks and saving; then a whole policy."""
+    """Check an archive: a store holds what a list would, through rows, forks and saving; then a whole policy."""
     archive: Archive = _is_a_value(factory, Archive)
     actions = st.lists(st.sampled_from(["write", "write", "write", "drop", "select_rows", "fork", "save"]), max_size=8)
 
     @_for_all(examples, _runs, actions, st.booleans())
     def _(run: _Run, actions: list[str], own: bool) -> None:
-        shelf, held = _written(archive.open(), run, own)
+        store, held = _written(archive.open(), run, own)
         for number, action in enumerate(actions):
             run = attrs.evolve(run, seed=run.seed + 2)
-            shelf, held = _act(archive, shelf, held, run, own, action, number)
-            _shelf_is(archive, shelf, held)
-        before = shelf.count
+            store, held = _act(archive, store, held, run, own, action, number)
+            _store_is(archive, store, held)
+        before = store.count
         try:
-            shelf.write(_with_offsets(attrs.evolve(run, tokens=run.tokens + 1, batch=len(held[0][0])).blocks(), own))
+            store.write(_with_offsets(attrs.evolve(run, tokens=run.tokens + 1, batch=len(held[0][0])).blocks(), own))
         except GeometryError:
-            require(shelf.count == before, 1, "a write that was refused left something behind")
+            require(store.count == before, 1, "a write that was refused left something behind")
         else:
             require(False, 1, "blocks of another size were taken; call self.admit(blocks) in write()")
 
@@ -928,51 +928,51 @@ def _with_offsets(blocks: Blocks, own: bool) -> Blocks:
     return attrs.evolve(blocks, offsets=wide + blocks.keys[..., :1].sigmoid() / 2, offsets_differ=True)
 
 
-def _written(shelf: Shelf, run: _Run, own: bool) -> tuple[Shelf, _Held]:
+def _written(store: BlockStore, run: _Run, own: bool) -> tuple[BlockStore, _Held]:
     blocks = _with_offsets(run.blocks(), own)
-    shelf.write(blocks)
+    store.write(blocks)
     offsets = blocks.offsets.float().expand(*blocks.keys.shape[:4], -1)
-    return shelf, list(zip(blocks.keys.unbind(2), blocks.values.unbind(2), offsets.unbind(2), strict=True))
+    return store, list(zip(blocks.keys.unbind(2), blocks.values.unbind(2), offsets.unbind(2), strict=True))
 
 
 def _act(
-    archive: Archive, shelf: Shelf, held: _Held, run: _Run, own: bool, action: str, number: int
-) -> tuple[Shelf, _Held]:
-    """Do `action` to a shelf and to the list that it is compared with."""
+    archive: Archive, store: BlockStore, held: _Held, run: _Run, own: bool, action: str, number: int
+) -> tuple[BlockStore, _Held]:
+    """Do `action` to a store and to the list that it is compared with."""
     batch = held[0][0].shape[0]
     if action == "write":
-        return shelf, held + _written(shelf, attrs.evolve(run, batch=batch), own)[1]
+        return store, held + _written(store, attrs.evolve(run, batch=batch), own)[1]
     if action == "drop" and len(held) > 1:
-        shelf.drop_last(1)
-        return shelf, held[:-1]
+        store.drop_last(1)
+        return store, held[:-1]
     if action == "select_rows":
         kept = batch if number % 2 == 0 else 1 + number % 3
         rows = torch.tensor([(number - 1 - i) % batch for i in range(kept)])
-        shelf.select_rows(rows)
-        return shelf, [(k[rows], v[rows], o[rows]) for k, v, o in held]
+        store.select_rows(rows)
+        return store, [(k[rows], v[rows], o[rows]) for k, v, o in held]
     if action == "fork":
-        fork = shelf.fork()
-        _written(shelf, attrs.evolve(run, batch=batch), own)
+        fork = store.fork()
+        _written(store, attrs.evolve(run, batch=batch), own)
         return fork, held
     if action == "save":
         loaded = archive.open()
-        saved = {name: part.clone() for name, part in shelf.tensors().items()}
-        loaded.restore(saved, count=shelf.count, span=shelf.span)
+        saved = {name: part.clone() for name, part in store.tensors().items()}
+        loaded.restore(saved, count=store.count, span=store.span)
         return loaded, held
-    return shelf, held
+    return store, held
 
 
-def _shelf_is(archive: Archive, shelf: Shelf, held: _Held) -> None:
-    """Compare a shelf with the list, block by block."""
-    require(shelf.count == len(held), 1, f"the shelf counts {shelf.count} blocks of {len(held)}")
+def _store_is(archive: Archive, store: BlockStore, held: _Held) -> None:
+    """Compare a store with the list, block by block."""
+    require(store.count == len(held), 1, f"the store counts {store.count} blocks of {len(held)}")
     batch, kv_heads = held[0][0].shape[:2]
     index = torch.arange(len(held)).flip(0).expand(batch, kv_heads, -1)
-    read = shelf.read(index)
+    read = store.read(index)
     for name, got, want in zip(("keys", "values", "offsets"), read, zip(*reversed(held), strict=True), strict=True):
         expected = torch.stack(want, 2)
         same = torch.equal(got.expand(expected.shape), expected)
         require(same, 1, f"the {name} that are read are not those that were written")
-    size = shelf.bytes_by_location()
+    size = store.bytes_by_location()
     least = sum(k.nbytes + v.nbytes for k, v, _ in held)
     least = least if archive.location != "disk" else 0  # rows of a file are shared
     require(size.get(archive.location, 0) >= least, 6, f"{size} is less than the {least} bytes that are held")

@@ -17,12 +17,12 @@ from torch import Tensor
 from kvtiers.blocks import Context
 from kvtiers.cache import TieredCache
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS, Policy, SourceCompressor
 from kvtiers.presets import build
 from kvtiers.presets import policy as preset
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
 
 STEPS = 48
 """How long a stream is; long enough for blocks to age many times with the sizes drawn here."""
@@ -202,8 +202,8 @@ class Setting:
     def tokens(self) -> Stream:
         return stream(self.geometry, self.steps, self.seed)
 
-    def store(self, **changes: Any) -> LayerStore:
-        return LayerStore(self.policy, self.geometry, rotary=self.rotary, **changes)
+    def layer(self, **changes: Any) -> Layer:
+        return Layer(self.policy, self.geometry, rotary=self.rotary, **changes)
 
     def cache(self, **changes: Any) -> TieredCache:
         return TieredCache(self.policy, [self.geometry], rotaries=[self.rotary], **changes)
@@ -241,18 +241,18 @@ def extents(lengths: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]
         start += length
 
 
-def feed(store: LayerStore, tokens: Stream, lengths: Sequence[int], start: int = 0) -> Iterator[tuple[int, Context]]:
+def feed(layer: Layer, tokens: Stream, lengths: Sequence[int], start: int = 0) -> Iterator[tuple[int, Context]]:
     """Write and select forward by forward; yields the first current step and the context of each."""
     for a, b in extents(lengths, start):
         now = tokens.part(a, b)
-        store.write(now.keys, now.values)
-        store.select(now.query)
-        yield a, store.context()
+        layer.write(now.keys, now.values)
+        layer.select(now.query)
+        yield a, layer.context()
 
 
-def feed_all(store: LayerStore, tokens: Stream, lengths: Sequence[int], start: int = 0) -> list[Context]:
+def feed_all(layer: Layer, tokens: Stream, lengths: Sequence[int], start: int = 0) -> list[Context]:
     """`feed`, every context copied so that later writes do not change it."""
-    return [copied(context) for _, context in feed(store, tokens, lengths, start)]
+    return [copied(context) for _, context in feed(layer, tokens, lengths, start)]
 
 
 def copied(context: Context) -> Context:

@@ -1,8 +1,9 @@
 """Every compressor that is installed, side by side: what it makes of a block, and how far attention's output moves.
 
-Keys, values and queries are a real model's, reading real prose. Each layer's history is fed to a store under the preset
-`archive` with the compressor in its slot and every block attended in compressed form; the output of attention for the
-last queries is compared with that over the full history. 0 is no difference, 1 is as far off as attending nothing.
+Keys, values and queries are a real model's, reading real prose. Each layer's history is fed to a layer of its own under
+the preset `archive` with the compressor in its slot and every block attended in compressed form; the output of
+attention for the last queries is compared with that over the full history. 0 is no difference, 1 is as far off as
+attending nothing.
 
     python examples/custom_compressor/compare.py [--model a/hub-id-or-folder] [--tokens 1024]
 
@@ -54,14 +55,14 @@ def read(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def error(policy: kvtiers.Policy, query: Tensor, keys: Tensor, values: Tensor) -> tuple[float, int]:
     """How far the output for the last queries is from that over everything (relative), and the tokens attended."""
-    layer = kvtiers.Geometry(kv_heads=keys.shape[1], query_heads=query.shape[1], head_dim=keys.shape[3])
-    store = kvtiers.LayerStore(policy, layer)
+    geometry = kvtiers.Geometry(kv_heads=keys.shape[1], query_heads=query.shape[1], head_dim=keys.shape[3])
+    layer = kvtiers.Layer(policy, geometry)
     asked = keys.shape[2] - ASKING
     cuts = [*range(0, asked, policy.chunk_size or asked), asked, keys.shape[2]]
     for start, stop in pairwise(cuts):
-        store.write(keys[:, :, start:stop], values[:, :, start:stop])
-        store.select(query[:, :, start:stop])
-    context = store.context()
+        layer.write(keys[:, :, start:stop], values[:, :, start:stop])
+        layer.select(query[:, :, start:stop])
+    context = layer.context()
     asking, past = query[:, :, asked:], torch.ones(ASKING, keys.shape[2], dtype=torch.bool).tril(asked)
     got = scaled_dot_product_attention(
         asking, context.keys, context.values, attn_mask=context.mask, is_causal=context.causal, enable_gqa=True

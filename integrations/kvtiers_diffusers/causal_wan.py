@@ -31,8 +31,8 @@ from kvtiers import (
 from kvtiers.events import PromptChanged
 from kvtiers_diffusers.processors import Pass, Steady, disable, enable
 from kvtiers_diffusers.rope import rotary_of
-from kvtiers_diffusers.seen import Seen
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
+from kvtiers_diffusers.tensor_identity import TensorIdentity
 
 _PROMPTS_KEPT = 2
 """Prompts whose keys and values are held at a time: one, or two that alternate."""
@@ -92,11 +92,11 @@ class CausalWan:
         self.block_frames, self.even, self.check, self.keep_graph = block_frames, even, check, keep_graph
         self.rotary = rotary_of(transformer)
         self.cache: TieredCache | None = None
-        self._prompts: list[tuple[Seen, dict[int, tuple[Tensor, Tensor]]]] = []
+        self._prompts: list[tuple[TensorIdentity, dict[int, tuple[Tensor, Tensor]]]] = []
         """The prompts that came last, and their keys and values by layer."""
         self._weights: tuple[tuple[int, int], ...] = ()
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        self._committed, self._committed_frames = Seen(content=True), 0
+        self._committed, self._committed_frames = TensorIdentity(content=True), 0
         self._unfinished = False
         self._last_timestep: float | None = None
         self._given: bool | None = None
@@ -246,8 +246,8 @@ class CausalWan:
     def _is_anchor(self, frames: int) -> bool:
         """Whether a block of `frames` frames, committed now, is an anchor in every layer."""
         cache, stop = self._filled, self.frames + frames
-        for policy, geometry, layer in zip(self.policies, cache.geometries, cache.layers, strict=True):
-            timeline = next((store.timeline for store in layer.stores()), policy.timeline(geometry))
+        for policy, geometry, rows in zip(self.policies, cache.geometries, cache.layers, strict=True):
+            timeline = next((layer.timeline for layer in rows.layers()), policy.timeline(geometry))
             if policy.extended(timeline, stop).sink != stop:
                 return False
         return True
@@ -295,16 +295,16 @@ class CausalWan:
         if torch.is_grad_enabled():
             return None
         found = []
-        for layer, store in enumerate(self._filled.stores()):
-            table = store.draft_table(block.shape[2] * store.geometry.tokens_per_step)
-            if table is None or layer not in self._prompt:
+        for number, layer in enumerate(self._filled.every_layer()):
+            table = layer.draft_table(block.shape[2] * layer.geometry.tokens_per_step)
+            if table is None or number not in self._prompt:
                 return None
-            context = store.context()
+            context = layer.context()
             found.append(Steady(context.keys, context.values, table, context.mask))
         return found if len(found) == len(self.policies) else None
 
     def _eager(self) -> AbstractContextManager[Any]:
-        """A pass that asks the store cannot be compiled: it runs as it is, in a model that is."""
+        """A pass that asks the cache cannot be compiled: it runs as it is, in a model that is."""
         compiled = any(module._compiled_call_impl is not None for module in self.transformer.modules())
         return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
@@ -400,7 +400,7 @@ class CausalWan:
         """Find the keys and values of this prompt, or begin them and say that it changes."""
         found = next((one for one in self._prompts if one[0].knows(text)), None)
         if found is None:
-            found = (Seen(), {})
+            found = (TensorIdentity(), {})
             found[0].note(text)
             self._prompts = [*self._prompts[1 - _PROMPTS_KEPT :], found]
             if self._filled.observe is not None:

@@ -39,7 +39,7 @@ class Pass:
     reduced: Reduced | None = None
     """Tokens that pass through the model behind the block's own (the clean pass)."""
     steady: list[Steady] | None = None
-    """By layer, once a block's selection is made; then the store is not asked."""
+    """By layer, once a block's selection is made; then the cache is not asked."""
 
 
 @attrs.define(eq=False)

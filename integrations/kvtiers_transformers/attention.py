@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvtiers import Context, Layer, Ragged, UnsupportedModelError
+from kvtiers import Context, LayerRows, PaddingPattern, UnsupportedModelError
 
 NAME = "kvtiers"
 _FLEX_BLOCK = 128
@@ -25,7 +25,7 @@ class Forward:
 
     backend: str
     """The model's own attention implementation."""
-    ragged: Ragged | None
+    padding: PaddingPattern | None
     cache: object
     identity: tuple[Tensor, Tensor] | None = None
     """A rotation that does nothing, made once per forward."""
@@ -105,7 +105,7 @@ def tiered_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    kvtiers: Layer | None = None,
+    kvtiers: LayerRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend through a layer's tiers. query, key, value: [batch, heads, tokens, head_dim]; returns
@@ -118,20 +118,20 @@ def tiered_attention(
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return result
     out: Tensor | None = None
-    for turn in kvtiers.turns(query, key, value, forward.ragged):
-        context = turn.context
-        mask = _mask_for(forward.backend, context, turn.query)
-        part = attend(module, turn.query, context.keys, context.values, mask, **kwargs)[0]
-        if turn.rows is None and context.current == query.shape[2]:
+    for chunk in kvtiers.chunks(query, key, value, forward.padding):
+        context = chunk.context
+        mask = _mask_for(forward.backend, context, chunk.query)
+        part = attend(module, chunk.query, context.keys, context.values, mask, **kwargs)[0]
+        if chunk.rows is None and context.current == query.shape[2]:
             return part, None
         if out is None:
             out = part.new_zeros(query.shape[0], query.shape[2], *part.shape[2:])
-        if turn.rows is None:
-            out[:, turn.columns] = part
-        elif isinstance(turn.columns, slice):
-            out[turn.rows, turn.columns] = part
+        if chunk.rows is None:
+            out[:, chunk.columns] = part
+        elif isinstance(chunk.columns, slice):
+            out[chunk.rows, chunk.columns] = part
         else:
-            out[turn.rows[:, None], turn.columns[None]] = part
+            out[chunk.rows[:, None], chunk.columns[None]] = part
     if out is None:
         out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     return out, None

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from kvtiers import (
     CropError,
     InterruptedForwardError,
-    Layer,
+    LayerRows,
     MemoryUsage,
     Policy,
     SavedCacheError,
@@ -50,14 +50,14 @@ class TieredLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, owner: "TransformersCache", layer: Layer) -> None:
+    def __init__(self, owner: "TransformersCache", layer: LayerRows) -> None:
         super().__init__()
         self.owner, self.layer = owner, layer
         self.held_before = 0
         """Tokens of all rows before the forward that is running."""
         self.columns = 0
         """Columns of the batch seen, padding included: what transformers calls the sequence length."""
-        self.ragged_until = 0
+        self.padded_until = 0
         """The column after the last one in which some row had padding."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -73,8 +73,8 @@ class TieredLayer(CacheLayerMixin):
             )
         self.is_initialized = True
         self.columns += key_states.shape[2]
-        if forward.ragged is not None:
-            self.ragged_until = self.columns
+        if forward.padding is not None:
+            self.padded_until = self.columns
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -89,8 +89,8 @@ class TieredLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.layer.lanes = []
-        self.columns = self.ragged_until = 0
+        self.layer.groups = []
+        self.columns = self.padded_until = 0
 
     def offload(self) -> None:
         """Nothing to do: where the archive lives is the policy's choice."""
@@ -140,8 +140,7 @@ class TransformersCache(Cache):
         full stops the forward before it began, and the same tokens can be fed again once there is room.
         """
         self._check_whole()
-        for store in self.core.stores():
-            store.commit()
+        self.core.commit()
         for layer in self.tiered_layers:
             layer.held_before = layer.layer.tokens
         self._started, self._coming = self._progress(), tokens
@@ -161,7 +160,7 @@ class TransformersCache(Cache):
     def _progress(self) -> list[int]:
         """How far each layer, and each of its groups of rows, has come."""
         columns = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
-        return columns + [store.num_steps for store in self.core.stores()]
+        return columns + [layer.num_steps for layer in self.core.every_layer()]
 
     def _check_whole(self) -> None:
         columns = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
@@ -236,7 +235,7 @@ class TransformersCache(Cache):
         other = TransformersCache(self.core.fork(), own, self.outline, self.device)
         other._started = self._started
         for mine, theirs in zip(self.tiered_layers, other.tiered_layers, strict=True):
-            theirs.columns, theirs.ragged_until = mine.columns, mine.ragged_until
+            theirs.columns, theirs.padded_until = mine.columns, mine.padded_until
             theirs.is_initialized = mine.is_initialized
         return other
 
@@ -247,7 +246,7 @@ class TransformersCache(Cache):
         """Write the cache to one safetensors file."""
         self._refuse_own_layers("saved")
         self._check_whole()
-        columns = [[layer.columns, layer.ragged_until] for layer in self.tiered_layers]
+        columns = [[layer.columns, layer.padded_until] for layer in self.tiered_layers]
         self.core.save(path, extra={"columns": columns, "model": str(self.outline)})
 
     def load(self, path: str | Path) -> None:
@@ -255,8 +254,8 @@ class TransformersCache(Cache):
         self._refuse_own_layers("loaded")
         extra = self.core.load(path, device=self.device, expect={"model": str(self.outline)})
         self._started = None
-        for layer, (columns, ragged_until) in zip(self.tiered_layers, extra["columns"], strict=True):
-            layer.columns, layer.ragged_until, layer.is_initialized = columns, ragged_until, True
+        for layer, (columns, padded_until) in zip(self.tiered_layers, extra["columns"], strict=True):
+            layer.columns, layer.padded_until, layer.is_initialized = columns, padded_until, True
 
     def _refuse_own_layers(self, what: str) -> None:
         if len(self.tiered_layers) != len(self.layers):
@@ -272,7 +271,7 @@ def _why_not_crop(layer: Any, columns: int) -> str | None:
     if columns > held:
         return f"the cache holds {held}"
     if isinstance(layer, TieredLayer):
-        if held - columns < layer.ragged_until:
+        if held - columns < layer.padded_until:
             return "some rows had padding there; fork() the cache before steps that may have to be undone"
     elif isinstance(layer, DynamicSlidingWindowLayer):
         kept = 0 if layer.keys is None else layer.keys.shape[2]

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
-from kvtiers import Geometry, GeometryError, Policy, Ragged, TieredCache, UnsupportedModelError
+from kvtiers import Geometry, GeometryError, PaddingPattern, Policy, TieredCache, UnsupportedModelError
 from kvtiers_transformers.attention import NAME, Forward, own_backend, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
 from kvtiers_transformers.rope import rotary_of
@@ -50,11 +50,11 @@ class _Switch:
             self.recover()
         self._owner = threading.get_ident()
 
-    def on(self, ragged: Ragged | None, cache: TransformersCache) -> None:
+    def on(self, padding: PaddingPattern | None, cache: TransformersCache) -> None:
         """Attend through `cache` until the forward ends."""
         backends = [config._attn_implementation for config in self.configs]
         self._before = (backends, running.get())
-        running.set(Forward(backend=backends[0], ragged=ragged, cache=cache))
+        running.set(Forward(backend=backends[0], padding=padding, cache=cache))
         for config, backend in zip(self.configs, backends, strict=True):
             own_backend[id(config)] = backend
             config._attn_implementation = NAME
@@ -154,11 +154,11 @@ def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
         _check_dtype(module, cache, inputs.device)
         _check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
-        ragged = None if mask is None else Ragged.of(mask[:, -columns:].bool())
-        cache.start(rows * columns if ragged is None else ragged.tokens)
+        padding = None if mask is None else PaddingPattern.of(mask[:, -columns:].bool())
+        cache.start(rows * columns if padding is None else padding.tokens)
         if cache.rotates:
             _check_positions(given.get("position_ids"), mask)
-        switch.on(ragged, cache)
+        switch.on(padding, cache)
 
     return hook
 

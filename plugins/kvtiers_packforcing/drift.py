@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kvtiers
-from kvtiers import Geometry, LayerStore, Rotary
+from kvtiers import Geometry, Layer, Rotary
 
 REALIGNERS: Mapping[str, Any] = {
     "incremental": "incremental",
@@ -67,23 +67,23 @@ def errors(
         layout="interleaved",
         angle_dtype=torch.float64,
     )
-    store, random = LayerStore(policy, geometry, rotary=rotary), torch.Generator().manual_seed(0)
+    layer, random = Layer(policy, geometry, rotary=rotary), torch.Generator().manual_seed(0)
     shape = (1, 1, _FRAMES * geometry.tokens_per_step, geometry.head_dim)
     found: list[float] = []
     held: list[torch.Tensor] = []
     while len(found) < blocks:
         keys = torch.randn(shape, generator=random).to(dtype)
         held = [*held[:1], *held[1:][-1:], keys]  # the anchors, recent, and the current block
-        store.write(keys, keys, replace=True)
-        store.select(None)
-        context = store.context()
-        if store.dropped:
+        layer.write(keys, keys, replace=True)
+        layer.select(None)
+        context = layer.context()
+        if layer.dropped:
             exact = rotary.rotate(torch.cat(held, 2).double(), context.placed.double())[..., : _AXES[0]]
             by_tier = (3, -1)
             off = (context.keys[..., : _AXES[0]].double() - exact).unflatten(2, by_tier).norm(dim=(-2, -1))
             found.append(float((off / exact.unflatten(2, by_tier).norm(dim=(-2, -1))).max()))
             done()
-        store.commit()
+        layer.commit()
     return found
 
 

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import attrs
 
-from kvtiers.archive import Shelf
+from kvtiers.archive import BlockStore
 from kvtiers.blocks import Location
-from kvtiers_policies.memory import MemoryArchive, MemoryShelf
+from kvtiers_policies.memory import MemoryArchive, MemoryBlockStore
 
 
 @attrs.frozen(kw_only=True)
@@ -18,5 +18,7 @@ class DeviceArchive(MemoryArchive):
 
     location: ClassVar[Location] = "device"
 
-    def open(self) -> Shelf:
-        return MemoryShelf("device", ledger=self._ledger, limit_bytes=self.limit_bytes, device=None, pinned=False)
+    def open(self) -> BlockStore:
+        return MemoryBlockStore(
+            "device", byte_budget=self._byte_budget, limit_bytes=self.limit_bytes, device=None, pinned=False
+        )

@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvtiers.archive import Archive, Shelf
+from kvtiers.archive import Archive, BlockStore
 from kvtiers.blocks import Blocks, Location
 from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError
-from kvtiers_policies.ledger import Ledger, fits, ledger, limit_bytes
+from kvtiers_policies.byte_budget import ByteBudget, byte_budget, fits, limit_bytes
 
 
 class Folder:
-    """Where files go. A private temporary folder is removed with the last shelf and file that use it."""
+    """Where files go. A private temporary folder is removed with the last store and file that use it."""
 
     def __init__(self, directory: str | None) -> None:
         try:
@@ -43,7 +43,7 @@ class Folder:
 
 
 class File:
-    """One immutable file of blocks, deleted when the last shelf that lists it is gone."""
+    """One immutable file of blocks, deleted when the last store that lists it is gone."""
 
     def __init__(self, folder: Folder, tensors: Mapping[str, Tensor], admit: Any) -> None:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -81,7 +81,7 @@ class File:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Entry:
-    """The first `count` blocks of one file, as one shelf sees them: its row `i` is row `rows[i]` of the file."""
+    """The first `count` blocks of one file, as one store sees them: its row `i` is row `rows[i]` of the file."""
 
     file: File
     count: int
@@ -99,21 +99,21 @@ class Widths:
     offsets_differ: bool
 
 
-class DiskShelf(Shelf):
-    """A shelf whose blocks are files. Rows are taken by indirection and forks share files: nothing is rewritten."""
+class DiskBlockStore(BlockStore):
+    """A store whose blocks are files. Rows are selected by indirection and forks share files: nothing is rewritten."""
 
-    def __init__(self, folder: Folder, *, ledger: Ledger, limit_bytes: int | None) -> None:
+    def __init__(self, folder: Folder, *, byte_budget: ByteBudget, limit_bytes: int | None) -> None:
         super().__init__()
         self._folder = folder
         self._entries: list[Entry] = []
         self._widths: Widths | None = None
-        self.under(ledger, limit_bytes)
+        self.under(byte_budget, limit_bytes)
 
-    def under(self, ledger: Ledger, limit_bytes: int | None) -> None:
-        """Count the files of this shelf in `ledger`, up to `limit_bytes`."""
-        self._ledger, self._limit = ledger, limit_bytes
+    def under(self, byte_budget: ByteBudget, limit_bytes: int | None) -> None:
+        """Count the files of this store in `byte_budget`, up to `limit_bytes`."""
+        self._byte_budget, self._limit = byte_budget, limit_bytes
         for entry in self._entries:
-            ledger.enter(entry.file)
+            byte_budget.enter(entry.file)
 
     def write(self, blocks: Blocks) -> None:
         self.admit(blocks)
@@ -144,7 +144,7 @@ class DiskShelf(Shelf):
     ]:
         widths = self._widths
         if widths is None or not self._entries:
-            raise GeometryError("an empty shelf was read")
+            raise GeometryError("an empty store was read")
         shape = (*index.shape, self.tokens)
         keys = torch.empty(*shape, widths.key, dtype=widths.dtype)
         values = torch.empty(*shape, widths.value, dtype=widths.dtype)
@@ -170,8 +170,8 @@ class DiskShelf(Shelf):
         taken = rows.tolist()
         self._entries = [attrs.evolve(e, rows=tuple(e.rows[row] for row in taken)) for e in self._entries]
 
-    def fork(self) -> "DiskShelf":
-        other = DiskShelf(self._folder, ledger=self._ledger, limit_bytes=self._limit)
+    def fork(self) -> "DiskBlockStore":
+        other = DiskBlockStore(self._folder, byte_budget=self._byte_budget, limit_bytes=self._limit)
         other.count, other.span, other.tokens = self.count, self.span, self.tokens
         other._entries, other._widths = list(self._entries), self._widths
         return other
@@ -198,8 +198,8 @@ class DiskShelf(Shelf):
 
     def _append(self, tensors: Mapping[str, Tensor], offsets_differ: bool) -> None:
         keys = tensors["keys"]
-        file = File(self._folder, tensors, lambda more: self._ledger.admit(more, self._limit, "disk"))
-        self._ledger.enter(file)
+        file = File(self._folder, tensors, lambda more: self._byte_budget.admit(more, self._limit, "disk"))
+        self._byte_budget.enter(file)
         self._entries.append(Entry(file=file, count=keys.shape[2], rows=tuple(range(keys.shape[0]))))
         self._widths = Widths(
             key=keys.shape[-1],
@@ -222,7 +222,7 @@ class DiskShelf(Shelf):
 
 
 class _Shared:
-    """The temporary folder that the shelves of one archive share while any of them lives."""
+    """The temporary folder that the stores of one archive share while any of them lives."""
 
     def __init__(self) -> None:
         self._folder: weakref.ref[Folder] | None = None
@@ -247,16 +247,18 @@ class DiskArchive(Archive):
     location: ClassVar[Location] = "disk"
     directory: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     limit_bytes: int | None = limit_bytes()
-    _ledger: Ledger = ledger()
+    _byte_budget: ByteBudget = byte_budget()
     _shared: _Shared = attrs.field(init=False, factory=_Shared, eq=False, repr=False)
 
-    def open(self) -> Shelf:
-        return DiskShelf(self._shared.folder(self.directory), ledger=self._ledger, limit_bytes=self.limit_bytes)
+    def open(self) -> BlockStore:
+        return DiskBlockStore(
+            self._shared.folder(self.directory), byte_budget=self._byte_budget, limit_bytes=self.limit_bytes
+        )
 
     def adopts(self, other: Archive) -> bool:
         same = isinstance(other, DiskArchive) and other.directory == self.directory
         return same and (self == other or fits(other, self.limit_bytes))
 
-    def adopt(self, shelf: Shelf) -> None:
-        if isinstance(shelf, DiskShelf):
-            shelf.under(self._ledger, self.limit_bytes)
+    def adopt(self, store: BlockStore) -> None:
+        if isinstance(store, DiskBlockStore):
+            store.under(self._byte_budget, self.limit_bytes)

@@ -5,9 +5,9 @@ from typing import ClassVar
 import attrs
 import torch
 
-from kvtiers.archive import Shelf
+from kvtiers.archive import BlockStore
 from kvtiers.blocks import Location
-from kvtiers_policies.memory import MemoryArchive, MemoryShelf
+from kvtiers_policies.memory import MemoryArchive, MemoryBlockStore
 
 
 @attrs.frozen(kw_only=True)
@@ -19,10 +19,10 @@ class HostArchive(MemoryArchive):
 
     location: ClassVar[Location] = "host"
 
-    def open(self) -> Shelf:
-        return MemoryShelf(
+    def open(self) -> BlockStore:
+        return MemoryBlockStore(
             "host",
-            ledger=self._ledger,
+            byte_budget=self._byte_budget,
             limit_bytes=self.limit_bytes,
             device=torch.device("cpu"),
             pinned=torch.cuda.is_available(),

@@ -1,28 +1,34 @@
-"""What the archives in memory share: a `TensorShelf` with a byte limit and, for the host of a GPU, pinned pages."""
+"""What the archives in memory share: a `TensorBlockStore` with a byte limit, and pinned pages for the host of a GPU."""
 
 import attrs
 import torch
 
-from kvtiers.archive import Archive, Shelf, TensorShelf
+from kvtiers.archive import Archive, BlockStore, TensorBlockStore
 from kvtiers.blocks import Blocks, Location
-from kvtiers_policies.ledger import Ledger, fits, ledger, limit_bytes
+from kvtiers_policies.byte_budget import ByteBudget, byte_budget, fits, limit_bytes
 
 
-class MemoryShelf(TensorShelf):
-    """A shelf in memory that refuses, before it writes anything, what would exceed its archive's limit."""
+class MemoryBlockStore(TensorBlockStore):
+    """A store in memory that refuses, before it writes anything, what would exceed its archive's limit."""
 
     def __init__(
-        self, location: Location, *, ledger: Ledger, limit_bytes: int | None, device: torch.device | None, pinned: bool
+        self,
+        location: Location,
+        *,
+        byte_budget: ByteBudget,
+        limit_bytes: int | None,
+        device: torch.device | None,
+        pinned: bool,
     ) -> None:
         super().__init__(location, device, pinned=pinned)
-        self._ledger, self._limit = ledger, limit_bytes
-        ledger.enter(self)
+        self._byte_budget, self._limit = byte_budget, limit_bytes
+        byte_budget.enter(self)
 
-    def under(self, ledger: Ledger, limit_bytes: int | None) -> None:
-        """Count what is held here in `ledger` instead, up to `limit_bytes`."""
-        self._ledger.leave(self)
-        self._ledger, self._limit = ledger, limit_bytes
-        ledger.enter(self)
+    def under(self, byte_budget: ByteBudget, limit_bytes: int | None) -> None:
+        """Count what is held here in `byte_budget` instead, up to `limit_bytes`."""
+        self._byte_budget.leave(self)
+        self._byte_budget, self._limit = byte_budget, limit_bytes
+        byte_budget.enter(self)
 
     @property
     def nbytes(self) -> int:
@@ -30,12 +36,16 @@ class MemoryShelf(TensorShelf):
 
     def write(self, blocks: Blocks) -> None:
         self.admit(blocks)
-        self._ledger.admit(self._nbytes_after(blocks) - self.nbytes, self._limit, self.location)
+        self._byte_budget.admit(self._nbytes_after(blocks) - self.nbytes, self._limit, self.location)
         super().write(blocks)
 
-    def _empty(self) -> "MemoryShelf":
-        return MemoryShelf(
-            self.location, ledger=self._ledger, limit_bytes=self._limit, device=self.device, pinned=self.pinned
+    def _empty(self) -> "MemoryBlockStore":
+        return MemoryBlockStore(
+            self.location,
+            byte_budget=self._byte_budget,
+            limit_bytes=self._limit,
+            device=self.device,
+            pinned=self.pinned,
         )
 
     def _nbytes_after(self, blocks: Blocks) -> int:
@@ -48,17 +58,17 @@ class MemoryShelf(TensorShelf):
 
 @attrs.frozen(kw_only=True)
 class MemoryArchive(Archive):
-    """An archive of `MemoryShelf`s.
+    """An archive of `MemoryBlockStore`s.
 
     limit_bytes: the most bytes that all layers together may archive (none: no limit); then `ArchiveFullError`.
     """
 
     limit_bytes: int | None = limit_bytes()
-    _ledger: Ledger = ledger()
+    _byte_budget: ByteBudget = byte_budget()
 
     def adopts(self, other: Archive) -> bool:
         return type(self) is type(other) and (self == other or fits(other, self.limit_bytes))
 
-    def adopt(self, shelf: Shelf) -> None:
-        if isinstance(shelf, MemoryShelf):
-            shelf.under(self._ledger, self.limit_bytes)
+    def adopt(self, store: BlockStore) -> None:
+        if isinstance(store, MemoryBlockStore):
+            store.under(self._byte_budget, self.limit_bytes)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers import testing
-from kvtiers.archive import Archive, TensorShelf
+from kvtiers.archive import Archive, TensorBlockStore
 from kvtiers.blocks import Blocks, Location
 from kvtiers.errors import ArchiveFullError
 from kvtiers.geometry import Geometry
@@ -18,7 +18,7 @@ from strategies import Setting, copied, cuts, feed, policies, rotary, settings_o
 
 
 class Switch:
-    """Whether writes fail now, and from which shelf on."""
+    """Whether writes fail now, and from which store on."""
 
     def __init__(self) -> None:
         self.broken = False
@@ -27,7 +27,7 @@ class Switch:
         self.refused = 0
 
 
-class Unreliable(TensorShelf):
+class Unreliable(TensorBlockStore):
     def __init__(self, switch: Switch) -> None:
         super().__init__("device")
         self.switch, self.number = switch, switch.opened
@@ -61,29 +61,29 @@ def test_a_refused_write_changes_nothing_and_the_same_append_works_later(data):
     setting = data.draw(settings_of(archiving()))
     lengths = data.draw(cuts(setting.policy))
     switch = setting.policy.archive.switch
-    store = setting.store()
-    calm = attrs.evolve(setting, policy=attrs.evolve(setting.policy, archive=UnreliableArchive())).store()
+    layer = setting.layer()
+    calm = attrs.evolve(setting, policy=attrs.evolve(setting.policy, archive=UnreliableArchive())).layer()
     tokens, start = setting.tokens, 0
     for length in lengths:
         now = tokens.part(start, start + length)
         start += length
-        before, tier_counts = (copied(store.context()) if store.num_steps else None), store.tier_counts()
+        before, tier_counts = (copied(layer.context()) if layer.num_steps else None), layer.tier_counts()
         switch.broken, refused = True, switch.refused
         try:
-            store.write(now.keys, now.values)
+            layer.write(now.keys, now.values)
         except ArchiveFullError:
             assert switch.refused > refused
-            assert store.tier_counts() == tier_counts
-            assert testing.difference(before, store.context()) is None
+            assert layer.tier_counts() == tier_counts
+            assert testing.difference(before, layer.context()) is None
             switch.broken = False
-            store.write(now.keys, now.values)
+            layer.write(now.keys, now.values)
         finally:
             switch.broken = False
-        store.select(now.query)
+        layer.select(now.query)
         calm.write(now.keys, now.values)
         calm.select(now.query)
-        assert testing.difference(copied(store.context()), calm.context()) is None
-        assert store.tier_counts() == calm.tier_counts()
+        assert testing.difference(copied(layer.context()), calm.context()) is None
+        assert layer.tier_counts() == calm.tier_counts()
 
 
 def test_when_one_of_two_forms_is_refused_neither_is_held():
@@ -95,21 +95,21 @@ def test_when_one_of_two_forms_is_refused_neither_is_held():
         rotary=rotary(4),
         seed=0,
     )
-    store, tokens = setting.store(), setting.tokens
-    list(feed(store, tokens, [4, 4, 4]))
-    held = {form: shelf.count for form, shelf in store.shelves.items()}
+    layer, tokens = setting.layer(), setting.tokens
+    list(feed(layer, tokens, [4, 4, 4]))
+    held = {form: store.count for form, store in layer.stores.items()}
     assert held == {"full": 2, "compressed": 2}
     archive.switch.broken = True
     for number in (0, 1):
         archive.switch.only = number
         now = tokens.part(12, 16)
         with pytest.raises(ArchiveFullError):
-            store.write(now.keys, now.values)
-        assert {form: shelf.count for form, shelf in store.shelves.items()} == held
-        assert store.tier_counts()["current"] == 4
+            layer.write(now.keys, now.values)
+        assert {form: store.count for form, store in layer.stores.items()} == held
+        assert layer.tier_counts()["current"] == 4
     archive.switch.broken = False
-    list(feed(store, tokens, [4, 4], start=12))
-    assert store.shelves["full"].count == store.shelves["compressed"].count == store.archived
+    list(feed(layer, tokens, [4, 4], start=12))
+    assert layer.stores["full"].count == layer.stores["compressed"].count == layer.archived
 
 
 @pytest.mark.parametrize("archive", ["device", "host", "disk"])
@@ -127,16 +127,16 @@ def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive
     if archive == "device":
         found = attrs.evolve(found, retriever=policy("archive", retriever="recency").retriever, top_k=999)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
-    store, tokens, start = setting.store(), setting.tokens, 0
+    layer, tokens, start = setting.layer(), setting.tokens, 0
     with pytest.raises(ArchiveFullError, match=r"limit_bytes = 3,000.*Nothing was lost"):  # noqa: PT012 (some append)
         while True:
             now = tokens.part(start, start + 4)
-            store.write(now.keys, now.values)
-            store.select(now.query)
+            layer.write(now.keys, now.values)
+            layer.select(now.query)
             start += 4
     assert start > 8
-    assert store.num_steps == start
-    assert torch.equal(store.context().keys, tokens.keys[:, :, :start])
+    assert layer.num_steps == start
+    assert torch.equal(layer.context().keys, tokens.keys[:, :, :start])
 
 
 def test_a_layer_whose_archive_refused_takes_the_same_tokens_once_it_works_again():
@@ -148,15 +148,15 @@ def test_a_layer_whose_archive_refused_takes_the_same_tokens_once_it_works_again
         rotary=rotary(4),
         seed=0,
     )
-    store = setting.store()
-    list(feed(store, setting.tokens, [4, 4, 4]))
+    layer = setting.layer()
+    list(feed(layer, setting.tokens, [4, 4, 4]))
     archive.switch.broken = True
     now = setting.tokens.part(12, 14)
     with pytest.raises(ArchiveFullError):
-        store.write(now.keys, now.values)
-    assert (store.num_steps, store.committed_steps, store.archived) == (12, 8, 0)
+        layer.write(now.keys, now.values)
+    assert (layer.num_steps, layer.committed_steps, layer.archived) == (12, 8, 0)
     with pytest.raises(ArchiveFullError):
-        store.write(now.keys, now.values)
+        layer.write(now.keys, now.values)
     archive.switch.broken = False
-    store.write(now.keys, now.values)
-    assert (store.num_steps, store.committed_steps, store.archived) == (14, 12, 1)
+    layer.write(now.keys, now.values)
+    assert (layer.num_steps, layer.committed_steps, layer.archived) == (14, 12, 1)

@@ -17,8 +17,8 @@ from kvtiers.errors import (
     SlotError,
 )
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.presets import policy
-from kvtiers.store import LayerStore
 from strategies import Setting, copied, feed, rotary
 
 GEOMETRY = Geometry(kv_heads=2, head_dim=4)
@@ -71,21 +71,21 @@ def test_a_slot_takes_only_its_kind(slot):
 )
 def test_a_policy_that_could_exceed_its_budget_is_refused_before_a_token_is_held(changes, bound):
     with pytest.raises(BudgetError, match=f"this policy attends {bound} tokens, more than budget"):
-        LayerStore(policy("archive", **changes), GEOMETRY)
+        Layer(policy("archive", **changes), GEOMETRY)
     with pytest.raises(BudgetError):
         TieredCache(policy("archive", **changes), [GEOMETRY])
 
 
 def test_a_budget_that_is_kept_is_accepted():
     found = policy("archive")
-    LayerStore(attrs.evolve(found, budget=found.bound(GEOMETRY)), GEOMETRY)
+    Layer(attrs.evolve(found, budget=found.bound(GEOMETRY)), GEOMETRY)
 
 
 @pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 def test_a_realigner_needs_a_rotary_embedding(realigner):
     with pytest.raises(RotaryError, match="layer 3 has no rotary embedding; use realigner='original'"):
-        LayerStore(policy("streaming", realigner=realigner), GEOMETRY, layer=3)
-    LayerStore(policy("streaming", realigner="original"), GEOMETRY, layer=3)
+        Layer(policy("streaming", realigner=realigner), GEOMETRY, layer=3)
+    Layer(policy("streaming", realigner="original"), GEOMETRY, layer=3)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_one_policy_and_one_rotary_per_layer_are_asked_for():
         TieredCache([policy("full")] * 2, [GEOMETRY] * 3)
 
 
-def filled() -> tuple[LayerStore, Setting]:
+def filled() -> tuple[Layer, Setting]:
     found = policy("archive", sink=1, recent=3, block_size=2, top_k=1, chunk_size=4)
     setting = Setting(policy=found, geometry=GEOMETRY, rotary=rotary(4), seed=0)
-    store = setting.store(layer=7)
-    list(feed(store, setting.tokens, [4, 4]))
-    return store, setting
+    layer = setting.layer(layer=7)
+    list(feed(layer, setting.tokens, [4, 4]))
+    return layer, setting
 
 
 def tensors(*, batch=1, heads=2, steps=1, width=4, value_width=4, dtype=torch.float32, value_dtype=None, other=0):
@@ -139,22 +139,22 @@ def tensors(*, batch=1, heads=2, steps=1, width=4, value_width=4, dtype=torch.fl
     ],
 )
 def test_tensors_of_another_model_are_refused_and_nothing_is_stored(shape, message):
-    store, setting = filled()
-    before, tier_counts = copied(store.context()), store.tier_counts()
+    layer, setting = filled()
+    before, tier_counts = copied(layer.context()), layer.tier_counts()
     with pytest.raises(GeometryError, match=message):
-        store.write(*tensors(**shape))
-    assert store.tier_counts() == tier_counts
-    assert testing.difference(before, store.context()) is None
-    list(feed(store, setting.tokens, [1, 4], start=8))
+        layer.write(*tensors(**shape))
+    assert layer.tier_counts() == tier_counts
+    assert testing.difference(before, layer.context()) is None
+    list(feed(layer, setting.tokens, [1, 4], start=8))
 
 
 def test_keys_on_another_device_are_refused():
-    store, _ = filled()
+    layer, _ = filled()
     keys, values = (x.to("meta") for x in tensors())
     with pytest.raises(GeometryError, match="layer 7 holds tensors on cpu, got keys on meta"):
-        store.write(keys, values)
+        layer.write(keys, values)
     with pytest.raises(GeometryError, match="values on meta"):
-        store.write(tensors()[0], values)
+        layer.write(tensors()[0], values)
 
 
 @pytest.mark.parametrize("where", ["keys", "values"])
@@ -162,46 +162,46 @@ def test_keys_on_another_device_are_refused():
 def test_with_checking_on_what_is_not_finite_is_refused_with_the_layer_named(where, value):
     found = policy("streaming", sink=1, recent=3, block_size=2, chunk_size=4)
     setting = Setting(policy=found, geometry=GEOMETRY, rotary=rotary(4), seed=0)
-    store = setting.store(layer=5, check=True)
-    list(feed(store, setting.tokens, [4, 4]))
-    before, tier_counts = copied(store.context()), store.tier_counts()
+    layer = setting.layer(layer=5, check=True)
+    list(feed(layer, setting.tokens, [4, 4]))
+    before, tier_counts = copied(layer.context()), layer.tier_counts()
     keys, values = tensors(steps=2)
     (keys if where == "keys" else values)[0, 1, 1, 2] = value
     with pytest.raises(NotFiniteError, match="layer 5 was given keys or values with NaN or infinity at steps 8 to 10"):
-        store.write(keys, values)
-    assert store.tier_counts() == tier_counts
-    assert testing.difference(before, store.context()) is None
-    list(feed(store, setting.tokens, [2], start=8))
+        layer.write(keys, values)
+    assert layer.tier_counts() == tier_counts
+    assert testing.difference(before, layer.context()) is None
+    list(feed(layer, setting.tokens, [2], start=8))
 
 
 def test_without_checking_nothing_is_looked_at():
-    store, _ = filled()
+    layer, _ = filled()
     keys, values = tensors()
-    store.write(keys * float("nan"), values)
-    assert store.num_steps == 9
+    layer.write(keys * float("nan"), values)
+    assert layer.num_steps == 9
 
 
 def test_a_video_layer_takes_whole_steps():
     geometry = Geometry(kv_heads=1, head_dim=4, grid=(2, 3), steps_per_commit=1, causal=False)
-    store = LayerStore(policy("archive", block_size=1), geometry)
+    layer = Layer(policy("archive", block_size=1), geometry)
     with pytest.raises(GeometryError, match="takes whole steps of 6 tokens, got 7 tokens"):
-        store.write(torch.zeros(1, 1, 7, 4), torch.zeros(1, 1, 7, 4))
+        layer.write(torch.zeros(1, 1, 7, 4), torch.zeros(1, 1, 7, 4))
 
 
 def test_a_video_layer_takes_no_more_than_one_commit_at_once():
     """Else the context would exceed its bound, which counts one commit."""
     geometry = Geometry(kv_heads=1, head_dim=4, grid=(2,), steps_per_commit=3, causal=False)
-    store = LayerStore(policy("archive", block_size=3, sink=3, recent=3), geometry)
-    store.write(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4))
+    layer = Layer(policy("archive", block_size=3, sink=3, recent=3), geometry)
+    layer.write(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4))
     with pytest.raises(GeometryError, match="at most 3 steps at once, got 12 tokens"):
-        store.write(torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
+        layer.write(torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
 
 
 def test_reading_or_selecting_before_anything_is_held_says_what_to_do():
-    store = LayerStore(policy("archive"), GEOMETRY)
+    layer = Layer(policy("archive"), GEOMETRY)
     with pytest.raises(SelectionError, match="holds nothing yet; write keys and values first"):
-        store.context()
-    store.select()
+        layer.context()
+    layer.select()
     cache = TieredCache(policy("archive"), [GEOMETRY])
     with pytest.raises(GeometryError, match="or none yet"):
         cache.context(0)

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers import testing
-from kvtiers.cache import Layer, Ragged
 from kvtiers.errors import GeometryError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
+from kvtiers.rows import LayerRows, PaddingPattern
 from strategies import (
     Setting,
     Stream,
@@ -94,14 +94,14 @@ def feed_all_cache(cache, tokens: Stream, lengths: list[int], start: int = 0) ->
         start += length
 
 
-def attended(layer: Layer, tokens: Stream, valid: torch.Tensor | None) -> torch.Tensor:
+def attended(layer: LayerRows, tokens: Stream, valid: torch.Tensor | None) -> torch.Tensor:
     """What every row's tokens attend to, [batch, query_heads, steps, value_dim], zero at pads."""
     batch, heads, steps = tokens.query.shape[:3]
     out = torch.zeros(batch, heads, steps, tokens.values.shape[-1], dtype=torch.float64)
-    for turn in layer.turns(tokens.query, tokens.keys, tokens.values, Ragged.of(valid)):
-        got = attend_context(turn.query, turn.context)
-        rows = range(batch) if turn.rows is None else turn.rows.tolist()
-        columns = turn.columns
+    for chunk in layer.chunks(tokens.query, tokens.keys, tokens.values, PaddingPattern.of(valid)):
+        got = attend_context(chunk.query, chunk.context)
+        rows = range(batch) if chunk.rows is None else chunk.rows.tolist()
+        columns = chunk.columns
         where = range(steps)[columns] if isinstance(columns, slice) else columns.tolist()
         for at, row in enumerate(rows):
             out[row, :, list(where)] = got[at]
@@ -194,7 +194,7 @@ def test_another_number_of_rows_is_a_clear_error_and_changes_nothing(batch):
     with pytest.raises(GeometryError, match=f"holds 2 rows, got {batch}; a filled cache cannot grow its batch"):
         cache.write(0, other.keys, other.values)
     with pytest.raises(GeometryError, match=f"holds 2 rows, got {batch}"):
-        list(cache.layers[0].turns(other.query, other.keys, other.values))
+        list(cache.layers[0].chunks(other.query, other.keys, other.values))
     assert testing.difference(before, cache.context(0)) is None
 
 
@@ -215,7 +215,7 @@ def test_an_empty_cache_takes_a_batch_of_any_size(empty):
 
 
 @pytest.mark.parametrize("rows", [[0, 2], [-1], [5, 0]])
-@pytest.mark.parametrize("padded", [False, True], ids=["one lane", "two lanes"])
+@pytest.mark.parametrize("padded", [False, True], ids=["one group", "two groups"])
 def test_a_row_that_is_not_there_cannot_be_taken(rows, padded):
     cache, setting = filled()
     if padded:
@@ -247,5 +247,5 @@ def test_the_context_of_rows_that_parted_ways_is_read_per_group():
 def test_the_same_tokens_give_the_same_contexts_again(data):
     setting = data.draw(settings_of())
     lengths = data.draw(cuts(setting.policy))
-    one, other = (feed_all(setting.store(), setting.tokens, lengths) for _ in range(2))
+    one, other = (feed_all(setting.layer(), setting.tokens, lengths) for _ in range(2))
     assert all(testing.difference(a, b) is None for a, b in zip(one, other, strict=True))

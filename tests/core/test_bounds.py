@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from kvtiers import testing
 from kvtiers.accounting import bytes_in
-from kvtiers.cache import Ragged, TieredCache
+from kvtiers.cache import TieredCache
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
+from kvtiers.rows import PaddingPattern
 from strategies import STEPS, Setting, cuts, feed, fewer, names, policies, rotary, settings_of, small_presets, stream
 
 
@@ -35,12 +36,12 @@ def test_several_layers_hold_the_sum_of_what_each_may(data):
         for layer in range(len(each)):
             cache.write(layer, now.keys, now.values)
             cache.select(layer, now.query)
-    limits = [p.bound_bytes(geometry, s.archived) for p, s in zip(each, cache.stores(), strict=True)]
+    limits = [p.bound_bytes(geometry, s.archived) for p, s in zip(each, cache.every_layer(), strict=True)]
     held = cache.memory_usage()
     if None not in limits:
         assert bytes_in(held, "device") <= sum(limits)
     for location in ("device", "host"):
-        assert bytes_in(held, location) == sum(testing.storages(store)[location] for store in cache.stores())
+        assert bytes_in(held, location) == sum(testing.storages(layer)[location] for layer in cache.every_layer())
 
 
 @fewer
@@ -52,10 +53,10 @@ def test_reports_are_true_when_rows_part_ways(data):
         part = tokens.part(number * 10, number * 10 + 10)
         pads = data.draw(st.lists(st.integers(0, 4) | st.just(10), min_size=batch, max_size=batch))
         valid = torch.arange(10) >= torch.tensor(pads)[:, None]
-        list(cache.layers[0].turns(part.query, part.keys, part.values, Ragged.of(valid)))
+        list(cache.layers[0].chunks(part.query, part.keys, part.values, PaddingPattern.of(valid)))
     held = cache.memory_usage()
     for location in ("device", "host"):
-        real = testing.storages_of(cache.stores())
+        real = testing.storages_of(cache.every_layer())
         assert bytes_in(held, location) == real[location]
 
 
@@ -69,9 +70,9 @@ def is_flat(name: str) -> bool:
 def test_what_drops_holds_the_same_bytes_from_its_first_token_to_its_last(name):
     found = attrs.evolve(policy(name), sink=2, recent=9, block_size=2, chunk_size=4)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0, steps=120)
-    store, sizes = setting.store(), set()
-    for _ in feed(store, setting.tokens, [4] * 20 + [1] * 40):
-        sizes.add(testing.storages(store)["device"])
+    layer, sizes = setting.layer(), set()
+    for _ in feed(layer, setting.tokens, [4] * 20 + [1] * 40):
+        sizes.add(testing.storages(layer)["device"])
     assert len(sizes) == 1
 
 
@@ -80,17 +81,17 @@ def test_an_archive_elsewhere_without_digests_keeps_the_device_flat(where):
     """Eight bytes a block remain there: the step at which it began."""
     found = policy("archive", retriever="recency", archive=where, sink=2, recent=9, block_size=2, top_k=2, chunk_size=4)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0, steps=120)
-    store, grown = setting.store(), []
-    for _ in feed(store, setting.tokens, [4] * 20 + [1] * 40):
-        # on a machine without an accelerator both places are the same memory; the shelf's own is left out
-        device = bytes_in_device(store)
-        grown.append(device - 16 * store.archived)
+    layer, grown = setting.layer(), []
+    for _ in feed(layer, setting.tokens, [4] * 20 + [1] * 40):
+        # on a machine without an accelerator both locations are the same memory; the store's own is left out
+        device = bytes_in_device(layer)
+        grown.append(device - 16 * layer.archived)
     assert max(grown[10:]) <= max(grown[:10])
-    assert store.archived > 30
+    assert layer.archived > 30
 
 
-def bytes_in_device(store) -> int:
-    return testing.storages(store)["device"]
+def bytes_in_device(layer) -> int:
+    return testing.storages(layer)["device"]
 
 
 @given(data=st.data())
@@ -99,9 +100,9 @@ def test_a_buffer_that_is_full_is_as_large_as_its_bound_says(data):
     setting = data.draw(settings_of(policies(recent=5, chunk_size=4, retriever=("none", "recency", "affinity"))))
     slots = setting.policy.slots(setting.geometry)
     assert slots is not None
-    store = setting.store()
-    for _ in feed(store, setting.tokens, data.draw(cuts(setting.policy, most=20))):
-        assert store.rotated.shape[2] == store.values.shape[2] == slots
+    layer = setting.layer()
+    for _ in feed(layer, setting.tokens, data.draw(cuts(setting.policy, most=20))):
+        assert layer.rotated.shape[2] == layer.values.shape[2] == slots
 
 
 @fewer
@@ -120,7 +121,7 @@ def test_the_bound_is_reached(data):
         )
     )
     setting = data.draw(settings_of(st.just(found)))
-    most = max(context.keys.shape[2] for _, context in feed(setting.store(), setting.tokens, [4] * 8))
+    most = max(context.keys.shape[2] for _, context in feed(setting.layer(), setting.tokens, [4] * 8))
     assert most == found.bound(setting.geometry)
 
 
@@ -147,7 +148,7 @@ def test_bytes_are_released_when_a_cache_is_reset():
         seed=0,
     )
     cache, now = setting.cache(), setting.tokens.part(0, 20)
-    for _ in cache.layers[0].turns(now.query, now.keys, now.values):
+    for _ in cache.layers[0].chunks(now.query, now.keys, now.values):
         pass
     assert bytes_in(cache.memory_usage(), "device") > 0
     cache.reset()
@@ -164,9 +165,9 @@ def test_bytes_are_reported_in_the_place_where_they_are(archive):
         seed=0,
     )
     cache, now = setting.cache(), setting.tokens.part(0, 20)
-    for _ in cache.layers[0].turns(now.query, now.keys, now.values):
+    for _ in cache.layers[0].chunks(now.query, now.keys, now.values):
         pass
     mid = {held.location: held.bytes for held in cache.memory_usage() if held.tier == "mid"}
     block = 2 * setting.geometry.token_bytes
-    assert mid[archive] >= cache.stores()[0].archived * block
+    assert mid[archive] >= cache.every_layer()[0].archived * block
     assert set(mid) == {archive, "device"}  # the chosen block is in the context buffer too

@@ -46,7 +46,7 @@ def test_contiguous_positions_begin_at_zero_and_incremental_ones_end_at_now(data
     for steps in data.draw(cuts(trial.policy)):
         placed = trial.feed(steps).placed
         if type(trial.policy.realigner).__name__ == "Contiguous":
-            first = trial.store.mid.placed if trial.store.mid is not None and not trial.store.sink_tokens else placed
+            first = trial.layer.mid.placed if trial.layer.mid is not None and not trial.layer.sink_tokens else placed
             assert float(first.flatten()[0]) == 0
         else:
             assert float(placed[0, 0, -1, 0]) == trial.num_steps - 1
@@ -63,7 +63,7 @@ def test_reading_any_number_of_times_changes_nothing(data):
 def test_a_run_with_readings_equals_one_without(data):
     setting = data.draw(settings_of())
     lengths = data.draw(cuts(setting.policy))
-    read, unread = setting.store(), setting.store()
+    read, unread = setting.layer(), setting.layer()
     for _ in feed(read, setting.tokens, lengths):
         read.context()
         read.context().origins.add_(100)
@@ -80,12 +80,12 @@ def test_a_run_with_readings_equals_one_without(data):
 @given(data=st.data())
 def test_selecting_again_without_new_tokens_changes_nothing(data):
     setting = data.draw(settings_of(policies(refresh="block")))
-    store = setting.store()
+    layer = setting.layer()
     lengths = data.draw(cuts(setting.policy))
-    for start, context in feed(store, setting.tokens, lengths):
+    for start, context in feed(layer, setting.tokens, lengths):
         before = testing.copied(context)
-        store.select(setting.tokens.part(start, store.num_steps).query)
-        assert testing.difference(before, store.context()) is None
+        layer.select(setting.tokens.part(start, layer.num_steps).query)
+        assert testing.difference(before, layer.context()) is None
 
 
 def test_the_kit_notices_a_step_that_went_missing():
@@ -99,11 +99,11 @@ def test_the_kit_notices_a_step_that_went_missing():
     for _ in range(6):
         trial.feed(2)
     testing.conservation(trial)
-    trial.store.dropped += 1
+    trial.layer.dropped += 1
     with pytest.raises(AssertionError, match=r"invariant 1 \(conservation\)"):
         testing.conservation(trial)
-    trial.store.dropped -= 1
-    trial.store.shelves["full"]._keys.buffer[0, 0, 1, 0, 0] += 1
+    trial.layer.dropped -= 1
+    trial.layer.stores["full"]._keys.buffer[0, 0, 1, 0, 0] += 1
     with pytest.raises(AssertionError, match="the full block of step 3 has other keys"):
         testing.conservation(trial)
 
@@ -120,18 +120,18 @@ def test_the_kit_notices_one_token_that_is_off(off):
     for _ in range(6):
         context = trial.feed(2)
     testing.contents(trial, context)
-    store = trial.store
+    layer = trial.layer
     if off == "value":
-        store.values[0, 1, store.head] += 1e-3
+        layer.values[0, 1, layer.head] += 1e-3
     elif off == "place":
-        at = slice(store.head, store.head + 1)
-        store.rotated[:, :, at] = store._turn(store.unrotated[:, :, at], store.recent_start + store.recent_shift + 1)
+        at = slice(layer.head, layer.head + 1)
+        layer.rotated[:, :, at] = layer._turn(layer.unrotated[:, :, at], layer.recent_start + layer.recent_shift + 1)
     elif off == "origin":
-        store.recent_start += 1
+        layer.recent_start += 1
     else:
-        store.rotated[0, 0, [store.head, store.head + 1]] = store.rotated[0, 0, [store.head + 1, store.head]]
+        layer.rotated[0, 0, [layer.head, layer.head + 1]] = layer.rotated[0, 0, [layer.head + 1, layer.head]]
     with pytest.raises(AssertionError, match="invariant"):
-        testing.contents(trial, store.context())
+        testing.contents(trial, layer.context())
     assert trial.num_steps == 12
 
 
@@ -143,12 +143,12 @@ def test_observers_are_told_what_happened_to_every_step():
         rotary=Setting.plain_rotary(4),
         seed=1,
     )
-    store = setting.store(observe=told.append)
-    list(feed(store, setting.tokens, [5, 5, 5, 1, 1, 1]))
+    layer = setting.layer(observe=told.append)
+    list(feed(layer, setting.tokens, [5, 5, 5, 1, 1, 1]))
     assert sum(event.steps for event in told if isinstance(event, Committed)) == 18
-    full, compressed = store.shelves["full"], store.shelves["compressed"]
+    full, compressed = layer.stores["full"], layer.stores["compressed"]
     assert sum(event.blocks for event in told if isinstance(event, Archived)) == full.count + compressed.count
-    assert sum(event.blocks for event in told if isinstance(event, Compressed)) == full.count == store.archived == 3
+    assert sum(event.blocks for event in told if isinstance(event, Compressed)) == full.count == layer.archived == 3
     selections = [event for event in told if isinstance(event, Selected)]
     assert all(event.chosen.shape[-1] <= 2 for event in selections)
     assert sum(isinstance(event, Recalled) for event in told) == len(selections)
@@ -201,14 +201,14 @@ def test_a_video_layer_holds_every_token_of_every_step(geometry, commits, base):
         block_size=commit,
         refresh=base.refresh,
     )
-    store = Setting(policy=found, geometry=geometry, rotary=Setting.plain_rotary(8), seed=0).store()
+    layer = Setting(policy=found, geometry=geometry, rotary=Setting.plain_rotary(8), seed=0).layer()
     tokens, per = stream(geometry), geometry.tokens_per_step * commit
     for number in range(commits):
         now = tokens.part(number * per, (number + 1) * per)
-        store.write(now.keys, now.values)
-        store.select(now.query)
-        context = store.context()
-        assert sum(store.tier_counts().values()) == (number + 1) * commit
+        layer.write(now.keys, now.values)
+        layer.select(now.query)
+        context = layer.context()
+        assert sum(layer.tier_counts().values()) == (number + 1) * commit
         assert context.mask is None
         assert not context.causal
         assert context.current == per

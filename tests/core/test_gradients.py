@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.presets import build, policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
 from strategies import (
     Setting,
     allowed,
@@ -35,16 +35,16 @@ def attend32(query, context):
 @given(data=st.data())
 def test_gradients_of_current_tokens_are_those_of_plain_attention(data):
     setting = data.draw(settings_of(policies(attend="full", top_k_compressed=0)))
-    store, tokens = setting.store(), setting.tokens
+    layer, tokens = setting.layer(), setting.tokens
     lengths = data.draw(cuts(setting.policy, most=6))
-    for _ in feed(store, tokens, lengths[:-1]):
+    for _ in feed(layer, tokens, lengths[:-1]):
         pass
     start = sum(lengths[:-1])
     now = tokens.part(start, start + lengths[-1])
     query, keys, values = (x.clone().requires_grad_() for x in (now.query, now.keys, now.values))
-    store.write(keys, values)
-    store.select(query)
-    context = store.context()
+    layer.write(keys, values)
+    layer.select(query)
+    context = layer.context()
     origins, placed = per_head(context.origins, context), per_head(context.placed, context)
     own, past = (
         [x.clone().requires_grad_() for x in (now.query, now.keys, now.values)],
@@ -62,7 +62,7 @@ def test_gradients_of_current_tokens_are_those_of_plain_attention(data):
         current = placed[..., -context.current :, None].repeat_interleave(query.shape[1] // keys.shape[1], 1)
         placed_query = setting.rotary.rotate(own[0], current)
     want = attend(placed_query, every_key, every_value, allowed(context))
-    got = attend(store.place_query(query), context.keys, context.values, allowed(context))
+    got = attend(layer.place_query(query), context.keys, context.values, allowed(context))
     weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(0), dtype=want.dtype)
     (want * weights).sum().backward()
     (got * weights).sum().backward()
@@ -78,15 +78,15 @@ def test_later_appends_do_not_corrupt_an_earlier_backward(name, needs):
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
 
     def loss_and_grads(*, more: bool):
-        store, grads, outputs = setting.store(), [], []
+        layer, grads, outputs = setting.layer(), [], []
         for start in range(0, 12, 3):
             now = setting.tokens.part(start, start + 3)
             leaves = {name: x.clone() for name, x in (("query", now.query), ("keys", now.keys), ("values", now.values))}
             for leaf_name, leaf in leaves.items():
                 leaf.requires_grad_(needs in (leaf_name, "all"))
-            store.write(leaves["keys"], leaves["values"])
-            store.select(leaves["query"])
-            outputs.append(attend32(store.place_query(leaves["query"]), store.context()).square().sum())
+            layer.write(leaves["keys"], leaves["values"])
+            layer.select(leaves["query"])
+            outputs.append(attend32(layer.place_query(leaves["query"]), layer.context()).square().sum())
             grads += [leaf for leaf in leaves.values() if leaf.requires_grad]
             if not more:
                 outputs.pop().backward()
@@ -106,14 +106,14 @@ def test_a_context_that_was_read_with_gradients_is_not_written_over():
         seed=0,
         steps=200,
     )
-    store, tokens = setting.store(), setting.tokens
+    layer, tokens = setting.layer(), setting.tokens
     now = tokens.part(0, 4)
     keys = now.keys.clone().requires_grad_()
-    store.write(keys, now.values)
-    store.select(now.query)
-    context = store.context()
+    layer.write(keys, now.values)
+    layer.select(now.query)
+    context = layer.context()
     before = context.keys.detach().clone()
-    list(feed(store, tokens, [4] * 40, start=4))
+    list(feed(layer, tokens, [4] * 40, start=4))
     assert torch.equal(context.keys, before)
 
 
@@ -124,12 +124,12 @@ def test_without_gradients_a_context_is_a_view_and_nothing_is_copied():
         rotary=rotary(4),
         seed=0,
     )
-    store = setting.store()
+    layer = setting.layer()
     with torch.no_grad():
-        list(feed(store, setting.tokens, [4, 4]))
-        context = store.context()
-    assert context.keys.untyped_storage().data_ptr() == store.rotated.untyped_storage().data_ptr()
-    assert context.values.untyped_storage().data_ptr() == store.values.untyped_storage().data_ptr()
+        list(feed(layer, setting.tokens, [4, 4]))
+        context = layer.context()
+    assert context.keys.untyped_storage().data_ptr() == layer.rotated.untyped_storage().data_ptr()
+    assert context.values.untyped_storage().data_ptr() == layer.values.untyped_storage().data_ptr()
 
 
 def test_history_holds_no_graph():
@@ -139,19 +139,19 @@ def test_history_holds_no_graph():
         rotary=rotary(4),
         seed=0,
     )
-    store, tokens = setting.store(), setting.tokens
+    layer, tokens = setting.layer(), setting.tokens
     for start in range(0, 12, 2):
         now = tokens.part(start, start + 2)
-        store.write(now.keys.clone().requires_grad_(), now.values.clone().requires_grad_())
-        store.select(now.query.clone().requires_grad_())
+        layer.write(now.keys.clone().requires_grad_(), now.values.clone().requires_grad_())
+        layer.select(now.query.clone().requires_grad_())
     assert not any(
-        buffer.requires_grad for buffer in (store.rotated, store.unrotated, store.values, store.digests.buffer)
+        buffer.requires_grad for buffer in (layer.rotated, layer.unrotated, layer.values, layer.digests.buffer)
     )
-    assert not any(part.requires_grad for part in store.shelves["full"].tensors().values())
+    assert not any(part.requires_grad for part in layer.stores["full"].tensors().values())
     now = tokens.part(12, 13)
-    store.write(now.keys, now.values)
-    store.select(now.query)
-    assert not store.context().keys.requires_grad
+    layer.write(now.keys, now.values)
+    layer.select(now.query)
+    assert not layer.context().keys.requires_grad
 
 
 @pytest.mark.parametrize("realigner", ["contiguous", "original", "incremental"])
@@ -171,16 +171,16 @@ def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
     one = full[:, 0, :, :, :1]
 
     def attended(keys, values):
-        store = LayerStore(found, geometry, rotary=turn, keep_graph=True)
+        layer = Layer(found, geometry, rotary=turn, keep_graph=True)
         for number in range(6):
             query, key, value = full[number]
-            store.write(key, value, replace=True)
-            store.select(query)
+            layer.write(key, value, replace=True)
+            layer.select(query)
             if number < 5:
-                store.beside(one[number], keys[number], values[number], offsets, 2)
-                store.commit()
-        assert store.archived == 3
-        return attend_context(store.place_query(full[5, 0]), store.context())
+                layer.beside(one[number], keys[number], values[number], offsets, 2)
+                layer.commit()
+        assert layer.archived == 3
+        return attend_context(layer.place_query(full[5, 0]), layer.context())
 
     shape = (5, 1, 2, 1, 12)
     inputs = [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for _ in range(2)]

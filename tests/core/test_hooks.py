@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvtiers
-from kvtiers.archive import TensorShelf
+from kvtiers.archive import TensorBlockStore
 from kvtiers.events import Committed, Event
 from kvtiers.plugins import Registry, registry
 
@@ -51,8 +51,8 @@ class Still(kvtiers.Realigner):
 class Here(kvtiers.Archive):
     location = "device"
 
-    def open(self) -> TensorShelf:
-        return TensorShelf("device")
+    def open(self) -> TensorBlockStore:
+        return TensorBlockStore("device")
 
 
 @pytest.fixture
@@ -69,13 +69,13 @@ def plugged() -> Iterator[Any]:
         registry().unregister(name)
 
 
-def fed(policy: kvtiers.Policy, *, steps: int = 20, **options: Any) -> kvtiers.LayerStore:
-    store = kvtiers.LayerStore(policy, GEOMETRY, **options)
+def fed(policy: kvtiers.Policy, *, steps: int = 20, **options: Any) -> kvtiers.Layer:
+    layer = kvtiers.Layer(policy, GEOMETRY, **options)
     for step in range(steps):
         x = torch.full((1, 2, 1, 4), float(step))
-        store.write(x, x)
-        store.select(x)
-    return store
+        layer.write(x, x)
+        layer.select(x)
+    return layer
 
 
 def test_kvtiers_policies_adds_a_preset(plugged: Any) -> None:

@@ -11,8 +11,8 @@ def _filled(policy: kvtiers.Policy, *, forked: bool) -> kvtiers.TieredCache:
     with torch.inference_mode():
         for _ in range(3):
             part = torch.randn(2, 1, 24, 4)
-            for turn in cache.layers[0].turns(part, part, part):
-                assert turn.context.keys.shape[2] > 0
+            for chunk in cache.layers[0].chunks(part, part, part):
+                assert chunk.context.keys.shape[2] > 0
         cache.select_rows(torch.tensor([1, 0]))
         return cache.fork() if forked else cache
 
@@ -24,8 +24,8 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_it_and_with_gradients(
             cache = _filled(kvtiers.policy(name, **sizes), forked=forked)
             with torch.no_grad():
                 part = torch.randn(2, 1, 20, 4)
-                assert [turn.query.shape[2] for turn in cache.layers[0].turns(part, part, part)]
+                assert [chunk.query.shape[2] for chunk in cache.layers[0].chunks(part, part, part)]
             part = torch.randn(2, 1, 4, 4, requires_grad=True)
-            for turn in cache.layers[0].turns(part, part, part):
-                (turn.query @ turn.context.keys.transpose(2, 3)).sum().backward()
+            for chunk in cache.layers[0].chunks(part, part, part):
+                (chunk.query @ chunk.context.keys.transpose(2, 3)).sum().backward()
             assert part.grad is not None

@@ -6,8 +6,8 @@ import torch
 
 from kvtiers import testing
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.presets import policy
-from kvtiers.store import LayerStore
 from strategies import names, rotary
 
 TOKENS = 100_000
@@ -37,27 +37,27 @@ def runs() -> list:
 def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
     """In chunks, and one by one now and then, as a long conversation would."""
     found = policy(name)
-    store = LayerStore(found, GEOMETRY, rotary=rotary(4))
+    layer = Layer(found, GEOMETRY, rotary=rotary(4))
     bound, chunk = found.bound(GEOMETRY), found.chunk_size
     flat: set[int] = set()
     pool = torch.randn(3, 1, 1, chunk * 7, 4, generator=torch.Generator().manual_seed(0))
     number = 0
-    while store.num_steps < tokens:
+    while layer.num_steps < tokens:
         steps = 1 if number % 100 < 5 else chunk
         query, keys, values = pool[..., (number % 7) * chunk :, :][..., :steps, :]
-        store.write(keys, values)
-        store.select(query)
-        assert store.context().keys.shape[2] <= bound
+        layer.write(keys, values)
+        layer.select(query)
+        assert layer.context().keys.shape[2] <= bound
         if number % 20 == 0:
-            limit = found.bound_bytes(GEOMETRY, store.archived)
-            held = testing.storages(store)
+            limit = found.bound_bytes(GEOMETRY, layer.archived)
+            held = testing.storages(layer)
             assert held["device"] <= limit
             if number:
                 flat.add(held["device"])
         number += 1
-    assert sum(store.tier_counts().values()) == store.num_steps >= tokens
+    assert sum(layer.tier_counts().values()) == layer.num_steps >= tokens
     if found.compressor.drops:
         assert len(flat) == 1
-        assert store.tier_counts()["dropped"] > 0.9 * tokens
+        assert layer.tier_counts()["dropped"] > 0.9 * tokens
     else:
-        assert store.archived * found.block_size == store.tier_counts()["mid"] > 0.9 * tokens
+        assert layer.archived * found.block_size == layer.tier_counts()["mid"] > 0.9 * tokens

@@ -170,14 +170,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_cache_holds_what_the_list_says(self) -> None:
-        if not hasattr(self, "trial") or not self.cache.stores() or not self.cache.num_steps:
+        if not hasattr(self, "trial") or not self.cache.every_layer() or not self.cache.num_steps:
             return
         assert self.cache.num_steps == self.trial.keys.shape[2]
         context = self.cache.context(0)
         testing.conservation(self.trial)
         testing.contents(self.trial, context)
         held = self.cache.memory_usage()
-        real = testing.storages(self.trial.store)
+        real = testing.storages(self.trial.layer)
         for location in ("device", "host"):
             assert sum(h.bytes for h in held if h.location == location) == real[location]
         bound = self.trial.policy.bound(self.trial.geometry)

@@ -1,7 +1,7 @@
 """Invariants 2 and 3: `full` is plain attention, and a policy that only drops is plain attention with those
 tokens masked.
 
-The oracle works out, one step, head and block at a time, what each query may see. It reads nothing of a store, and its
+The oracle works out, one step, head and block at a time, what each query may see. It reads nothing of a layer, and its
 negative controls show that one index or position that is off by one is noticed.
 """
 
@@ -98,9 +98,9 @@ def oracle_of(found: Policy) -> Oracle:
 
 
 def disagreement(setting: Setting, lengths: list[int], oracle: Oracle) -> float:
-    """How far the store's attention is from the oracle's, at the worst step."""
+    """How far the layer's attention is from the oracle's, at the worst step."""
     tokens, worst = setting.tokens, 0.0
-    for start, context in feed(setting.store(), tokens, lengths):
+    for start, context in feed(setting.layer(), tokens, lengths):
         stop = start + context.current
         now, past = tokens.part(start, stop), tokens.part(0, stop)
         want = attend(now.query, past.keys, past.values, oracle.mask(tokens, start, stop))
@@ -150,7 +150,7 @@ def test_a_sliding_window_is_a_window_however_the_tokens_are_cut(window, data):
     found = policy("sliding-window", recent=window - 1, chunk_size=None)
     setting = data.draw(settings_of(st.just(found)))
     tokens = setting.tokens
-    for start, context in feed(setting.store(), tokens, data.draw(cuts(found))):
+    for start, context in feed(setting.layer(), tokens, data.draw(cuts(found))):
         stop = start + context.current
         step = torch.arange(stop)
         within = (step <= step[start:, None]) & (step > step[start:, None] - window)
@@ -163,7 +163,7 @@ def test_a_sliding_window_is_a_window_however_the_tokens_are_cut(window, data):
 def test_full_holds_what_was_appended_bit_for_bit_and_attends_it_plainly(data):
     setting = data.draw(settings_of(st.just(policy("full"))))
     tokens = setting.tokens
-    for start, context in feed(setting.store(), tokens, data.draw(cuts(setting.policy))):
+    for start, context in feed(setting.layer(), tokens, data.draw(cuts(setting.policy))):
         stop = start + context.current
         now, past = tokens.part(start, stop), tokens.part(0, stop)
         assert torch.equal(context.keys, past.keys)
@@ -180,7 +180,7 @@ def test_whoever_keeps_and_attends_everything_equals_full(data):
     full = attrs.evolve(setting, policy=policy("full"))
     lengths = data.draw(cuts(found))
     contexts = zip(
-        feed(setting.store(), setting.tokens, lengths), feed(full.store(), full.tokens, lengths), strict=True
+        feed(setting.layer(), setting.tokens, lengths), feed(full.layer(), full.tokens, lengths), strict=True
     )
     for (_, mine), (_, theirs) in contexts:
         assert torch.equal(mine.keys, theirs.keys)
@@ -190,20 +190,20 @@ def test_whoever_keeps_and_attends_everything_equals_full(data):
 
 @given(data=st.data())
 def test_a_long_forward_equals_its_chunks_bit_for_bit(data):
-    """`turns` cuts on an absolute grid, so prefill in one go and in pieces on that grid are the same."""
+    """`chunks` cuts on an absolute grid, so prefill in one go and in pieces on that grid are the same."""
     found = data.draw(policies(chunk_size=data.draw(st.integers(1, 6))))
     setting = data.draw(settings_of(st.just(found)))
     tokens, size = setting.tokens, found.chunk_size
     steps = data.draw(st.integers(1, 40))
     whole, pieces = setting.cache(), setting.cache()
     everything = tokens.part(0, steps)
-    turns = whole.layers[0].turns(everything.query, everything.keys, everything.values)
-    at_once = [attend_context(turn.query, turn.context) for turn in turns]
+    chunks = whole.layers[0].chunks(everything.query, everything.keys, everything.values)
+    at_once = [attend_context(chunk.query, chunk.context) for chunk in chunks]
     in_pieces = []
     for start, stop in extents([min(size, steps - a) for a in range(0, steps, size)]):
         part = tokens.part(start, stop)
-        turns = pieces.layers[0].turns(part.query, part.keys, part.values)
-        in_pieces += [attend_context(turn.query, turn.context) for turn in turns]
+        chunks = pieces.layers[0].chunks(part.query, part.keys, part.values)
+        in_pieces += [attend_context(chunk.query, chunk.context) for chunk in chunks]
     assert torch.equal(torch.cat(at_once, 2), torch.cat(in_pieces, 2))
 
 
@@ -257,9 +257,9 @@ def test_the_oracle_notices_one_setting_that_is_off_by_one(found, field, off):
 @pytest.mark.parametrize("row", [0, 1])
 def test_the_oracle_notices_one_key_of_one_head_that_moved_by_one(row, head):
     setting = attrs.evolve(CONTROL, policy=DROPPING)
-    tokens, store = setting.tokens, setting.store()
-    list(feed(store, tokens, [7, 7]))
-    context = store.context()
+    tokens, layer = setting.tokens, setting.layer()
+    list(feed(layer, tokens, [7, 7]))
+    context = layer.context()
     rolled = context.keys.clone()
     rolled[row, head, 2:9] = rolled[row, head, 2:9].roll(1, 0)
     now = tokens.part(7, 14)

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kvtiers import testing
-from kvtiers.cache import Ragged, TieredCache
+from kvtiers.cache import TieredCache
 from kvtiers.errors import CropError, SavedCacheError
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Compressor
 from kvtiers.presets import policy
+from kvtiers.rows import PaddingPattern
 from strategies import Setting, Stream, copied, cuts, policies, rotary, settings_of, small_presets
 
 
@@ -155,7 +156,7 @@ def test_rows_that_parted_ways_are_saved_and_forked_too(data):
     cache, loaded = setting.cache(), setting.cache()
     layers = [cache.layers[0]]
     now = tokens.part(0, 9)
-    list(cache.layers[0].turns(now.query, now.keys, now.values, Ragged.of(valid)))
+    list(cache.layers[0].chunks(now.query, now.keys, now.values, PaddingPattern.of(valid)))
     fork = cache.fork()
     with TemporaryDirectory() as folder:
         cache.save(Path(folder) / "saved")
@@ -164,8 +165,8 @@ def test_rows_that_parted_ways_are_saved_and_forked_too(data):
     later = tokens.part(9, 15)
     runs = []
     for layer in layers:
-        turns = layer.turns(later.query, later.keys, later.values)
-        runs.append([(turn.rows, copied(turn.context)) for turn in turns])
+        chunks = layer.chunks(later.query, later.keys, later.values)
+        runs.append([(chunk.rows, copied(chunk.context)) for chunk in chunks])
     for other in runs[1:]:
         for (rows, a), (same_rows, b) in zip(runs[0], other, strict=True):
             assert (rows is None) == (same_rows is None)
@@ -333,7 +334,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):
     setting, cache, path = saved(tmp_path)
     secret = 12345.0
-    cache.stores()[0].rotated[:, :, cache.stores()[0].tail :] = secret  # a spare slot
+    cache.every_layer()[0].rotated[:, :, cache.every_layer()[0].tail :] = secret  # a spare slot
     cache.save(path)
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
@@ -359,8 +360,8 @@ def test_a_state_that_is_no_tensor_is_forked_but_cannot_be_saved(tmp_path):
     cache = setting.cache()
     go_on(cache, setting.tokens, [4, 4, 4], 0)
     fork = cache.fork()
-    assert fork.stores()[0].state == {"blocks": 3}
-    assert fork.stores()[0].state is not cache.stores()[0].state
+    assert fork.every_layer()[0].state == {"blocks": 3}
+    assert fork.every_layer()[0].state is not cache.every_layer()[0].state
     with pytest.raises(SavedCacheError, match="the state of Counting is a dict; only tensors can be saved"):
         cache.save(tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.planning import Shape, cost
 from kvtiers.presets import policy
-from kvtiers.store import LayerStore
 from strategies import any_policy, cuts, feed, policies, settings_of
 
 WAN = Shape(
@@ -46,11 +46,11 @@ def test_what_is_planned_covers_what_is_then_held_and_attended(data, steps):
     setting = data.draw(settings_of(any_policy()))
     shape = Shape(name="", layers=1, geometry=setting.geometry, steps=steps, growth_steps=1, growth_unit="step")
     planned, cache, tokens = cost(setting.policy, shape), setting.cache(), setting.tokens
-    for turn in cache.layers[0].turns(*(x[:, :, :steps] for x in (tokens.query, tokens.keys, tokens.values))):
-        assert turn.context.keys.shape[2] <= planned.attended
+    for chunk in cache.layers[0].chunks(*(x[:, :, :steps] for x in (tokens.query, tokens.keys, tokens.values))):
+        assert chunk.context.keys.shape[2] <= planned.attended
     cache.commit()
     assert bytes_in(cache.memory_usage(), "device") <= planned.device_bytes
-    blocks = sum(max((shelf.count for shelf in store.shelves.values()), default=0) for store in cache.stores())
+    blocks = sum(max((store.count for store in layer.stores.values()), default=0) for layer in cache.every_layer())
     of_block = cost(setting.policy, attrs.evolve(shape, growth_steps=setting.policy.block_size)).growth_bytes
     if setting.policy.archive.location != "device":
         assert planned.archive_bytes == blocks * of_block
@@ -60,19 +60,19 @@ def test_what_is_planned_covers_what_is_then_held_and_attended(data, steps):
 def test_a_policy_without_a_bound_never_holds_more_than_twice_what_it_needs(data, steps):
     setting = data.draw(settings_of(policies(recent=None) | policies(retriever="all") | policies(chunk_size=None)))
     shape = Shape(name="", layers=1, geometry=setting.geometry, steps=steps, growth_steps=1, growth_unit="step")
-    planned, store = cost(setting.policy, shape).device_bytes, setting.store()
-    for _ in feed(store, setting.tokens, data.draw(cuts(setting.policy, most=steps, steps=steps))):
-        assert bytes_in(memory_usage_of([store]), "device") <= planned
+    planned, layer = cost(setting.policy, shape).device_bytes, setting.layer()
+    for _ in feed(layer, setting.tokens, data.draw(cuts(setting.policy, most=steps, steps=steps))):
+        assert bytes_in(memory_usage_of([layer]), "device") <= planned
 
 
 def test_all_of_a_video_takes_up_to_twice_its_size_as_its_buffer_doubles():
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(2, 3), steps_per_commit=4, causal=False)
-    store, held, planned = LayerStore(policy("full"), geometry), [], []
+    layer, held, planned = Layer(policy("full"), geometry), [], []
     for number in range(1, 20):
-        store.write(*torch.zeros(2, 1, 2, 24, 12), replace=True)
-        store.commit()
+        layer.write(*torch.zeros(2, 1, 2, 24, 12), replace=True)
+        layer.commit()
         shape = attrs.evolve(WAN, layers=1, geometry=geometry, steps=4 * number)
-        held.append(bytes_in(memory_usage_of([store]), "device"))
+        held.append(bytes_in(memory_usage_of([layer]), "device"))
         planned.append(cost(policy("full"), shape).device_bytes)
         assert cost(policy("full"), shape).cached_bytes * 2 == planned[-1]
     assert all(have <= most for have, most in zip(held, planned, strict=True))

@@ -41,7 +41,7 @@ def at_origins(x: Tensor, origins: Tensor) -> Tensor:
 def test_every_key_is_the_stored_key_rotated_once_however_often_blocks_moved(data):
     setting = data.draw(settings_of(in_full))
     tokens = setting.tokens
-    for _, context in feed(setting.store(), tokens, data.draw(cuts(setting.policy, most=20))):
+    for _, context in feed(setting.layer(), tokens, data.draw(cuts(setting.policy, most=20))):
         origins, placed = per_head(context.origins, context), per_head(context.placed, context)
         want = turned_by_complex_numbers(at_origins(tokens.keys, origins), placed, setting.rotary)
         assert torch.allclose(context.keys.double(), want, rtol=0, atol=3e-5)
@@ -51,12 +51,12 @@ def test_every_key_is_the_stored_key_rotated_once_however_often_blocks_moved(dat
 @given(data=st.data())
 def test_the_query_is_placed_where_its_own_key_is(data):
     setting = data.draw(settings_of(policies(realigner=("contiguous", "incremental"))))
-    store = setting.store()
-    for start, context in feed(store, setting.tokens, data.draw(cuts(setting.policy))):
-        now = setting.tokens.part(start, store.num_steps)
+    layer = setting.layer()
+    for start, context in feed(layer, setting.tokens, data.draw(cuts(setting.policy))):
+        now = setting.tokens.part(start, layer.num_steps)
         placed = per_head(context.placed, context)[:1, :1, -context.current :].expand(*now.query.shape[:3])
         want = turned_by_complex_numbers(now.query, placed, setting.rotary)
-        assert torch.allclose(store.place_query(now.query).double(), want, rtol=0, atol=3e-5)
+        assert torch.allclose(layer.place_query(now.query).double(), want, rtol=0, atol=3e-5)
 
 
 ONCE = ("incremental", {"rotations": "once"})
@@ -97,10 +97,10 @@ def exact(setting):
 
 def attended(setting, lengths):
     """What the tokens of each forward attend."""
-    store, tokens = setting.store(), setting.tokens
+    layer, tokens = setting.layer(), setting.tokens
     return [
-        attend_context(store.place_query(tokens.part(start, store.num_steps).query), context)
-        for start, context in feed(store, tokens, lengths)
+        attend_context(layer.place_query(tokens.part(start, layer.num_steps).query), context)
+        for start, context in feed(layer, tokens, lengths)
     ]
 
 
@@ -129,17 +129,17 @@ def test_without_gaps_realigning_equals_leaving_the_models_rotation(data):
     setting = data.draw(settings_of(st.just(found)))
     lengths = data.draw(cuts(found))
     plain = attrs.evolve(setting, policy=attrs.evolve(found, realigner=build("realigner", "original")))
-    store, tokens = setting.store(), setting.tokens
+    layer, tokens = setting.layer(), setting.tokens
     at = torch.arange(setting.steps)[:, None].double()
     turned = attrs.evolve(
         tokens, query=setting.rotary.rotate(tokens.query, at), keys=setting.rotary.rotate(tokens.keys, at)
     )
     for (start, mine), (_, theirs) in zip(
-        feed(store, tokens, lengths), feed(plain.store(), turned, lengths), strict=True
+        feed(layer, tokens, lengths), feed(plain.layer(), turned, lengths), strict=True
     ):
-        query = tokens.part(start, store.num_steps).query
-        own = attend_context(store.place_query(query), mine)
-        model = attend_context(turned.part(start, store.num_steps).query, theirs)
+        query = tokens.part(start, layer.num_steps).query
+        own = attend_context(layer.place_query(query), mine)
+        model = attend_context(turned.part(start, layer.num_steps).query, theirs)
         assert torch.allclose(own, model, rtol=0, atol=3e-5)
 
 
@@ -149,7 +149,7 @@ def errors_in_bfloat16(realigner, compressor):
     geometry = Geometry(kv_heads=1, head_dim=4, dtype=torch.bfloat16)
     setting = Setting(policy=found, geometry=geometry, rotary=rotary(4), seed=3, steps=1000)
     tokens, errors = setting.tokens, []
-    for _, context in feed(setting.store(), tokens, [2] * 500):
+    for _, context in feed(setting.layer(), tokens, [2] * 500):
         origins, placed = per_head(context.origins, context), per_head(context.placed, context)
         want = turned_by_complex_numbers(at_origins(tokens.keys, origins), placed, setting.rotary)
         errors.append(((context.keys.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max().item())

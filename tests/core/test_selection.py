@@ -70,26 +70,26 @@ def test_the_chosen_blocks_have_the_highest_declared_scores(data):
         policies(retriever=SCORED, refresh="chunk", recent=3, compressor=("keep", "mean-pool", "top-tokens"))
     )
     setting = data.draw(settings_of(st.just(found)))
-    tokens, store = setting.tokens, setting.store()
+    tokens, layer = setting.tokens, setting.layer()
     at = torch.arange(setting.steps)[:, None].double()
     turned = found.realigner.rotates
     keys = setting.rotary.rotate(tokens.keys, at) if turned else tokens.keys
     queries = setting.rotary.rotate(tokens.query, at) if turned else tokens.query
-    for start, _ in feed(store, tokens, data.draw(cuts(found))):
-        if not store.archived:
-            assert store.selection is None
+    for start, _ in feed(layer, tokens, data.draw(cuts(found))):
+        if not layer.archived:
+            assert layer.selection is None
             continue
-        blocks = [keys[:, :, a : a + found.block_size] for a in store.starts.data.tolist()]
-        scores = brute_force(found.retriever, queries[:, :, start : store.num_steps], blocks)
+        blocks = [keys[:, :, a : a + found.block_size] for a in layer.starts.data.tolist()]
+        scores = brute_force(found.retriever, queries[:, :, start : layer.num_steps], blocks)
         for picked, more in (
-            (store.selection.chosen, 0),
-            (store.selection.compressed, store.selection.chosen.shape[-1]),
+            (layer.selection.chosen, 0),
+            (layer.selection.compressed, layer.selection.chosen.shape[-1]),
         ):
             rank = scores.sort(-1, descending=True).values
             got = scores.gather(-1, picked).sort(-1, descending=True).values
             want = rank[..., more : more + picked.shape[-1]]
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
-        assert store.selection.chosen.shape[-1] == min(found.top_k, store.archived)
+        assert layer.selection.chosen.shape[-1] == min(found.top_k, layer.archived)
 
 
 def test_the_brute_force_notices_another_key():
@@ -129,21 +129,21 @@ def test_equal_blocks_are_chosen_newest_first(data):
     setting = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, head_dim=4))
     tokens = setting.tokens
     keys = tokens.keys[:, :, :1].round().expand(-1, -1, setting.steps, -1)
-    store = setting.store()
-    for _ in feed(store, attrs.evolve(tokens, query=tokens.query.round(), keys=keys), data.draw(cuts(found))):
-        if store.archived:
-            newest = torch.arange(max(0, store.archived - found.top_k), store.archived)
-            assert torch.equal(store.selection.chosen, newest.expand_as(store.selection.chosen))
+    layer = setting.layer()
+    for _ in feed(layer, attrs.evolve(tokens, query=tokens.query.round(), keys=keys), data.draw(cuts(found))):
+        if layer.archived:
+            newest = torch.arange(max(0, layer.archived - found.top_k), layer.archived)
+            assert torch.equal(layer.selection.chosen, newest.expand_as(layer.selection.chosen))
 
 
 @given(data=st.data())
 def test_as_many_blocks_as_there_are_selects_all_of_them(data):
     found = data.draw(policies(retriever=("affinity", "page-bounds", "recency"), compressor="keep", top_k=64, recent=3))
     setting = data.draw(settings_of(st.just(found)))
-    store, every = setting.store(), attrs.evolve(setting, policy=policy("full")).store()
+    layer, every = setting.layer(), attrs.evolve(setting, policy=policy("full")).layer()
     lengths = data.draw(cuts(found))
     for (_, mine), (_, whole) in zip(
-        feed(store, setting.tokens, lengths), feed(every, setting.tokens, lengths), strict=True
+        feed(layer, setting.tokens, lengths), feed(every, setting.tokens, lengths), strict=True
     ):
         assert torch.equal(mine.values, whole.values)
         assert torch.equal(per_head(mine.origins, mine), per_head(whole.origins, whole))
@@ -155,7 +155,7 @@ def test_rows_and_heads_do_not_influence_what_others_choose(data):
     setting = data.draw(settings_of(st.just(found)))
     lengths = data.draw(cuts(found))
     tokens, row = setting.tokens, data.draw(st.integers(0, setting.geometry.batch - 1))
-    together, alone = setting.store(), attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, batch=1)).store()
+    together, alone = setting.layer(), attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, batch=1)).layer()
     own = tokens.select_rows(torch.tensor([row]))
     for (_, all_rows), (_, one_row) in zip(feed(together, tokens, lengths), feed(alone, own, lengths), strict=True):
         assert torch.allclose(all_rows.values[row], one_row.values[0], rtol=1e-6, atol=1e-6)
@@ -196,14 +196,14 @@ def test_a_selection_is_renewed_as_often_as_refresh_says(refresh, singles, times
     )
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0, steps=64)
     found = attrs.evolve(found, recent=40)
-    store = attrs.evolve(setting, policy=found).store()
-    list(feed(store, setting.tokens, [44, 4]))
+    layer = attrs.evolve(setting, policy=found).layer()
+    list(feed(layer, setting.tokens, [44, 4]))
     before = len(retriever.asked)
     assert before == 1
     asked = []
     for _count in range(singles):
-        list(feed(store, setting.tokens, [1], start=store.num_steps))
-        asked.append(store.archived)
+        list(feed(layer, setting.tokens, [1], start=layer.num_steps))
+        asked.append(layer.archived)
     by_archiving = sum(b > a for a, b in zip([1, *asked], asked, strict=False))
     assert len(retriever.asked) - before >= times
     assert len(retriever.asked) - before <= times + by_archiving
@@ -213,10 +213,10 @@ def test_a_chunk_and_a_block_that_was_archived_always_renew_the_selection():
     retriever = Forgotten()
     found = attrs.evolve(policy("archive"), retriever=retriever, sink=0, recent=2, top_k=1, block_size=2, refresh=1000)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0, steps=64)
-    store = setting.store()
-    list(feed(store, setting.tokens, [4, 1, 2, 2, 2]))
+    layer = setting.layer()
+    list(feed(layer, setting.tokens, [4, 1, 2, 2, 2]))
     assert len(retriever.asked) == 4
-    list(feed(store, setting.tokens, [1, 1, 1, 1], start=store.num_steps))
+    list(feed(layer, setting.tokens, [1, 1, 1, 1], start=layer.num_steps))
     assert len(retriever.asked) == 7  # history of 11, 12 and 14 steps ends a block each, 13 does not
 
 
@@ -224,37 +224,37 @@ def test_a_chunk_and_a_block_that_was_archived_always_renew_the_selection():
 def test_between_renewals_the_mid_tokens_stay_what_they_were(data):
     found = data.draw(policies(refresh=5, recent=9, retriever=SCORED, compressor="keep", block_size=1, sink=0))
     setting = data.draw(settings_of(st.just(attrs.evolve(found, block_size=4))))
-    store = setting.store()
-    list(feed(store, setting.tokens, [min(found.chunk_size or 9, 9)] * 3))
-    selection, archived = store.selection, store.archived
+    layer = setting.layer()
+    list(feed(layer, setting.tokens, [min(found.chunk_size or 9, 9)] * 3))
+    selection, archived = layer.selection, layer.archived
     for _ in range(4):
-        list(feed(store, setting.tokens, [1], start=store.num_steps))
-        if store.archived == archived and selection is not None:
-            assert store.selection is selection
+        list(feed(layer, setting.tokens, [1], start=layer.num_steps))
+        if layer.archived == archived and selection is not None:
+            assert layer.selection is selection
 
 
 def test_a_context_before_the_selection_that_it_needs_is_a_clear_error():
     found = policy("archive", sink=0, recent=2, block_size=2, top_k=1)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0)
-    store, tokens = setting.store(), setting.tokens
+    layer, tokens = setting.layer(), setting.tokens
     with pytest.raises(SelectionError, match="holds nothing yet; write"):
-        store.context()
-    list(feed(store, tokens, [4]))
+        layer.context()
+    list(feed(layer, tokens, [4]))
     now = tokens.part(4, 6)
-    store.write(now.keys, now.values)
+    layer.write(now.keys, now.values)
     with pytest.raises(SelectionError, match=r"call select\(query\) before context"):
-        store.context()
+        layer.context()
     with pytest.raises(SelectionError, match="Affinity chooses by the query, but layer 0 was given none"):
-        store.select()
-    store.select(now.query)
-    assert store.context().current == 2
+        layer.select()
+    layer.select(now.query)
+    assert layer.context().current == 2
 
 
 @given(data=st.data())
 def test_a_retriever_that_needs_no_query_is_served_without_one(data):
     found: Policy = data.draw(policies(retriever=("all", "none", "recency"), compressor=("keep", "drop", "mean-pool")))
     setting = data.draw(settings_of(st.just(found)))
-    with_query, without = setting.store(), setting.store()
+    with_query, without = setting.layer(), setting.layer()
     start = 0
     for length in data.draw(cuts(found)):
         now = setting.tokens.part(start, start + length)

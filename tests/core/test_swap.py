@@ -43,7 +43,7 @@ def test_after_a_swap_every_invariant_holds_or_it_was_refused(data):
     except SwapError:
         assert testing.difference(before, trial.cache.context(0)) is None
         assert trial.cache.tier_counts() == tier_counts
-        assert trial.store.policy == setting.policy
+        assert trial.layer.policy == setting.policy
         return
     trial.policy = changed
     for steps in data.draw(cuts(changed, most=5, steps=STEPS - trial.num_steps)):
@@ -64,7 +64,7 @@ def test_a_swapped_cache_is_what_it_would_be_under_the_new_policy_from_the_start
     changed = attrs.evolve(first, **{name: getattr(second, name) for name in names})
     setting = data.draw(settings_of(st.just(first)))
     lengths = data.draw(cuts(first, most=6))
-    swapped, fresh = setting.store(), attrs.evolve(setting, policy=changed).store()
+    swapped, fresh = setting.layer(), attrs.evolve(setting, policy=changed).layer()
     split = data.draw(st.integers(0, len(lengths)))
     done = sum(lengths[:split])
     list(feed(swapped, setting.tokens, lengths[:split]))
@@ -130,7 +130,7 @@ def test_a_full_archive_goes_on_with_a_larger_limit(archive, limit):
         context = trial.feed(1)
         testing.conservation(trial)
         testing.contents(trial, context)
-    assert trial.policy.archive._ledger.nbytes > limit
+    assert trial.policy.archive._byte_budget.nbytes > limit
 
 
 @pytest.mark.parametrize("given", ["archive", ["archive"], None, [None]], ids=str)
@@ -151,11 +151,11 @@ def test_a_limit_below_what_is_held_is_refused(archive):
 def test_a_fork_that_moved_to_another_limit_is_not_counted_any_more():
     trial = filled(archive=("host", {"limit_bytes": 100_000}))
     archive = trial.policy.archive
-    before = archive._ledger.nbytes
+    before = archive._byte_budget.nbytes
     fork = trial.cache.fork()
-    assert archive._ledger.nbytes == 2 * before
+    assert archive._byte_budget.nbytes == 2 * before
     fork.swap(attrs.evolve(trial.policy, archive=build("archive", ("host", {"limit_bytes": 200_000}))))
-    assert archive._ledger.nbytes == before
+    assert archive._byte_budget.nbytes == before
 
 
 def test_an_empty_cache_takes_any_policy_that_rotates_alike():
@@ -187,7 +187,7 @@ def test_a_cache_that_was_rolled_back_to_nothing_begins_as_the_new_policy_says()
 
 def test_a_form_that_was_given_up_is_freed_and_cannot_come_back():
     trial = filled(top_k_compressed=1)
-    assert set(trial.store.shelves) == {"full", "compressed"}
+    assert set(trial.layer.stores) == {"full", "compressed"}
     with_compressed = trial.policy
     trial.policy = attrs.evolve(with_compressed, top_k_compressed=0)
     trial.cache.swap(trial.policy)
@@ -201,17 +201,17 @@ def test_a_form_that_was_given_up_is_freed_and_cannot_come_back():
 
 def test_digests_that_nobody_needs_any_more_are_freed():
     trial = filled()
-    assert trial.store.digests.nbytes > 0
+    assert trial.layer.digests.nbytes > 0
     trial.policy = attrs.evolve(trial.policy, retriever=build("retriever", "recency"))
     trial.cache.swap(trial.policy)
-    assert trial.store.digests.nbytes == 0
+    assert trial.layer.digests.nbytes == 0
     context = trial.feed(4)
     testing.contents(trial, context)
     testing.bounded(trial, context)
     trial.policy = attrs.evolve(trial.policy, retriever=build("retriever", ("affinity", {"digest_tokens": 1})))
     trial.cache.swap(trial.policy)
     testing.contents(trial, trial.feed(4))
-    assert trial.store.digests.length == trial.store.archived
+    assert trial.layer.digests.length == trial.layer.archived
 
 
 def test_what_was_dropped_is_realigned_at_once():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from kvtiers.archive import TensorShelf
+from kvtiers.archive import TensorBlockStore
 from kvtiers.blocks import Blocks
 from kvtiers.policy import Compressor, Placement, Realigner, Retriever, Sink
 from kvtiers.presets import build, policy
@@ -313,14 +313,14 @@ def test_a_realigner_that_breaks_an_invariant_is_told_which(factory, message):
         check_realigner(factory, examples=40)
 
 
-class Forgetful(TensorShelf):
+class Forgetful(TensorBlockStore):
     def select_rows(self, rows):
         self._keys.select_rows(rows)
         self._values.select_rows(rows.sort().values)
         self._offsets.select_rows(rows)
 
 
-class Careless(TensorShelf):
+class Careless(TensorBlockStore):
     def admit(self, blocks):
         pass
 
@@ -331,19 +331,19 @@ class Careless(TensorShelf):
         self.count = held + blocks.count
 
 
-class SharedFork(TensorShelf):
+class SharedFork(TensorBlockStore):
     def fork(self):
         return self
 
 
-@pytest.mark.parametrize("shelf", [Forgetful, Careless, SharedFork])
-def test_an_archive_that_breaks_an_invariant_is_told_which(shelf):
+@pytest.mark.parametrize("store", [Forgetful, Careless, SharedFork])
+def test_an_archive_that_breaks_an_invariant_is_told_which(store):
     @attrs.frozen
     class Wrong(type(build("archive", "device")).__mro__[1]):
         location: ClassVar = "device"
 
         def open(self):
-            return shelf("device")
+            return store("device")
 
     with pytest.raises((AssertionError, IndexError, ExceptionGroup)):
         check_archive(Wrong, examples=100)

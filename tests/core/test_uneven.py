@@ -14,10 +14,10 @@ from kvtiers.blocks import Context, run_of
 from kvtiers.cache import TieredCache
 from kvtiers.errors import GeometryError
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.policy import Policy
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
 from kvtiers_policies.affinity import Affinity
 from strategies import attend, attend_context, copied, fewer
 
@@ -63,15 +63,15 @@ def geometry(rows: int = 2, **changes: Any) -> Geometry:
     return Geometry(**settings, batch=rows, steps_per_commit=LONGEST, even=False, causal=False, **changes)
 
 
-def play(store: LayerStore, film: Film, numbers: range) -> list[Context]:
+def play(layer: Layer, film: Film, numbers: range) -> list[Context]:
     """Denoise once and commit; the context of each block's last draft."""
     seen = []
     for number in numbers:
         for _ in range(2):
-            store.write(film.keys[number], film.values[number], replace=True)
-            store.select(film.query[number])
-        seen.append(copied(store.context()))
-        store.commit()
+            layer.write(film.keys[number], film.values[number], replace=True)
+            layer.select(film.query[number])
+        seen.append(copied(layer.context()))
+        layer.commit()
     return seen
 
 
@@ -81,26 +81,26 @@ def at(film: Film, number: int, first: int | None = None) -> Tensor:
     return geometry().positions(start, start + film.lengths[number])
 
 
-def by_hand(store: LayerStore, film: Film, current: int) -> Tensor:
+def by_hand(layer: Layer, film: Film, current: int) -> Tensor:
     """What the current block attends, of plain tensors: sink, chosen blocks and recent, each as long as it is."""
-    turn, policy = rotary(), store.policy
-    assert store.starts.data is not None or store.selection is None
-    anchors = [n for n in range(current) if film.first(n) < store.timeline.sink]
-    recent = [n for n in range(current + 1) if film.first(n) >= store.recent_start and n not in anchors]
+    turn, policy = rotary(), layer.policy
+    assert layer.starts.data is not None or layer.selection is None
+    anchors = [n for n in range(current) if film.first(n) < layer.timeline.sink]
+    recent = [n for n in range(current + 1) if film.first(n) >= layer.recent_start and n not in anchors]
     rows = []
     for row in range(2):
         heads = []
         for head in range(2):
             mid = []
-            if store.selection is not None and store.starts.data is not None:
-                starts = store.starts.data[store.selection.chosen[row, head]].tolist()
+            if layer.selection is not None and layer.starts.data is not None:
+                starts = layer.starts.data[layer.selection.chosen[row, head]].tolist()
                 mid = [film.number(first) for first in starts]
             where, time = {}, 0
             for number in [*anchors, *mid]:
                 where[number], time = time, time + film.lengths[number]
-            everything = store.archived == len(mid)
+            everything = layer.archived == len(mid)
             if not everything:  # room is left for longer blocks that might have been chosen
-                spans = sorted(film.lengths[film.number(first)] for first in store.starts.data.tolist())
+                spans = sorted(film.lengths[film.number(first)] for first in layer.starts.data.tolist())
                 time = sum(film.lengths[n] for n in anchors) + sum(spans[len(spans) - len(mid) :])
             for number in recent:
                 where[number], time = time, time + film.lengths[number]
@@ -146,22 +146,22 @@ def test_a_context_is_what_it_would_be_without_padding(
             query=[turn.rotate(q, at(film, n)) for n, q in enumerate(film.query)],
             keys=[turn.rotate(k, at(film, n)) for n, k in enumerate(film.keys)],
         )
-    store = LayerStore(found, geometry(), rotary=turn)
+    layer = Layer(found, geometry(), rotary=turn)
     for number in range(len(lengths)):
-        (context,) = play_current(store, given, number)
-        query = store.place_query(given.query[number])
-        assert (attend_context(query, context) - by_hand(store, film, number)).abs().max() < 1e-5
+        (context,) = play_current(layer, given, number)
+        query = layer.place_query(given.query[number])
+        assert (attend_context(query, context) - by_hand(layer, film, number)).abs().max() < 1e-5
         assert context.keys.shape[2] <= (found.bound(geometry()) or 0)
-        store.commit()
-    assert bytes_in(memory_usage_of([store]), "device") <= (found.bound_bytes(geometry(), store.archived) or 0)
-    assert sum(store.tier_counts().values()) == sum(lengths)
+        layer.commit()
+    assert bytes_in(memory_usage_of([layer]), "device") <= (found.bound_bytes(geometry(), layer.archived) or 0)
+    assert sum(layer.tier_counts().values()) == sum(lengths)
 
 
-def play_current(store: LayerStore, film: Film, number: int) -> list[Context]:
+def play_current(layer: Layer, film: Film, number: int) -> list[Context]:
     """The context of a block that is not committed yet."""
-    store.write(film.keys[number], film.values[number], replace=True)
-    store.select(film.query[number])
-    return [store.context()]
+    layer.write(film.keys[number], film.values[number], replace=True)
+    layer.select(film.query[number])
+    return [layer.context()]
 
 
 def compressed(**changes: Any) -> Policy:
@@ -183,9 +183,9 @@ def compressed(**changes: Any) -> Policy:
 @torch.no_grad()
 def test_padding_is_masked_wherever_blocks_lie_and_a_shorter_block_never_shows_zeros(found: Policy) -> None:
     film = Film.of([3, 1, 4, 2, 1, 3, 4, 1, 2, 4])
-    store = LayerStore(found, geometry(), rotary=rotary())
+    layer = Layer(found, geometry(), rotary=rotary())
     hidden = 0
-    for context in play(store, film, range(10)):
+    for context in play(layer, film, range(10)):
         zeros = (context.values == 0).all(-1)
         if context.mask is None:
             assert not zeros.any()
@@ -200,8 +200,8 @@ def test_padding_is_masked_wherever_blocks_lie_and_a_shorter_block_never_shows_z
 def test_blocks_that_happen_to_be_of_one_length_need_no_mask_and_attend_like_an_even_video() -> None:
     film = Film.of([LONGEST] * 8)
     found = policy("archive", sink=4, recent=4, top_k=2)
-    uneven = LayerStore(found, geometry(), rotary=rotary())
-    even = LayerStore(found, attrs.evolve(geometry(), even=True), rotary=rotary())
+    uneven = Layer(found, geometry(), rotary=rotary())
+    even = Layer(found, attrs.evolve(geometry(), even=True), rotary=rotary())
     for mine, theirs in zip(play(uneven, film, range(8)), play(even, film, range(8)), strict=True):
         assert mine.mask is None
         assert torch.equal(mine.values, theirs.values)
@@ -247,7 +247,7 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
     film = Film.of([3, 1, 4, 2, 1, 3, 4, 1])
     one = ("affinity", {"heads": "per-kv", "normalise": "softmax"})
     start = policy("archive", sink=2, recent=3, top_k=2, retriever="recency")
-    wanted = LayerStore(policy(start, retriever=one), geometry(), rotary=rotary())
+    wanted = Layer(policy(start, retriever=one), geometry(), rotary=rotary())
     play(wanted, film, range(8))
     cache = TieredCache(start, [geometry()], rotaries=[rotary()])
     for number in range(8):
@@ -255,7 +255,7 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
         cache.select(0, film.query[number])
         cache.commit()
     cache.swap(policy(start, retriever=one))
-    mine, theirs = cache.stores()[0].digests.data, wanted.digests.data
+    mine, theirs = cache.every_layer()[0].digests.data, wanted.digests.data
     assert mine is not None
     assert theirs is not None
     assert torch.allclose(mine, theirs, atol=1e-5)
@@ -276,11 +276,11 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
 def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> None:
     film = Film.of([1, 4, 2, 1, 3, 2])
     found = policy("archive", sink=0, recent=0, top_k=2, retriever=retriever, realigner="contiguous")
-    store = LayerStore(found, geometry(), rotary=rotary())
-    play(store, film, range(6))
+    layer = Layer(found, geometry(), rotary=rotary())
+    play(layer, film, range(6))
     turn, judge = rotary(), found.retriever
     query = turn.rotate(film.query[5], at(film, 5))
-    got = judge.score(query, store.digests.data, 6)
+    got = judge.score(query, layer.digests.data, 6)
     for block in range(6):
         if getattr(judge, "normalise", "") == "softmax":
             continue  # there a block's score depends on the others
@@ -290,7 +290,7 @@ def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> N
         )
         assert torch.allclose(judge.score(query, alone, 1)[..., 0], got[..., block], atol=1e-4)
     assert got.isfinite().all()
-    padded = torch.nn.functional.pad(store.digests.data, (0, 0, 0, 3))
+    padded = torch.nn.functional.pad(layer.digests.data, (0, 0, 0, 3))
     assert torch.allclose(judge.score(query, padded, 6), got, atol=1e-5)
     if getattr(judge, "normalise", "") == "softmax" and getattr(judge, "combine", "") == "sum":
         assert torch.allclose(got.sum(-1), torch.tensor(2.0 * query.shape[2]), atol=1e-3)
@@ -305,8 +305,8 @@ def test_a_retriever_that_makes_more_digests_than_it_says_is_refused_and_nothing
 
     film = Film.of([1, 4, 1])
     found = policy("archive", sink=0, recent=0, retriever=Chatty(digest_tokens=6, normalise="softmax"))
-    store = LayerStore(found, geometry(), rotary=rotary())
-    play(store, film, range(1))
+    layer = Layer(found, geometry(), rotary=rotary())
+    play(layer, film, range(1))
     with pytest.raises(GeometryError, match=r"Chatty made 4 digests of a block of 24 tokens, and .* says 1"):
-        play(store, film, range(1, 2))
-    assert (store.archived, store.committed_steps, store.num_steps) == (1, 1, 5)
+        play(layer, film, range(1, 2))
+    assert (layer.archived, layer.committed_steps, layer.num_steps) == (1, 1, 5)

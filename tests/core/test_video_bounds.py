@@ -6,9 +6,9 @@ import torch
 from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.blocks import Context
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
 
 
 def wan_rotary(head_dim: int) -> Rotary:
@@ -17,21 +17,21 @@ def wan_rotary(head_dim: int) -> Rotary:
     return Rotary([10_000.0 ** -(torch.arange(0, n, 2) / n) for n in axes], layout="interleaved")
 
 
-def one_block(store: LayerStore, make: object, *, steps: int = 2) -> Context:
+def one_block(layer: Layer, make: object, *, steps: int = 2) -> Context:
     """Denoise in `steps` passes, then the clean pass with reduced tokens; returns the last denoising context."""
-    geometry, compressor = store.geometry, store.policy.compressor
+    geometry, compressor = layer.geometry, layer.policy.compressor
     tokens = geometry.steps_per_commit * geometry.tokens_per_step
     shape = (geometry.batch, geometry.kv_heads, tokens, geometry.head_dim)
     for _ in range(steps):
-        store.write(make(shape), make(shape), replace=True)
-        store.select(make(shape))
-        context = store.context()
-    store.write(make(shape), make(shape), replace=True)
-    store.select(make(shape))
+        layer.write(make(shape), make(shape), replace=True)
+        layer.select(make(shape))
+        context = layer.context()
+    layer.write(make(shape), make(shape), replace=True)
+    layer.select(make(shape))
     offsets = compressor.offsets(geometry.steps_per_commit, geometry.grid).to(make((1,)).device)
     small = (*shape[:2], len(offsets), shape[3])
-    store.beside(make(small), make(small), make(small), offsets, compressor.span(geometry.steps_per_commit))
-    store.commit()
+    layer.beside(make(small), make(small), make(small), offsets, compressor.span(geometry.steps_per_commit))
+    layer.commit()
     return context
 
 
@@ -41,9 +41,9 @@ def test_a_video_of_an_hour_attends_27_872_tokens_a_step():
         kv_heads=12, head_dim=128, grid=(30, 52), steps_per_commit=4, causal=False, dtype=torch.bfloat16
     )
     found = policy("packforcing", archive="device")
-    store = LayerStore(found, geometry, rotary=wan_rotary(128))
+    layer = Layer(found, geometry, rotary=wan_rotary(128))
     with torch.device("meta"):
-        seen = [one_block(store, lambda shape: torch.empty(shape, dtype=torch.bfloat16), steps=1) for _ in range(40)]
+        seen = [one_block(layer, lambda shape: torch.empty(shape, dtype=torch.bfloat16), steps=1) for _ in range(40)]
     counts = [context.keys.shape[2] for context in seen]
     assert counts == [min(i, 2) * 6240 + (i > 2) * 6240 + min(max(i - 3, 0), 16) * 182 + 6240 for i in range(40)]
     assert counts[-1] == found.bound(geometry) == 27_872
@@ -53,14 +53,14 @@ def test_a_video_of_an_hour_attends_27_872_tokens_a_step():
 def test_an_hour_really_is_an_hour():
     geometry = Geometry(kv_heads=1, head_dim=12, grid=(4, 4), steps_per_commit=4, causal=False)
     found = policy("packforcing", archive="host")
-    store = LayerStore(found, geometry, rotary=wan_rotary(12))
+    layer = Layer(found, geometry, rotary=wan_rotary(12))
     bound = found.bound(geometry)
     for number in range(3_600):
-        context = one_block(store, torch.randn, steps=1)
+        context = one_block(layer, torch.randn, steps=1)
         assert context.keys.shape[2] == bound or number < 19
         assert context.keys.shape[2] <= bound
-    assert (store.archived, store.committed_steps) == (3_600 - 3, 14_400)
-    assert bytes_in(memory_usage_of([store]), "device") <= found.bound_bytes(geometry, store.archived)
+    assert (layer.archived, layer.committed_steps) == (3_600 - 3, 14_400)
+    assert bytes_in(memory_usage_of([layer]), "device") <= found.bound_bytes(geometry, layer.archived)
 
 
 @pytest.mark.parametrize("archive", ["host", "disk"])
@@ -68,19 +68,19 @@ def test_an_hour_really_is_an_hour():
 def test_past_top_k_nothing_of_a_denoise_step_moves(archive):
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=4, causal=False)
     found = policy("packforcing", archive=archive, top_k=3)
-    store = LayerStore(found, geometry, rotary=wan_rotary(12))
-    seen = [one_block(store, torch.randn) for _ in range(14)]
+    layer = Layer(found, geometry, rotary=wan_rotary(12))
+    seen = [one_block(layer, torch.randn) for _ in range(14)]
     steady = seen[7:]
     places = {(c.keys.data_ptr(), c.values.data_ptr(), c.keys.shape, c.current) for c in steady}
     assert len(places) == 1
     assert len({(c.keys.data_ptr(), c.keys.shape) for c in seen}) > 3
-    last = one_block(store, torch.randn).placed
-    context = one_block(store, torch.randn)
+    last = one_block(layer, torch.randn).placed
+    context = one_block(layer, torch.randn)
     assert torch.equal(context.placed, last)
     assert not torch.equal(context.origins, last)
-    device = {h.tier: h.bytes for h in memory_usage_of([store]) if h.location == "device" and h.tier != "digests"}
+    device = {h.tier: h.bytes for h in memory_usage_of([layer]) if h.location == "device" and h.tier != "digests"}
     for _ in range(6):
-        one_block(store, torch.randn)
+        one_block(layer, torch.randn)
     assert {
-        h.tier: h.bytes for h in memory_usage_of([store]) if h.location == "device" and h.tier != "digests"
+        h.tier: h.bytes for h in memory_usage_of([layer]) if h.location == "device" and h.tier != "digests"
     } == device

@@ -20,17 +20,17 @@ PACKAGE = Path(__file__).parents[2] / "examples" / "custom_compressor"
 USE = """
 import json, sys, torch, kvtiers, kvtiers_value_norm
 policy = kvtiers.policy("archive", compressor="value-norm", attend="compressed", recent=32, top_k=2)
-store = kvtiers.LayerStore(policy, kvtiers.Geometry(kv_heads=2, head_dim=4))
+layer = kvtiers.Layer(policy, kvtiers.Geometry(kv_heads=2, head_dim=4))
 for _ in range(4):
     x = torch.randn(1, 2, 64, 4)
-    store.write(x, x)
-    store.select(x)
+    layer.write(x, x)
+    layer.select(x)
 print(json.dumps({
     "file": kvtiers_value_norm.__file__,
     "compressor": type(policy.compressor).__module__,
     "preset": type(kvtiers.policy("value-norm-archive").compressor).__name__,
-    "attended": store.context().keys.shape[2],
-    "tier_counts": store.tier_counts(),
+    "attended": layer.context().keys.shape[2],
+    "tier_counts": layer.tier_counts(),
 }))
 """
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvtiers
-from kvtiers import Geometry, LayerStore, PolicyError, SlotError, UnsupportedModelError
+from kvtiers import Geometry, Layer, PolicyError, SlotError, UnsupportedModelError
 from kvtiers_diffusers import CausalWan, tiered
 from kvtiers_diffusers.processors import Pass
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
@@ -117,7 +117,7 @@ def test_reduced_tokens_lie_where_their_name_says(
 # ---------------------------------------------------------------- one pass for both resolutions
 
 
-def separately(wan: CausalWan, block: Tensor, text: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+def separately(wan: CausalWan, block: Tensor, text: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     """The reduced K/V of one layer as a forward of the reduced tokens alone makes them, by hand."""
     model, cache = wan.transformer, wan.cache
     assert cache is not None
@@ -126,7 +126,7 @@ def separately(wan: CausalWan, block: Tensor, text: Tensor, layer: int) -> tuple
     _, time, words, _ = model.condition_embedder(torch.zeros(1), text, None, timestep_seq_len=None)
     time, hidden = time.unflatten(1, (6, -1)), reduced.tokens
     for number, part in enumerate(model.blocks):
-        store = cache.layers[number].stores()[0]
+        layer = cache.layers[number].layers()[0]
         shift, scale, gate, *_ = (part.scale_shift_table + time.float()).chunk(6, dim=1)
         inner = part.norm1(hidden.float()) * (1 + scale) + shift
         attn = part.attn1
@@ -134,22 +134,22 @@ def separately(wan: CausalWan, block: Tensor, text: Tensor, layer: int) -> tuple
             x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
             for x in (attn.norm_q(attn.to_q(inner)), attn.norm_k(attn.to_k(inner)), attn.to_v(inner))
         )
-        if number == layer:
+        if number == wanted:
             return key, value
         where = reduced.offsets.clone()
-        where[:, 0] += store.committed_steps + store.recent_shift
+        where[:, 0] += layer.committed_steps + layer.recent_shift
         turned = [wan.rotary.rotate(x, where) for x in (query, key)]
-        history = slice(store.begin, store.tail - store.current)
-        assert store.rotated is not None
-        assert store.values is not None
-        keys = torch.cat([store.rotated[:, :, history], turned[1]], 2)
-        values = torch.cat([store.values[:, :, history], value], 2)
+        history = slice(layer.begin, layer.tail - layer.current)
+        assert layer.rotated is not None
+        assert layer.values is not None
+        keys = torch.cat([layer.rotated[:, :, history], turned[1]], 2)
+        values = torch.cat([layer.values[:, :, history], value], 2)
         out = torch.nn.functional.scaled_dot_product_attention(turned[0], keys, values)
         hidden = hidden + attn.to_out[0](out.transpose(1, 2).flatten(2)) * gate
         hidden = hidden + part.attn2.processor.own(part.attn2, part.norm2(hidden.float()), words)
         _, _, _, shift, scale, gate = (part.scale_shift_table + time.float()).chunk(6, dim=1)
         hidden = hidden + part.ffn(part.norm3(hidden.float()) * (1 + scale) + shift) * gate
-    raise AssertionError(layer)
+    raise AssertionError(wanted)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -163,7 +163,7 @@ def test_the_reduced_keys_are_those_of_a_forward_of_the_reduced_tokens_alone(lay
         keys, values = separately(wan, clips[5], text, layer)
         wan.commit(clips[5], text)
         assert wan.cache is not None
-        held = wan.cache.layers[layer].stores()[0].reduced[20]
+        held = wan.cache.layers[layer].layers()[0].reduced[20]
         assert (held.keys[:, :, 0] - keys).abs().max() < 1e-5
         assert (held.values[:, :, 0] - values).abs().max() < 1e-5
         assert keys.abs().max() > 0.1
@@ -187,13 +187,13 @@ def test_anchors_are_not_compressed_and_what_has_aged_is() -> None:
         for number, clip in enumerate(blocks(8, **FRAMES)):
             wan.commit(clip, text)
             assert wan.cache is not None
-            store = wan.cache.layers[0].stores()[0]
-            assert set(store.reduced) == {4 * number} - {0}
-            assert store.archived == max(0, number - 1)
+            layer = wan.cache.layers[0].layers()[0]
+            assert set(layer.reduced) == {4 * number} - {0}
+            assert layer.archived == max(0, number - 1)
         wan.denoise(clip, 500.0, text)
         assert max(wan.attended()) == wan.policies[0].bound(wan.cache.geometries[0]) == (4 + 4 + 4) * 96 + 2 * 12
-        compressed = next(iter(store.shelves.values()))
-        assert (set(store.shelves), compressed.tokens, compressed.span) == ({"compressed"}, 12, 4)
+        compressed = next(iter(layer.stores.values()))
+        assert (set(layer.stores), compressed.tokens, compressed.span) == ({"compressed"}, 12, 4)
 
 
 @pytest.mark.parametrize("positions", ["center", "unit"])
@@ -210,9 +210,9 @@ def test_blocks_of_different_length_are_compressed_and_attended_and_the_first_ma
             wan.commit(clip, text)
             assert wan.cache is not None
             assert max(wan.attended()) <= (wan.policies[0].bound(wan.cache.geometries[0]) or 0)
-        store = wan.cache.layers[0].stores()[0]
-        assert store.archived == 8
-        held = store.lengths["compressed"]
+        layer = wan.cache.layers[0].layers()[0]
+        assert layer.archived == 8
+        held = layer.lengths["compressed"]
         assert held.table.data is not None
         assert held.table.data[:, 0].tolist() == [n // 2 * 6 for n in lengths[1:9]]
         assert held.table.data[:, 1].tolist() == [n // 2 if positions == "unit" else n for n in lengths[1:9]]
@@ -220,8 +220,8 @@ def test_blocks_of_different_length_are_compressed_and_attended_and_the_first_ma
         context = wan.cache.context(0)
         hidden = ~context.mask if context.mask is not None else torch.zeros(0)
         assert hidden.any()
-        spoiled = store._buffers()
-        at = slice(store.begin, store.tail)
+        spoiled = layer._buffers()
+        at = slice(layer.begin, layer.tail)
         want = wan.denoise(clips[4], 500.0, text)
         for part in (spoiled[0], spoiled[2]):  # whatever stands in the padding, nothing of it is seen
             part[:, :, at][hidden[:, :, 0]] = 7.0
@@ -243,7 +243,7 @@ def test_an_anchor_passes_the_low_resolution_branch_by_which_remembers_its_last_
             wan.commit(clip, text)
             assert not torch.equal(wan.reducer._last, first)
         assert wan.cache is not None
-        assert wan.cache.layers[0].stores()[0].archived == 2
+        assert wan.cache.layers[0].layers()[0].archived == 2
     with tiered(model, "packforcing", vae=autoencoder, sink=0, recent=2, block_frames=2, even=False, **LOW) as wan:
         with pytest.raises(PolicyError, match="at least 2 frames of 4 x 4 tokens, got 1 frames"):
             wan.commit(clips[0], text)
@@ -260,16 +260,16 @@ def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realign
             wan.commit(clip, text)
         wan.denoise(clips[7], 500.0, text)
         assert wan.cache is not None
-        for layer in (0, 1):
-            store, context = wan.cache.layers[layer].stores()[0], wan.cache.context(layer)
+        for number in (0, 1):
+            layer, context = wan.cache.layers[number].layers()[0], wan.cache.context(number)
             origins, placed = (part.expand(1, 2, -1, 3) for part in (context.origins.double(), context.placed.double()))
             assert torch.equal(origins[..., 1:], placed[..., 1:])
             times = placed[0, 0, :, 0].unique()
             mid = 1 if positions == "unit" else 2
             want = {"original": 32, "contiguous": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
             assert times.max() == want - 1
-            buffers = store._buffers()
-            unrotated = buffers[1][:, :, store.begin : store.tail]
+            buffers = layer._buffers()
+            unrotated = buffers[1][:, :, layer.begin : layer.tail]
             if realigner != "original":
                 assert (wan.rotary.rotate(unrotated, placed) - context.keys).abs().max() < 1e-5
 
@@ -286,7 +286,7 @@ def test_the_untrained_compressor_is_the_low_resolution_branch_alone() -> None:
                 flow = wan.commit(clip, text)
             found.append(flow)
             assert wan.cache is not None
-            assert wan.cache.layers[0].stores()[0].archived == 4
+            assert wan.cache.layers[0].layers()[0].archived == 4
     assert torch.equal(*found)
 
 
@@ -351,7 +351,7 @@ def test_gradients_flow_through_archived_blocks_to_the_compressor(realigner: str
 
         (slope,) = torch.autograd.grad(loss(), weight)
         assert wan.cache is not None
-        assert wan.cache.stores()[0].archived >= 2
+        assert wan.cache.every_layer()[0].archived >= 2
         with torch.no_grad():
             calm = loss()
             direction = slope / slope.norm()
@@ -374,9 +374,9 @@ def test_without_being_asked_no_graph_of_a_video_is_kept() -> None:
         assert wan.reducer is not None
         assert wan.reducer.network.layers[-1].weight.grad is None
         assert wan.cache is not None
-        store = wan.cache.stores()[0]
-        assert not store.graph
-        assert not any(block.keys.requires_grad for block in store.reduced.values())
+        layer = wan.cache.every_layer()[0]
+        assert not layer.graph
+        assert not any(block.keys.requires_grad for block in layer.reduced.values())
 
 
 def test_a_graph_survives_a_fork_and_a_saved_video_goes_on_without_the_old_one(tmp_path: Path) -> None:
@@ -454,24 +454,24 @@ def test_digests_choose_what_the_formula_chooses(
         retriever=("affinity", {"form": "compressed", "queries": samples}),
         **hr(),
     )
-    store, random = (
-        LayerStore(found, geometry, rotary=rotary),
+    layer, random = (
+        Layer(found, geometry, rotary=rotary),
         torch.Generator().manual_seed(data.draw(st.integers(0, 99))),
     )
     shape = (rows, heads, frames * grid[0] * grid[1])
     reduced = DualBranch(branches="hr").offsets(frames, grid)
     kept = []
     for _ in range(archived + 1):
-        store.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
-        store.select(torch.randn(*shape, 12, generator=random).to(dtype))
+        layer.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
+        layer.select(torch.randn(*shape, 12, generator=random).to(dtype))
         small = [torch.randn(rows, heads, cells, 12, generator=random).to(dtype) for _ in range(3)]
-        store.beside(*small, reduced, frames)
+        layer.beside(*small, reduced, frames)
         kept.append(small[1])
-        store.commit()
+        layer.commit()
     query = torch.randn(*shape, 12, generator=random).to(dtype)
-    store.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
-    store.select(query)
-    positions = geometry.positions(store.committed_steps, store.committed_steps + frames)
+    layer.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
+    layer.select(query)
+    positions = geometry.positions(layer.committed_steps, layer.committed_steps + frames)
     half = max(1, heads // 2)
     turned = rotary.rotate(query, positions).double()[:, :half]
     count = turned.shape[2]
@@ -487,8 +487,8 @@ def test_digests_choose_what_the_formula_chooses(
         keys = rotary.rotate(kept[number], where).double()[:, :half]
         pairs = turned[:, :, list(at), None] * keys[:, :, None]
         scores[:, number] = pairs.sum((1, 2, 3, 4)) / 12**0.5 / half
-    assert store.selection is not None
-    chosen = store.selection.chosen
+    assert layer.selection is not None
+    chosen = layer.selection.chosen
     assert chosen.shape == (rows, heads, min(top_k, archived))
     for row in range(rows):
         for head in range(heads):
@@ -496,7 +496,7 @@ def test_digests_choose_what_the_formula_chooses(
             others = [number for number in range(archived) if number not in picked]
             assert len(set(picked)) == len(picked)  # none that was left out is better, but for float32's rounding
             assert not others or scores[row, picked].min() > scores[row, others].max() - 1e-4
-    digests = store.digests.data
+    digests = layer.digests.data
     assert digests is not None
     assert digests.dtype == torch.float32
 
@@ -588,16 +588,16 @@ def test_weights_survive_being_saved_and_those_of_another_width_are_refused(tmp_
 
 
 def _text_store() -> object:
-    return LayerStore(
+    return Layer(
         kvtiers.policy("packforcing"), Geometry(kv_heads=1, head_dim=8), rotary=kvtiers.Rotary([torch.ones(1)])
     )
 
 
 def _without_reduced() -> object:
     geometry = Geometry(kv_heads=1, head_dim=8, grid=(4, 4), steps_per_commit=2, causal=False)
-    store = LayerStore(kvtiers.policy("packforcing", sink=0), geometry, rotary=kvtiers.Rotary([torch.ones(1)]))
-    store.write(torch.zeros(1, 1, 32, 8), torch.zeros(1, 1, 32, 8), replace=True)
-    return store.commit()
+    layer = Layer(kvtiers.policy("packforcing", sink=0), geometry, rotary=kvtiers.Rotary([torch.ones(1)]))
+    layer.write(torch.zeros(1, 1, 32, 8), torch.zeros(1, 1, 32, 8), replace=True)
+    return layer.commit()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @attrs.define
-class Seen:
+class TensorIdentity:
     """What one layer's attention was given and gave, all forwards so far: [heads, tokens, head_dim]."""
 
     queries: list[Tensor] = attrs.field(factory=list)
@@ -42,7 +42,7 @@ class Seen:
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[list[Seen]]:
+def watched(model: Any) -> Iterator[list[TensorIdentity]]:
     """Record what enters and leaves the attention of every layer; q and k before any rotation."""
     seen, handles = [], []
 
@@ -60,7 +60,7 @@ def watched(model: Any) -> Iterator[list[Seen]]:
         return hook
 
     for module in attentions(model):
-        one, width = Seen(), module.head_dim
+        one, width = TensorIdentity(), module.head_dim
         normed = type(module).__name__.startswith("Qwen3")
         sources = (module.q_norm, module.k_norm) if normed else (module.q_proj, module.k_proj)
         for source, into in zip((*sources, module.v_proj), (one.queries, one.keys, one.values), strict=True):
@@ -113,7 +113,7 @@ def held_by_hand(
 
 
 def by_hand(
-    one: Seen,
+    one: TensorIdentity,
     start: int,
     heads: Sequence[Held],
     *,
@@ -182,7 +182,7 @@ def _worst(
 
 
 def _chosen(cache: TransformersCache, layer: int, head: int) -> list[int]:
-    selection = cache.core.stores()[layer].selection
+    selection = cache.core.every_layer()[layer].selection
     return [] if selection is None else selection.chosen[0, head].tolist()
 
 

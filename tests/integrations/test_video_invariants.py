@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvtiers
-from kvtiers import CropError, Geometry, LayerStore, bytes_in
+from kvtiers import CropError, Geometry, Layer, bytes_in
 from kvtiers.events import Event, Recalled, Selected
 from kvtiers.plugins import registry
 from kvtiers_diffusers import CausalWan, tiered
@@ -58,22 +58,22 @@ def video(wan: CausalWan, clips: list[Tensor], text: Tensor) -> list[Tensor]:
     return flows
 
 
-def stores(wan: CausalWan) -> list[LayerStore]:
+def layers(wan: CausalWan) -> list[Layer]:
     assert wan.cache is not None
-    return wan.cache.stores()
+    return wan.cache.every_layer()
 
 
 def stored(wan: CausalWan) -> list[Tensor]:
     """Every history tensor of every layer: of the tiers, the archive, and the reduced tokens that wait for it."""
     found = []
-    for store in stores(wan):
-        history = slice(store.head, store.tail - store.current)
-        anchors = slice(store.sink_slot, store.sink_slot + store.sink_tokens)
-        found += [part[:, :, where].clone() for part in store._all_buffers() for where in (history, anchors)]
-        found += [part.clone() for shelf in store.shelves.values() for part in shelf.tensors().values()]
-        found += [part.clone() for block in store.reduced.values() for part in (block.keys, block.values)]
-        assert store.digests.data is not None
-        found.append(store.digests.data.clone())
+    for layer in layers(wan):
+        history = slice(layer.head, layer.tail - layer.current)
+        anchors = slice(layer.sink_slot, layer.sink_slot + layer.sink_tokens)
+        found += [part[:, :, where].clone() for part in layer._all_buffers() for where in (history, anchors)]
+        found += [part.clone() for store in layer.stores.values() for part in store.tensors().values()]
+        found += [part.clone() for block in layer.reduced.values() for part in (block.keys, block.values)]
+        assert layer.digests.data is not None
+        found.append(layer.digests.data.clone())
     return found
 
 
@@ -103,16 +103,16 @@ def test_a_video_rolls_back_to_the_end_of_a_block() -> None:
     model, text, clips, others = build(), prompt(), blocks(9, **FRAMES), blocks(2, **FRAMES, seed=9)
     with tiered(model, "packforcing", **small(recent=12)) as wan:
         wanted = video(wan, clips, text)[9:]
-        assert stores(wan)[0].archived == 5
+        assert layers(wan)[0].archived == 5
     with tiered(model, "packforcing", **small(recent=12)) as wan:
         video(wan, clips[:2], text)
         video(wan, others, text)
         assert wan.cache is not None
-        assert set(stores(wan)[0].reduced) == {4, 8, 12}
+        assert set(layers(wan)[0].reduced) == {4, 8, 12}
         with pytest.raises(CropError, match="step 6 is inside a block"):
             wan.cache.crop(6)
         wan.cache.crop(8)
-        assert set(stores(wan)[0].reduced) == {4}
+        assert set(layers(wan)[0].reduced) == {4}
         assert wan.frames == 8
         wan.commit(clips[2], text)
         assert all(torch.equal(a, b) for a, b in zip(video(wan, clips[3:], text), wanted, strict=True))
@@ -143,7 +143,7 @@ def test_rows_do_not_mind_each_other_and_may_have_prompts_of_their_own(archive: 
     model, clips, texts = build(), blocks(8, **FRAMES, rows=2), [prompt(seed=1), prompt(seed=2)]
     with tiered(model, "packforcing", **small(archive=archive)) as wan:
         together = video(wan, clips, torch.cat(texts))
-        chosen = [store.selection.chosen for store in stores(wan) if store.selection is not None]
+        chosen = [layer.selection.chosen for layer in layers(wan) if layer.selection is not None]
     assert any(not torch.equal(*rows[:, 0]) for rows in chosen)  # or one row could have chosen for both
     for row, text in enumerate(texts):
         with tiered(model, "packforcing", **small(archive=archive)) as wan:
@@ -193,22 +193,24 @@ def cells(start: int) -> Tensor:
     return torch.tensor(middles, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("index", [0, 1])
 @torch.no_grad()
-def test_under_gaps_the_mid_keys_attended_are_those_of_the_model_rotated_once_to_where_they_were(layer: int) -> None:
+def test_under_original_the_mid_keys_attended_are_those_of_the_model_rotated_once_to_where_they_were(
+    index: int,
+) -> None:
     model, text, clips = build(), prompt(), blocks(8, **FRAMES)
     heard, made = Heard(model), []
     with tiered(model, "packforcing", **small(realigner="original")) as wan:
         for clip in clips[:7]:
             wan.commit(clip, text)
-            made.append((heard.reduced(layer, "key"), heard.reduced(layer, "value")))
+            made.append((heard.reduced(index, "key"), heard.reduced(index, "value")))
         wan.denoise(clips[7], 500.0, text)
-        store = stores(wan)[layer]
+        layer = layers(wan)[index]
         assert wan.cache is not None
-        assert store.selection is not None
-        context, mid = wan.cache.context(layer), slice(OWN, OWN + 2 * CELLS)
+        assert layer.selection is not None
+        context, mid = wan.cache.context(index), slice(OWN, OWN + 2 * CELLS)
         keys, values = (part[:, :, mid].unflatten(2, (2, CELLS)) for part in (context.keys, context.values))
-        chosen = store.selection.chosen[0, 0].tolist()
+        chosen = layer.selection.chosen[0, 0].tolist()
         for slot, number in enumerate(chosen):
             plain, value = made[number + 1]  # the first block is an anchor
             start = 4 * (number + 1)
@@ -283,7 +285,7 @@ def test_of_an_archive_elsewhere_the_selected_blocks_come_back_once_a_block_and_
             want = {(layer, count, 2 * count * BYTES, archive): 1 for layer in (0, 1) if count}
             assert Counter((event.layer, event.blocks, event.bytes, event.location) for event in recalled) == want
             chosen = [event.chosen for event in events if isinstance(event, Selected)]
-            selections = [store.selection for store in stores(wan) if store.selection is not None]
+            selections = [layer.selection for layer in layers(wan) if layer.selection is not None]
             assert len(chosen) == len(selections) == (2 if archived else 0)
             assert all(torch.equal(a, b.chosen) for a, b in zip(chosen, selections, strict=True))
             events.clear()
@@ -305,13 +307,13 @@ def test_what_is_not_selected_is_not_looked_at() -> None:
         assert wan.cache is not None
         fork = wan.cache.fork()
         wanted = wan.denoise(clips[8], 500.0, text)
-        chosen = [store.selection.chosen[0, 0].tolist() for store in stores(wan) if store.selection is not None]
+        chosen = [layer.selection.chosen[0, 0].tolist() for layer in layers(wan) if layer.selection is not None]
         assert sorted(map(len, chosen)) == [2, 2]
         for lost, same in (("others", True), ("chosen", False)):
             wan.cache = fork.fork()
-            for store, kept in zip(stores(wan), chosen, strict=True):
+            for layer, kept in zip(layers(wan), chosen, strict=True):
                 for name in ("keys", "values"):
-                    part = store.shelves["compressed"].tensors()[name]
+                    part = layer.stores["compressed"].tensors()[name]
                     assert part.shape[2] == 6
                     for number in range(6):
                         if (number in kept) == (lost == "chosen"):
@@ -344,7 +346,7 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
     geometry = Geometry(kv_heads=2, head_dim=width, grid=grid, steps_per_commit=frames, causal=False, batch=rows)
     rotary = kvtiers.Rotary([torch.ones(4), torch.ones(2), torch.ones(2)], layout="interleaved")
     changes = {"retriever": ("affinity", {"form": "compressed"}), "realigner": "original"}
-    store = LayerStore(
+    layer = Layer(
         kvtiers.policy("packforcing", **small(sink=0, top_k=top_k, **changes)),
         geometry,
         rotary=rotary,
@@ -355,14 +357,14 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
     query = torch.randint(-3, 4, full.shape, generator=random).float()
     direction = query[:, :1].sum(2).sign()  # of the first half of the heads, which choose
     for like in [*likes, 0]:  # the last one is recent
-        store.write(full, full, replace=True)
-        store.select(query)
+        layer.write(full, full, replace=True)
+        layer.select(query)
         keys = torch.randint(-3, 4, (rows, 2, len(offsets), width), generator=random).float()
         keys[:, :1, -1] = like * direction - keys[:, :1, :-1].sum(2)
-        store.beside(torch.zeros_like(keys), keys, torch.zeros_like(keys), offsets, frames)
-        store.commit()
-    store.write(full, full, replace=True)
-    store.select(query)
-    assert store.archived == len(likes)
-    assert store.selection is not None
-    assert store.selection.chosen.tolist() == [[chosen] * 2] * rows
+        layer.beside(torch.zeros_like(keys), keys, torch.zeros_like(keys), offsets, frames)
+        layer.commit()
+    layer.write(full, full, replace=True)
+    layer.select(query)
+    assert layer.archived == len(likes)
+    assert layer.selection is not None
+    assert layer.selection.chosen.tolist() == [[chosen] * 2] * rows

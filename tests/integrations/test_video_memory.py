@@ -273,7 +273,7 @@ def test_a_video_goes_back_to_its_blocks_wherever_a_pass_failed(layer: int) -> N
         handle.remove()
         wan.crop(6)
         assert wan.cache is not None
-        assert [store.num_steps for store in wan.cache.stores()] == [6, 6]
+        assert [layer.num_steps for layer in wan.cache.every_layer()] == [6, 6]
         assert same(go_on(wan, clips[3:]), wanted)
 
 
@@ -340,7 +340,7 @@ def test_a_compressor_that_looks_at_queries_looks_at_those_of_the_clean_pass_alo
                     wan.denoise(clip + 1, 900.0 - step, text)
                 wan.commit(clip, text)
             assert wan.cache is not None
-            states.append(wan.cache.stores()[0].state)
+            states.append(wan.cache.every_layer()[0].state)
     assert torch.equal(*states)
 
 
@@ -358,13 +358,13 @@ def test_a_denoise_that_begins_again_chooses_again() -> None:
                 wan.denoise(others[0], 900.0, text)
                 wan.denoise(others[0], 500.0, text)
             flows.append([wan.denoise(others[1], 900.0, text), wan.denoise(others[1], 500.0, text)])
-            chosen = [store.selection.chosen for store in wan.cache.stores()]  # type: ignore[union-attr]
+            chosen = [layer.selection.chosen for layer in wan.cache.every_layer()]  # type: ignore[union-attr]
     assert same(*flows)
     with tiered(build(), "archive", **ROLLING) as wan:
         go_on(wan, clips[:6])
         wan.denoise(others[0], 900.0, text)
         assert wan.cache is not None
-        assert not same([store.selection.chosen for store in wan.cache.stores()], chosen)  # type: ignore[union-attr]
+        assert not same([layer.selection.chosen for layer in wan.cache.every_layer()], chosen)  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -376,8 +376,8 @@ def test_two_prompts_in_turns_are_projected_once_and_choose_once() -> None:
         for clip in clips[:5]:
             wan.commit(clip, one)
         assert wan.cache is not None
-        for store in wan.cache.stores():
-            store.observe = chosen.append
+        for layer in wan.cache.every_layer():
+            layer.observe = chosen.append
         for timestep in (900.0, torch.tensor(600.0), 300):
             wan.denoise(clips[5], timestep, one)
             wan.denoise(clips[5], timestep, other)

@@ -67,14 +67,14 @@ def test_what_is_read_is_what_was_written_per_row_and_head(archive, data):
     parts = []
     for count in data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4), label="writes"):
         parts.append(blocks(count, own=own, first=len(parts), dtype=dtype))
-    shelf = archive().open()
+    store = archive().open()
     for part in parts:
-        shelf.write(part)
+        store.write(part)
     total = sum(part.count for part in parts)
-    assert (shelf.count, shelf.tokens, shelf.span) == (total, 4, 4)
+    assert (store.count, store.tokens, store.span) == (total, 4, 4)
     numbers = st.lists(st.integers(0, total - 1), min_size=12, max_size=12)
     index = torch.tensor(data.draw(numbers, label="chosen")).reshape(2, 3, 2)
-    keys, values, offsets = shelf.read(index)
+    keys, values, offsets = store.read(index)
     assert torch.equal(keys, chosen(whole(parts, "keys"), index))
     assert torch.equal(values, chosen(whole(parts, "values"), index))
     expected = chosen(whole(parts, "offsets").float(), index)
@@ -84,37 +84,37 @@ def test_what_is_read_is_what_was_written_per_row_and_head(archive, data):
 @archives
 @given(data=st.data())
 def test_rows_are_taken_and_forks_go_their_own_way(archive, data):
-    shelf = archive().open()
+    store = archive().open()
     first, second, third = blocks(2, own=True), blocks(1, own=True, first=5), blocks(1, own=True, first=9)
-    shelf.write(first)
+    store.write(first)
     rows = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
     more = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
-    shelf.select_rows(rows)
-    shelf.write(second)
-    fork = shelf.fork()
-    shelf.select_rows(more)
+    store.select_rows(rows)
+    store.write(second)
+    fork = store.fork()
+    store.select_rows(more)
     fork.write(third)
-    assert (shelf.count, fork.count) == (3, 4)
+    assert (store.count, fork.count) == (3, 4)
     index = torch.arange(3).expand(2, 3, 3)
     before = torch.cat([first.keys[rows], second.keys], dim=2)
-    assert torch.equal(shelf.read(index)[0], before[more])
+    assert torch.equal(store.read(index)[0], before[more])
     after = torch.cat([before, third.keys], dim=2)
     assert torch.equal(fork.read(torch.arange(4).expand(2, 3, 4))[0], after)
 
 
 @archives
 @pytest.mark.parametrize("own", [True, False], ids=["own offsets", "shared offsets"])
-def test_a_saved_shelf_continues_in_an_archive_of_any_kind(archive, own):
-    shelf = archive().open()
+def test_a_saved_store_continues_in_an_archive_of_any_kind(archive, own):
+    store = archive().open()
     for part in (blocks(2, own=own), blocks(3, own=own, first=4)):
-        shelf.write(part)
-    shelf.select_rows(torch.tensor([1, 0]))
+        store.write(part)
+    store.select_rows(torch.tensor([1, 0]))
     index = torch.tensor([4, 0, 2]).expand(2, 3, 3)
     for other in ARCHIVES.values():
         copy = other().open()
-        copy.restore({name: part.clone() for name, part in shelf.tensors().items()}, count=shelf.count, span=shelf.span)
+        copy.restore({name: part.clone() for name, part in store.tensors().items()}, count=store.count, span=store.span)
         assert (copy.count, copy.tokens, copy.span) == (5, 4, 4)
-        for mine, theirs in zip(shelf.read(index), copy.read(index), strict=True):
+        for mine, theirs in zip(store.read(index), copy.read(index), strict=True):
             assert torch.equal(mine, theirs)
         copy.write(blocks(1, own=own, first=9))
         assert copy.count == 6
@@ -122,98 +122,98 @@ def test_a_saved_shelf_continues_in_an_archive_of_any_kind(archive, own):
 
 @archives
 def test_the_newest_blocks_are_forgotten_and_written_again(archive):
-    shelf = archive().open()
-    shelf.write(blocks(3, own=True))
-    shelf.write(blocks(2, own=True, first=7))
-    shelf.drop_last(3)
-    assert shelf.count == 2
+    store = archive().open()
+    store.write(blocks(3, own=True))
+    store.write(blocks(2, own=True, first=7))
+    store.drop_last(3)
+    assert store.count == 2
     again = blocks(1, own=True, first=8)
-    shelf.write(again)
-    keys, _, _ = shelf.read(torch.arange(3).expand(2, 3, 3))
+    store.write(again)
+    keys, _, _ = store.read(torch.arange(3).expand(2, 3, 3))
     assert torch.equal(keys, torch.cat([blocks(3, own=True).keys[:, :, :2], again.keys], dim=2))
-    shelf.drop_last(3)
-    assert shelf.count == 0
-    shelf.write(again)
-    assert torch.equal(shelf.read(torch.zeros(2, 3, 1, dtype=torch.int64))[0], again.keys)
+    store.drop_last(3)
+    assert store.count == 0
+    store.write(again)
+    assert torch.equal(store.read(torch.zeros(2, 3, 1, dtype=torch.int64))[0], again.keys)
 
 
 @archives
 def test_what_is_left_of_a_later_write_is_still_read_right(archive):
-    shelf = archive().open()
+    store = archive().open()
     first, second, third = blocks(1, own=True), blocks(3, own=True, first=5), blocks(2, own=True, first=9)
-    shelf.write(first)
-    shelf.write(second)
-    shelf.drop_last(1)
-    shelf.write(third)
+    store.write(first)
+    store.write(second)
+    store.drop_last(1)
+    store.write(third)
     expected = torch.cat([first.keys, second.keys[:, :, :2], third.keys], dim=2)
-    assert torch.equal(shelf.read(torch.arange(5).expand(2, 3, 5))[0], expected)
+    assert torch.equal(store.read(torch.arange(5).expand(2, 3, 5))[0], expected)
 
 
 @archives
 def test_blocks_of_another_size_are_refused(archive):
-    shelf = archive().open()
-    shelf.write(blocks(1))
+    store = archive().open()
+    store.write(blocks(1))
     with pytest.raises(GeometryError, match="of one size, 4 tokens over 4 steps; got 5 tokens over 5 steps"):
-        shelf.write(blocks(1, tokens=5))
+        store.write(blocks(1, tokens=5))
     with pytest.raises(GeometryError, match="offsets of their own cannot follow"):
-        shelf.write(blocks(1, own=True))
-    assert shelf.count == 1
+        store.write(blocks(1, own=True))
+    assert store.count == 1
 
 
 @archives
-def test_an_empty_shelf_cannot_be_read_and_choosing_nothing_gives_nothing(archive):
-    shelf = archive().open()
-    assert sum(shelf.bytes_by_location().values()) == 0
-    with pytest.raises(GeometryError, match="an empty shelf was read"):
-        shelf.read(torch.zeros(2, 3, 1, dtype=torch.int64))
-    shelf.write(blocks(1))
-    keys, values, _ = shelf.read(torch.zeros(2, 3, 0, dtype=torch.int64))
+def test_an_empty_store_cannot_be_read_and_choosing_nothing_gives_nothing(archive):
+    store = archive().open()
+    assert sum(store.bytes_by_location().values()) == 0
+    with pytest.raises(GeometryError, match="an empty store was read"):
+        store.read(torch.zeros(2, 3, 1, dtype=torch.int64))
+    store.write(blocks(1))
+    keys, values, _ = store.read(torch.zeros(2, 3, 0, dtype=torch.int64))
     assert (keys.shape, values.shape) == ((2, 3, 0, 4, 8), (2, 3, 0, 4, 10))
 
 
 @archives
 @given(counts=st.lists(st.integers(1, 3), min_size=1, max_size=5), own=st.booleans(), limit=st.integers(1, 40_000))
-def test_the_byte_limit_holds_over_all_shelves_and_a_refusal_changes_nothing(archive, counts, own, limit):
+def test_the_byte_limit_holds_over_all_stores_and_a_refusal_changes_nothing(archive, counts, own, limit):
     opened = archive(limit_bytes=limit)
-    shelves = [opened.open(), opened.open()]
+    stores = [opened.open(), opened.open()]
     for number, count in enumerate(counts):
-        shelf = shelves[number % 2]
-        before = (shelf.count, shelf.bytes_by_location(), {k: t.clone() for k, t in shelf.tensors().items()})
+        store = stores[number % 2]
+        before = (store.count, store.bytes_by_location(), {k: t.clone() for k, t in store.tensors().items()})
         refused = None
         try:
-            shelf.write(blocks(count, own=own, first=number))
+            store.write(blocks(count, own=own, first=number))
         except ArchiveFullError as error:
             refused = str(error)
         if refused is not None:
             assert f"limit_bytes = {limit:,}" in refused
-            after = (shelf.count, shelf.bytes_by_location(), shelf.tensors())
+            after = (store.count, store.bytes_by_location(), store.tensors())
             assert before[:2] == after[:2]
             assert before[2].keys() == after[2].keys()
             assert all(torch.equal(before[2][name], after[2][name]) for name in after[2])
-        held = sum(sum(each.bytes_by_location().values()) for each in shelves)
+        held = sum(sum(each.bytes_by_location().values()) for each in stores)
         assert held <= limit
 
 
 @pytest.mark.parametrize("kind", [DeviceArchive, HostArchive], ids=["device", "host"])
 @given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=6), own=st.booleans())
 def test_the_bytes_foreseen_before_writing_are_the_bytes_held_after(kind, counts, own):
-    shelf = kind().open()
+    store = kind().open()
     for number, count in enumerate(counts):
         part = blocks(count, own=own, first=number)
-        foreseen = shelf._nbytes_after(part)
-        shelf.write(part)
-        assert shelf.nbytes == foreseen
+        foreseen = store._nbytes_after(part)
+        store.write(part)
+        assert store.nbytes == foreseen
 
 
 @archives
-def test_what_no_shelf_holds_any_more_frees_the_limit(archive):
+def test_what_no_store_holds_any_more_frees_the_limit(archive):
     opened = archive(limit_bytes=8_000)
-    shelf = opened.open()
-    shelf.write(blocks(2))
+    store = opened.open()
+    store.write(blocks(2))
     other = opened.open()
     with pytest.raises(ArchiveFullError):
         other.write(blocks(4))
-    del shelf
+    del store
     gc.collect()
     other.write(blocks(4))
 
@@ -232,13 +232,13 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_a_file_lives_as_long_as_a_fork_needs_it(tmp_path):
-    shelf = DiskArchive(directory=str(tmp_path)).open()
-    shelf.write(blocks(2))
-    fork = shelf.fork()
-    shelf.write(blocks(1, first=5))
+    store = DiskArchive(directory=str(tmp_path)).open()
+    store.write(blocks(2))
+    fork = store.fork()
+    store.write(blocks(1, first=5))
     assert len(files(tmp_path)) == 2
-    assert shelf.bytes_by_location() == {"disk": sum(file.stat().st_size for file in files(tmp_path))}
-    del shelf
+    assert store.bytes_by_location() == {"disk": sum(file.stat().st_size for file in files(tmp_path))}
+    del store
     gc.collect()
     (left,) = files(tmp_path)
     assert fork.bytes_by_location() == {"disk": left.stat().st_size}
@@ -252,49 +252,49 @@ def test_a_file_lives_as_long_as_a_fork_needs_it(tmp_path):
 def test_a_private_folder_is_shared_by_the_layers_and_removed_with_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     archive = DiskArchive()
-    shelves = [archive.open(), archive.open()]
-    for shelf in shelves:
-        shelf.write(blocks(1))
+    stores = [archive.open(), archive.open()]
+    for store in stores:
+        store.write(blocks(1))
     (folder,) = files(tmp_path)
     assert len(files(folder)) == 2
-    del shelf
-    shelves.pop()
+    del store
+    stores.pop()
     gc.collect()
     assert len(files(folder)) == 1
-    shelves.clear()
+    stores.clear()
     gc.collect()
     assert files(tmp_path) == []
     archive.open().write(blocks(1))
 
 
 def test_a_full_disk_gives_a_clear_error_and_loses_nothing(tmp_path):
-    shelf = DiskArchive(directory=str(tmp_path)).open()
-    shelf.write(blocks(1))
+    store = DiskArchive(directory=str(tmp_path)).open()
+    store.write(blocks(1))
     before = files(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(ArchiveFullError, match=r"cannot write [0-9,]+ bytes.*File too large.*Nothing was lost"):
-            shelf.write(blocks(200, first=1))
+            store.write(blocks(200, first=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files(tmp_path) == before
-    assert shelf.count == 1
-    shelf.write(blocks(1, first=2))
-    assert torch.equal(shelf.read(torch.ones(2, 3, 1, dtype=torch.int64))[0], blocks(1, first=2).keys)
+    assert store.count == 1
+    store.write(blocks(1, first=2))
+    assert torch.equal(store.read(torch.ones(2, 3, 1, dtype=torch.int64))[0], blocks(1, first=2).keys)
 
 
 def test_a_file_that_cannot_be_moved_into_place_leaves_no_part_behind(tmp_path, monkeypatch):
-    shelf = DiskArchive(directory=str(tmp_path)).open()
+    store = DiskArchive(directory=str(tmp_path)).open()
 
     def full(self, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ArchiveFullError, match="No space left on device"):
-        shelf.write(blocks(1))
+        store.write(blocks(1))
     assert files(tmp_path) == []
-    assert shelf.count == 0
+    assert store.count == 0
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -305,9 +305,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"short")], ids=["removed", "truncated"])
 def test_a_file_that_another_program_touched_is_reported_by_name(tmp_path, harm):
-    shelf = DiskArchive(directory=str(tmp_path)).open()
-    shelf.write(blocks(1))
+    store = DiskArchive(directory=str(tmp_path)).open()
+    store.write(blocks(1))
     (path,) = files(tmp_path)
     harm(path)
     with pytest.raises(SavedCacheError, match=f"{path.name}' was removed or changed"):
-        shelf.read(torch.zeros(2, 3, 1, dtype=torch.int64))
+        store.read(torch.zeros(2, 3, 1, dtype=torch.int64))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from kvtiers.blocks import Blocks
 from kvtiers.errors import SlotError
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.policy import choose
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
-from kvtiers.store import LayerStore
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
 from kvtiers_policies.digests import spread
@@ -303,17 +303,17 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
     frequencies = [torch.tensor([1.0, 0.1]), torch.tensor([0.7, 0.1]), torch.tensor([0.5, 0.2])]
     turn = Rotary(frequencies, layout="interleaved", angle_dtype=torch.float64)
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False)
-    store, random = LayerStore(found, geometry, rotary=turn), torch.Generator().manual_seed(0)
+    layer, random = Layer(found, geometry, rotary=turn), torch.Generator().manual_seed(0)
     for _ in range(4):
         keys = torch.randn(1, 2, 32, 12, generator=random)
-        store.write(keys, keys, replace=True)
-        store.select(keys)
-        store.commit()
-    index = torch.arange(store.archived).expand(1, 2, -1)
-    keys, _, offsets = store.shelves["compressed"].read(index)
+        layer.write(keys, keys, replace=True)
+        layer.select(keys)
+        layer.commit()
+    index = torch.arange(layer.archived).expand(1, 2, -1)
+    keys, _, offsets = layer.stores["compressed"].read(index)
     positions = offsets.double().expand(*keys.shape[:4], -1).clone()
-    positions[..., 0] += store.starts.data[:, None]
+    positions[..., 0] += layer.starts.data[:, None]
     if found.realigner.rotates:
         keys = turn.rotate(keys, positions)
-    assert store.archived == 3
-    assert torch.allclose(store.digests.data[:, :, :, 0], keys.sum(-2), atol=1e-5)
+    assert layer.archived == 3
+    assert torch.allclose(layer.digests.data[:, :, :, 0], keys.sum(-2), atol=1e-5)

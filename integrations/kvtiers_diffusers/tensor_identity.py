@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Seen:
+class TensorIdentity:
     """Knows the tensor that was noted last. It is held on to, so that its memory does not become another's meanwhile.
 
     content: compare what a tensor made under inference mode holds, which waits for the device; such tensors do not

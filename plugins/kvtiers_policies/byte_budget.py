@@ -1,4 +1,4 @@
-"""What the archives with a byte limit share: one ledger for all shelves that an archive has opened."""
+"""What the archives with a byte limit share: one byte budget for all stores that an archive has opened."""
 
 import weakref
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ class Holds(Protocol):
     def nbytes(self) -> int: ...
 
 
-class Ledger:
+class ByteBudget:
     """Counts the bytes of everything that is entered, for as long as it lives."""
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ def limit_bytes() -> Any:
     return attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))
 
 
-def ledger() -> Any:
-    """The attrs field of an archive's ledger: private, and no part of its value."""
-    return attrs.field(init=False, factory=Ledger, eq=False, repr=False)
+def byte_budget() -> Any:
+    """The attrs field of an archive's byte budget: private, and no part of its value."""
+    return attrs.field(init=False, factory=ByteBudget, eq=False, repr=False)
 
 
 def fits(archive: Any, limit_bytes: int | None) -> bool:
-    """Whether what the shelves of `archive` hold is within `limit_bytes`."""
-    held: int = archive._ledger.nbytes
+    """Whether what the stores of `archive` hold is within `limit_bytes`."""
+    held: int = archive._byte_budget.nbytes
     return limit_bytes is None or held <= limit_bytes

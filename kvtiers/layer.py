@@ -2,8 +2,8 @@
 
 The buffer is laid out `sink | mid | recent | current`. Recent tokens stay where they were written and slide right as
 blocks leave; the sink and what is attended of the archive are written right before them, so that attention reads one
-slice and history is never concatenated. Rows with other padding have a store of their own (see `kvtiers.cache`):
-extents are then equal within a store, a context needs no validity mask, and a padded row is the same row alone.
+slice and history is never concatenated. Rows with other padding have a layer of their own (see `kvtiers.rows`):
+extents are then equal within a layer, a context needs no validity mask, and a padded row is the same row alone.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvtiers import archiving, events, slots
-from kvtiers.archive import Growing, Shelf
+from kvtiers.archive import BlockStore, Growing
 from kvtiers.blocks import Blocks, Context, Form, Selection
 from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SelectionError, SlotError
 from kvtiers.geometry import Geometry
@@ -29,7 +29,7 @@ from kvtiers.rotary import Rotary
 Observe = Callable[[events.Event], None]
 
 
-class LayerStore:
+class Layer:
     """The tiers of one layer. `write`, `select` and `context` are the three verbs."""
 
     def __init__(
@@ -91,7 +91,7 @@ class LayerStore:
         """The reduced K/V of blocks that have not left recent yet, by their first step (video)."""
         self.graph: list[Blocks] = []
         """What was archived, with its graph, if that is kept (training)."""
-        self.shelves: dict[Form, Shelf] = {}
+        self.stores: dict[Form, BlockStore] = {}
         self.lengths: dict[Form, Lengths] = {}
         """How long the archived blocks are, where they may differ (video)."""
         self.digests, self.starts = Growing(2), Growing(0)
@@ -116,7 +116,7 @@ class LayerStore:
     @property
     def archived(self) -> int:
         """How many blocks the archive holds."""
-        return next((shelf.count for shelf in self.shelves.values()), 0)
+        return next((store.count for store in self.stores.values()), 0)
 
     @property
     def sink_tokens(self) -> int:
@@ -164,7 +164,7 @@ class LayerStore:
     ) -> None:
         """Make what was current history, age the blocks that left recent, and take these tokens as the current ones.
 
-        keys: rotated by the model under `original`, unrotated otherwise. An error leaves the store as it was.
+        keys: rotated by the model under `original`, unrotated otherwise. An error leaves the layer as it was.
         replace: take them in place of those that are current (video: a denoise step). History stays.
         """
         self._admit(keys, values)
@@ -287,7 +287,7 @@ class LayerStore:
         if limit is not None and keys.shape[2] > limit * geometry.tokens_per_step:
             raise GeometryError(
                 f"layer {self.layer} takes at most {limit} steps at once, got {keys.shape[2]} tokens; "
-                "commit blocks one by one, or cut the forward on multiples of chunk_size, as Layer.turns does"
+                "commit blocks one by one, or cut the forward on multiples of chunk_size, as LayerRows.chunks does"
             )
         block = geometry.steps_per_commit * geometry.tokens_per_step
         if not geometry.causal and geometry.even and keys.shape[2] != block:
@@ -426,7 +426,7 @@ class LayerStore:
         starts = self.starts.data
         if starts is None:
             raise SelectionError(f"layer {self.layer} has no archived blocks to select")
-        found = recall(self.shelves, selection, self.policy.attend, starts, self.lengths)
+        found = recall(self.stores, selection, self.policy.attend, starts, self.lengths)
         if self.observe is not None:
             size = found.keys.nbytes + found.values.nbytes
             blocks = selection.chosen.numel() + selection.compressed.numel()
@@ -501,7 +501,7 @@ class LayerStore:
 
     def draft_table(self, tokens: int) -> tuple[Tensor, Tensor] | None:
         """The rotation to where the current block of `tokens` tokens is placed, if its selection holds for further
-        drafts of it (video); none if the next draft must go through the store."""
+        drafts of it (video); none if the next draft must go through the layer."""
         if (
             self._live is not None
             or not self.drafted
