@@ -33,6 +33,7 @@ from kvtiers.layered import resolve
 from kvtiers.plugins import register, unregister
 from kvtiers.policy import Policy
 from kvtiers.presets import load_policy, policy
+from kvtiers.reading import CurrentView
 from kvtiers.rotary import Rotary
 from kvtiers.rows import Chunk, LayerRows, PaddingPattern, RowGroup
 from kvtiers.slots import Compressor, Moment, Placement, Realigner, Retriever, Sink
@@ -52,6 +53,7 @@ __all__ = [
     "Compressor",
     "Context",
     "CropError",
+    "CurrentView",
     "Extent",
     "Geometry",
     "GeometryError",

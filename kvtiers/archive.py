@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import attrs
 import torch
 from attrs import validators as v
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from kvtiers.blocks import Location
@@ -181,8 +181,8 @@ class Codec(ABC):
 
 
 def pick(
-    part: Float[Tensor, "batch kv_heads slots *block"], index: Int[Tensor, "batch kv_heads chosen"]
-) -> Float[Tensor, "batch kv_heads chosen *block"]:
+    part: Shaped[Tensor, "batch kv_heads slots *block"], index: Int[Tensor, "batch kv_heads chosen"]
+) -> Shaped[Tensor, "batch kv_heads chosen *block"]:
     """The chosen blocks of every row and head, in one copy of whole blocks."""
     batch, heads, slots, *block = part.shape
     first = torch.arange(batch * heads, device=part.device).view(batch, heads, 1) * slots

@@ -158,8 +158,10 @@ class Bounds:
         rows = geometry.batch * geometry.kv_heads
         of_digest = self.block_tokens(geometry, self.retriever.digests) if self.retriever.needs_digests else 0
         hot = self.retriever.digest_bytes(of_digest, geometry) * rows + 16
-        tokens = [self.block_tokens(geometry, form) for form in self.forms]
-        hot += sum(tokens) * (4 * rows * (1 + len(geometry.grid)) + (0 if geometry.even else 4 * rows))
+        for form in self.forms:
+            alike = form == "full" or self.compressor.keeps or self.compressor.given
+            lies = 4 * rows * (1 + len(geometry.grid)) if not (alike and geometry.even) else 0
+            hot += self.block_tokens(geometry, form) * (lies + (0 if geometry.even else 4 * rows))
         return hot + (self.archived_bytes(geometry) if self.archive.location == "device" else 0)
 
     def archived_bytes(self, geometry: Geometry) -> int:

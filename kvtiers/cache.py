@@ -65,6 +65,7 @@ class TieredCache:
         self.observe, self.check, self.layer_class = observe, check, layer
         self.tell = Observers(observe)
         """Tells every observer of an event; false while there is none."""
+        self._prompt: Tensor | None = None
         self._budgets: dict[Archive, ByteBudget] = {}
         for index in range(count):
             self.new_layer(index, 1)
@@ -81,6 +82,7 @@ class TieredCache:
             observe=self.tell,
             check=self.check,
             budget=self.budget(policy.archive),
+            prompt=self._prompt,
         )
 
     def budget(self, archive: Archive) -> ByteBudget:
@@ -161,6 +163,7 @@ class TieredCache:
 
     def set_prompt(self, prompt: Tensor | None) -> None:
         """Tell policies the embedding of the prompt (see `Moment.prompt`)."""
+        self._prompt = prompt
         for layer in self.every_layer():
             layer.prompt = prompt
 

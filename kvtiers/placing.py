@@ -106,7 +106,7 @@ class Placing(Reading):
         if self.policy.compressor.given and self.geometry.even and self.policy.recent:
             steps = self.committed_steps + keys.shape[2] // per_step
             first = max(self.recent_start, self.policy.extended(self.timeline, steps).recent_start_at(steps))
-            window.leave(max(0, window.recent - (self.committed_steps - first) * per_step))
+            window.leave(max(0, window.recent - max(0, self.committed_steps - first) * per_step))
         kept = sink if self.policy.realigner.sink_moves == "anew" else 0
         if kept or sink < keys.shape[2]:
             window.append({"unrotated": keys[:, :, sink - kept :]}, sink=kept)

@@ -56,7 +56,7 @@ class Cost:
 def cost(policy: Policy, shape: Shape) -> Cost:
     """What `policy` costs for `shape`, at its end."""
     geometry, block = shape.geometry, policy.block_steps(shape.geometry)
-    current = min((policy.chunk_size or 1) if geometry.causal else block, shape.steps)
+    current = min((policy.chunk_size or shape.steps) if geometry.causal else block, shape.steps)
     bound = policy.bound(geometry)
     archives = policy.recent is not None and policy.archives
     aged = 0 if policy.recent is None else max(0, shape.steps - policy.anchors(geometry) - policy.recent)

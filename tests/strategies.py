@@ -76,9 +76,10 @@ def unchecked() -> Iterator[None]:
 
 @cache
 def names(slot: str) -> tuple[str, ...]:
-    """What is installed for `slot` and works on keys and values alone."""
+    """What kvtiers ships for `slot` and works on keys and values alone."""
     with unchecked():
-        return tuple(name for name in registry().names(slot) if not _reduces(build(slot, name)))
+        ours = (name for name in registry().names(slot) if registry().provider(slot, name).distribution == "kvtiers")
+        return tuple(name for name in ours if not _reduces(build(slot, name)))
 
 
 def _reduces(made: Any) -> bool:
@@ -94,10 +95,13 @@ def _choices(slot: str, among: tuple[str, ...]) -> st.SearchStrategy[tuple[str, 
 
 
 def policies(**fixed: Any) -> st.SearchStrategy[Policy]:
-    """Any combination of slots, in small sizes. A keyword fixes a field; for a slot it may be a name or several."""
+    """Any combination of slots, in small sizes, with the exact codec.
+
+    A keyword fixes a field; for a slot it may be a name or several.
+    """
     parts = {name: st.just(fixed[name]) if name in fixed else strategy for name, strategy in _SIZES.items()}
     for slot in SLOTS:
-        among = fixed.get(slot) or names(slot)
+        among = fixed.get(slot) or (("exact",) if slot == "codec" else names(slot))
         parts[slot] = _choices(slot, (among,) if isinstance(among, str) else tuple(among))
     return st.fixed_dictionaries(parts).map(_policy)
 

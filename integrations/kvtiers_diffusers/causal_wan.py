@@ -14,22 +14,24 @@ from torch import Tensor
 
 import kvtiers
 from kvtiers import (
+    Blocks,
     CropError,
+    CurrentView,
     Geometry,
     GeometryError,
+    Layer,
     MemoryUsage,
     Policy,
-    Reduced,
-    Reducer,
     SavedCacheError,
     SlotError,
-    SourceCompressor,
     TieredCache,
     UnsupportedModelError,
     saving,
 )
 from kvtiers.events import PromptChanged
-from kvtiers_diffusers.processors import Pass, Steady, disable, enable
+from kvtiers_diffusers.graph_layer import GraphLayer
+from kvtiers_diffusers.processors import Pass, disable, enable
+from kvtiers_diffusers.reducing import Reduced, Reducer, Reduces
 from kvtiers_diffusers.rope import rotary_of
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 from kvtiers_diffusers.tensor_identity import TensorIdentity
@@ -98,6 +100,8 @@ class CausalWan:
         self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._committed, self._committed_frames = TensorIdentity(content=True), 0
         self._unfinished = False
+        self._compressed: list[Blocks | None] = []
+        """By layer, the compressed form of the block that is being committed."""
         self._last_timestep: float | None = None
         self._given: bool | None = None
         """Whether this video's pixels are given with its blocks."""
@@ -107,7 +111,7 @@ class CausalWan:
         compressor = self.policies[0].compressor
         self.reducer: Reducer | None = None
         """What compresses blocks before the model sees them, if the policy does."""
-        if isinstance(compressor, SourceCompressor):
+        if compressor.given and isinstance(compressor, Reduces):
             self.reducer = compressor.bind(self.transformer, vae, compressor_network)
         self._switch = enable(transformer)
         self._closed = False
@@ -255,8 +259,8 @@ class CausalWan:
     def _finish(self) -> None:
         """Make what was committed history, in every layer."""
         if self._unfinished:
-            self._filled.commit()
-            self._unfinished = False
+            self._filled.commit(compressed=self._compressed)
+            self._unfinished, self._compressed = False, []
 
     def _forward(
         self,
@@ -283,24 +287,28 @@ class CausalWan:
         if steady is None:
             self._remember_weights()
         with self._switch.lock, nullcontext() if steady is not None else self._eager():
-            self._switch.serving = Pass(self._filled, self.rotary, self._grid(block), self._prompt, reduced, steady)
+            compressed: list[Blocks | None] = [None] * len(self.policies)
+            self._switch.serving = Pass(
+                self._filled, self.rotary, self._grid(block), self._prompt, compressed, reduced, steady
+            )
             try:
                 flow: Tensor = self.transformer(block, times, text, return_dict=False)[0]
             finally:
                 self._switch.serving = None
+        if clean:
+            self._compressed = compressed
         return flow
 
-    def _steady(self, block: Tensor) -> list[Steady] | None:
+    def _steady(self, block: Tensor) -> list[CurrentView] | None:
         """What further denoise steps of a block read and write, if its first one was made; none otherwise."""
         if torch.is_grad_enabled():
             return None
-        found = []
+        frames, found = block.shape[2], []
         for number, layer in enumerate(self._filled.every_layer()):
-            table = layer.draft_table(block.shape[2] * layer.geometry.tokens_per_step)
-            if table is None or number not in self._prompt:
+            view = layer.current_view() if layer.num_steps - layer.committed_steps == frames else None
+            if view is None or number not in self._prompt:
                 return None
-            context = layer.context()
-            found.append(Steady(context.keys, context.values, table, context.mask))
+            found.append(view)
         return found if len(found) == len(self.policies) else None
 
     def _eager(self) -> AbstractContextManager[Any]:
@@ -391,9 +399,8 @@ class CausalWan:
             self.policies,
             [geometry] * count,
             rotaries=[self.rotary] * count,
-            observe=kvtiers.observer(),
             check=self.check,
-            keep_graph=self.keep_graph,
+            layer=GraphLayer if self.keep_graph else Layer,
         )
 
     def _remember_prompt(self, text: Tensor) -> None:
@@ -403,8 +410,9 @@ class CausalWan:
             found = (TensorIdentity(), {})
             found[0].note(text)
             self._prompts = [*self._prompts[1 - _PROMPTS_KEPT :], found]
-            if self._filled.observe is not None:
-                self._filled.observe(PromptChanged(words=text.shape[1]))
+            self._filled.set_prompt(text)
+            if self._filled.tell:
+                self._filled.tell(PromptChanged(words=text.shape[1]))
         self._prompt = found[1]
 
     def forget_prompts(self) -> None:

@@ -10,21 +10,8 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from kvtiers import Reduced, Rotary, TieredCache, UnsupportedModelError
-
-
-@attrs.define(eq=False)
-class Steady:
-    """What a further denoise step of a block needs of one layer: tensors alone, so that it can be compiled.
-
-    keys, values: [batch, heads, tokens, head_dim], the context with the block's own slots at its end, written in place.
-    table: the rotation to where the block is placed. mask: what of the context may be attended, if not all.
-    """
-
-    keys: Tensor
-    values: Tensor
-    table: tuple[Tensor, Tensor]
-    mask: Tensor | None
+from kvtiers import Blocks, CurrentView, Rotary, TieredCache, UnsupportedModelError
+from kvtiers_diffusers.reducing import Reduced
 
 
 @attrs.define(eq=False)
@@ -36,10 +23,13 @@ class Pass:
     grid: tuple[int, ...]
     text: dict[int, tuple[Tensor, Tensor]]
     """Keys and values of the prompt, by layer; filled by the first forward that needs them."""
+    compressed: list[Blocks | None]
+    """By layer, what the clean pass made of the reduced tokens; handed over with the commit."""
     reduced: Reduced | None = None
     """Tokens that pass through the model behind the block's own (the clean pass)."""
-    steady: list[Steady] | None = None
-    """By layer, once a block's selection is made; then the cache is not asked."""
+    steady: list[CurrentView] | None = None
+    """By layer, once a block's selection is made: what a further step reads and writes. Tensors alone, so that the step
+    can be compiled; the cache is not asked."""
 
 
 @attrs.define(eq=False)
@@ -125,7 +115,7 @@ class TieredSelfAttention(_Processor):
             steady, tokens = now.steady[self.layer], key.shape[2]
             steady.keys[:, :, -tokens:] = now.rotary.apply(key, steady.table)
             steady.values[:, :, -tokens:] = value
-            return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values, steady.mask)
+            return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values, steady.logit_bias)
         cache, layer = now.cache, self.layer
         if not cache.policies[layer].realigner.rotates:
             steps = key.shape[2] // cache.geometries[layer].tokens_per_step
@@ -134,7 +124,8 @@ class TieredSelfAttention(_Processor):
         cache.write(layer, key, value, replace=True)
         cache.select(layer, query)
         context = cache.context(layer)
-        return self._attend(cache.place_query(layer, query), context.keys, context.values, context.mask)
+        added = context.logit_bias(query.shape[1], query.dtype)
+        return self._attend(cache.place_query(layer, query), context.keys, context.values, added)
 
     def _reduced(self, now: Pass, reduced: Reduced, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's reduced tokens attend the context and one another, and are kept for when the block has aged."""
@@ -144,8 +135,25 @@ class TieredSelfAttention(_Processor):
             where[:, 0] += cache.committed_steps
             table = now.rotary.table(where, key.dtype)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
-        placed, context = cache.beside(layer, query, key, value, reduced.offsets, reduced.span)
-        return self._attend(placed, context.keys, context.values, context.mask)
+        one = torch.zeros(1, dtype=torch.long, device=key.device)
+        now.compressed[layer] = Blocks(
+            keys=key[:, :, None],
+            values=value[:, :, None],
+            offsets=reduced.offsets[None, None, None],
+            starts=one,
+            span=reduced.span,
+        )
+        own, context = cache.only(layer), cache.context(layer)
+        history, tokens = slice(0, context.keys.shape[2] - context.current), key.shape[2]
+        added = context.logit_bias(query.shape[1], query.dtype)
+        if added is not None:
+            added = torch.nn.functional.pad(added[..., history], (0, tokens))
+        return self._attend(
+            own.place_beside(query, reduced.offsets),
+            torch.cat([context.keys[:, :, history], own.place_beside(key, reduced.offsets)], 2),
+            torch.cat([context.values[:, :, history], value], 2),
+            added,
+        )
 
 
 class PromptAttention(_Processor):

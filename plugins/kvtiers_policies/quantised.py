@@ -21,7 +21,8 @@ from kvtiers.geometry import Geometry
 class Quantised(Codec):
     """Keys per group of channels over a block's tokens, values per token, as unsigned whole numbers of `bits` bits.
 
-    group: channels of a key that share a scale; it divides the head's width. Scales and least values are float16.
+    group: channels of a key that share a scale; it divides the head's width. Scales and least values are float16 for
+        float16 keys and bfloat16, which has float32's range, for others.
     """
 
     bits: ClassVar[int]
@@ -30,14 +31,14 @@ class Quantised(Codec):
     def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         if keys.shape[-1] % self.group:
             raise PolicyError(f"group = {self.group} does not divide the width of a key, {keys.shape[-1]} channels")
-        grouped = keys.float().unflatten(-1, (-1, self.group))
+        grouped = self._grouped(keys)
         key_low, key_scale = self._range(grouped, (-3, -1))
-        value_low, value_scale = self._range(values.float(), (-1,))
+        value_low, value_scale = self._range(values, (-1,))
         return {
             "keys": self._packed(self._whole(grouped, key_low, key_scale).flatten(-2)),
             "key_low": key_low[..., 0, :, 0],
             "key_scale": key_scale[..., 0, :, 0],
-            "values": self._packed(self._whole(values.float(), value_low, value_scale)),
+            self._name(values.shape[-1]): self._packed(self._whole(values, value_low, value_scale)),
             "value_low": value_low[..., 0],
             "value_scale": value_scale[..., 0],
         }
@@ -45,10 +46,11 @@ class Quantised(Codec):
     def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         low, scale = (parts[name].float()[..., None, :, None] for name in ("key_low", "key_scale"))
         width = parts["key_low"].shape[-1] * self.group
-        keys = self._unpacked(parts["keys"], width).unflatten(-1, (-1, self.group)) * scale + low
+        keys = self._unpacked(parts["keys"], odd=width % 2 == 1).unflatten(-1, (-1, self.group)) * scale + low
         low, scale = (parts[name].float()[..., None] for name in ("value_low", "value_scale"))
-        values = self._unpacked(parts["values"], None) * scale + low
-        return keys.flatten(-2).to(dtype), values.to(dtype)
+        odd = "odd_values" in parts
+        values = self._unpacked(parts["odd_values" if odd else "values"], odd=odd) * scale + low
+        return _cast(keys.flatten(-2), dtype), _cast(values, dtype)
 
     def block_bytes(self, tokens: int, geometry: Geometry) -> int:
         per_byte = 8 // self.bits
@@ -57,24 +59,34 @@ class Quantised(Codec):
         return geometry.batch * geometry.kv_heads * (numbers + scales)
 
     def tolerance(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Half a step, and what float16 rounds of scale and least value."""
-        grouped = keys.float().unflatten(-1, (-1, self.group))
-        of_keys = self._error(grouped, (-3, -1)).expand(grouped.shape).flatten(-2)
-        return of_keys, self._error(values.float(), (-1,))
+        """Half a step, and what the dtype rounds."""
+        return self._error(self._grouped(keys), (-3, -1)).flatten(-2), self._error(values, (-1,))
 
     def _error(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        largest = x.abs().amax(axes, keepdim=True)
-        spread = x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True)
-        return spread / (2**self.bits - 1) * 0.51 + (largest + spread) * 2**-10 + 2**-14
+        low, scale = (part.float() for part in self._range(x, axes))
+        number = torch.finfo(x.dtype)
+        largest = x.float().abs() + scale
+        in_float32 = 2**-21 * (largest + low.abs())
+        return 0.5 * scale + in_float32 + 0.51 * number.eps * largest + number.eps * number.smallest_normal
 
     def _range(self, x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-        low = low.half()
-        scale = ((high - low.float()) / (2**self.bits - 1)).clamp(min=2**-14).half()
+        """The least value, rounded down, and the step, rounded up, so that the numbers between reach every value."""
+        kept = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+        x = x.float()
+        low = -_rounded_up(-x.amin(axes, keepdim=True), kept)
+        scale = _rounded_up((x.amax(axes, keepdim=True) - low.float()) / (2**self.bits - 1), kept)
         return low, scale
 
+    def _grouped(self, keys: Tensor) -> Tensor:
+        return keys.reshape(*keys.shape[:-1], -1, self.group)
+
+    def _name(self, width: int) -> str:
+        """What packed values are called, which says whether the last half of a byte counts."""
+        return "odd_values" if self.bits == 4 and width % 2 else "values"
+
     def _whole(self, x: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-        return ((x - low.float()) / scale.float()).round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+        step = torch.where(scale > 0, scale, 1).float()  # where all values are one, they are the least one
+        return ((x.float() - low.float()) / step).round().clamp(0, 2**self.bits - 1).to(torch.uint8)
 
     def _packed(self, whole: Tensor) -> Tensor:
         if self.bits == 8:
@@ -83,7 +95,21 @@ class Quantised(Codec):
             whole = torch.nn.functional.pad(whole, (0, 1))
         return whole[..., ::2] << 4 | whole[..., 1::2]
 
-    def _unpacked(self, packed: Tensor, width: int | None) -> Tensor:
+    def _unpacked(self, packed: Tensor, *, odd: bool) -> Tensor:
         if self.bits == 8:
             return packed.float()
-        return torch.stack([packed >> 4, packed & 15], -1).flatten(-2)[..., :width].float()
+        both = torch.stack([packed >> 4, packed & 15], -1).flatten(-2).float()
+        return both[..., :-1] if odd else both
+
+
+def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least number of `dtype`, or the one after, that is no less than `x`."""
+    nearest, number = x.to(dtype), torch.finfo(dtype)
+    more = (x + number.eps * (x.abs() + number.smallest_normal)).to(dtype)
+    return torch.where(nearest.float() < x, more, nearest)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; what a step beyond its range would make infinite is its largest number."""
+    number = torch.finfo(dtype)
+    return x.clamp(number.min, number.max).to(dtype)

@@ -97,7 +97,7 @@ def test_when_one_of_two_forms_is_refused_neither_is_held():
     )
     layer, tokens = setting.layer(), setting.tokens
     list(feed(layer, tokens, [4, 4, 4]))
-    held = {form: store.count for form, store in layer.stores.items()}
+    held = {form: store.count for form, store in layer.history.stores.items()}
     assert held == {"full": 2, "compressed": 2}
     archive.switch.broken = True
     for number in (0, 1):
@@ -105,11 +105,11 @@ def test_when_one_of_two_forms_is_refused_neither_is_held():
         now = tokens.part(12, 16)
         with pytest.raises(ArchiveFullError):
             layer.write(now.keys, now.values)
-        assert {form: store.count for form, store in layer.stores.items()} == held
+        assert {form: store.count for form, store in layer.history.stores.items()} == held
         assert layer.tier_counts()["current"] == 4
     archive.switch.broken = False
     list(feed(layer, tokens, [4, 4], start=12))
-    assert layer.stores["full"].count == layer.stores["compressed"].count == layer.archived
+    assert layer.history.stores["full"].count == layer.history.stores["compressed"].count == layer.history.count
 
 
 @pytest.mark.parametrize("archive", ["device", "host", "disk"])
@@ -154,9 +154,9 @@ def test_a_layer_whose_archive_refused_takes_the_same_tokens_once_it_works_again
     now = setting.tokens.part(12, 14)
     with pytest.raises(ArchiveFullError):
         layer.write(now.keys, now.values)
-    assert (layer.num_steps, layer.committed_steps, layer.archived) == (12, 8, 0)
+    assert (layer.num_steps, layer.committed_steps, layer.history.count) == (12, 8, 0)
     with pytest.raises(ArchiveFullError):
         layer.write(now.keys, now.values)
     archive.switch.broken = False
     layer.write(now.keys, now.values)
-    assert (layer.num_steps, layer.committed_steps, layer.archived) == (14, 12, 1)
+    assert (layer.num_steps, layer.committed_steps, layer.history.count) == (14, 12, 1)

@@ -85,9 +85,9 @@ def test_an_archive_elsewhere_without_digests_keeps_the_device_flat(where):
     for _ in feed(layer, setting.tokens, [4] * 20 + [1] * 40):
         # on a machine without an accelerator both locations are the same memory; the store's own is left out
         device = bytes_in_device(layer)
-        grown.append(device - 16 * layer.archived)
+        grown.append(device - 16 * layer.history.count)
     assert max(grown[10:]) <= max(grown[:10])
-    assert layer.archived > 30
+    assert layer.history.count > 30
 
 
 def bytes_in_device(layer) -> int:
@@ -169,5 +169,5 @@ def test_bytes_are_reported_in_the_place_where_they_are(archive):
         pass
     mid = {held.location: held.bytes for held in cache.memory_usage() if held.tier == "mid"}
     block = 2 * setting.geometry.token_bytes
-    assert mid[archive] >= cache.every_layer()[0].archived * block
+    assert mid[archive] >= cache.every_layer()[0].history.count * block
     assert set(mid) == {archive, "device"}  # the chosen block is in the context buffer too

@@ -46,7 +46,7 @@ def test_contiguous_positions_begin_at_zero_and_incremental_ones_end_at_now(data
     for steps in data.draw(cuts(trial.policy)):
         placed = trial.feed(steps).placed
         if type(trial.policy.realigner).__name__ == "Contiguous":
-            first = trial.layer.mid.placed if trial.layer.mid is not None and not trial.layer.sink_tokens else placed
+            first = trial.layer.mid.placed if trial.layer.mid is not None and not trial.layer.window.sink else placed
             assert float(first.flatten()[0]) == 0
         else:
             assert float(placed[0, 0, -1, 0]) == trial.num_steps - 1
@@ -103,7 +103,7 @@ def test_the_kit_notices_a_step_that_went_missing():
     with pytest.raises(AssertionError, match=r"invariant 1 \(conservation\)"):
         testing.conservation(trial)
     trial.layer.dropped -= 1
-    trial.layer.stores["full"]._keys.buffer[0, 0, 1, 0, 0] += 1
+    trial.layer.history.stores["full"]._keys.buffer[0, 0, 1, 0, 0] += 1
     with pytest.raises(AssertionError, match="the full block of step 3 has other keys"):
         testing.conservation(trial)
 
@@ -122,14 +122,14 @@ def test_the_kit_notices_one_token_that_is_off(off):
     testing.contents(trial, context)
     layer = trial.layer
     if off == "value":
-        layer.values[0, 1, layer.head] += 1e-3
+        layer.values[0, 1, layer.window.head] += 1e-3
     elif off == "place":
-        at = slice(layer.head, layer.head + 1)
-        layer.rotated[:, :, at] = layer._turn(layer.unrotated[:, :, at], layer.recent_start + layer.recent_shift + 1)
+        at = slice(layer.window.head, layer.window.head + 1)
+        layer.rotated[:, :, at] = layer._turn(layer.unrotated[:, :, at], layer.recent_start + layer.window.recent_shift + 1)
     elif off == "origin":
         layer.recent_start += 1
     else:
-        layer.rotated[0, 0, [layer.head, layer.head + 1]] = layer.rotated[0, 0, [layer.head + 1, layer.head]]
+        layer.rotated[0, 0, [layer.window.head, layer.window.head + 1]] = layer.rotated[0, 0, [layer.window.head + 1, layer.window.head]]
     with pytest.raises(AssertionError, match="invariant"):
         testing.contents(trial, layer.context())
     assert trial.num_steps == 12
@@ -146,9 +146,9 @@ def test_observers_are_told_what_happened_to_every_step():
     layer = setting.layer(observe=told.append)
     list(feed(layer, setting.tokens, [5, 5, 5, 1, 1, 1]))
     assert sum(event.steps for event in told if isinstance(event, Committed)) == 18
-    full, compressed = layer.stores["full"], layer.stores["compressed"]
+    full, compressed = layer.history.stores["full"], layer.history.stores["compressed"]
     assert sum(event.blocks for event in told if isinstance(event, Archived)) == full.count + compressed.count
-    assert sum(event.blocks for event in told if isinstance(event, Compressed)) == full.count == layer.archived == 3
+    assert sum(event.blocks for event in told if isinstance(event, Compressed)) == full.count == layer.history.count == 3
     selections = [event for event in told if isinstance(event, Selected)]
     assert all(event.chosen.shape[-1] <= 2 for event in selections)
     assert sum(isinstance(event, Recalled) for event in told) == len(selections)

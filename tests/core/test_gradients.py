@@ -145,9 +145,9 @@ def test_history_holds_no_graph():
         layer.write(now.keys.clone().requires_grad_(), now.values.clone().requires_grad_())
         layer.select(now.query.clone().requires_grad_())
     assert not any(
-        buffer.requires_grad for buffer in (layer.rotated, layer.unrotated, layer.values, layer.digests.buffer)
+        buffer.requires_grad for buffer in (layer.rotated, layer.unrotated, layer.values, layer.history.digests.buffer)
     )
-    assert not any(part.requires_grad for part in layer.stores["full"].tensors().values())
+    assert not any(part.requires_grad for part in layer.history.stores["full"].tensors().values())
     now = tokens.part(12, 13)
     layer.write(now.keys, now.values)
     layer.select(now.query)
@@ -179,7 +179,7 @@ def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
             if number < 5:
                 layer.beside(one[number], keys[number], values[number], offsets, 2)
                 layer.commit()
-        assert layer.archived == 3
+        assert layer.history.count == 3
         return attend_context(layer.place_query(full[5, 0]), layer.context())
 
     shape = (5, 1, 2, 1, 12)

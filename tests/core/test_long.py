@@ -49,7 +49,7 @@ def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
         layer.select(query)
         assert layer.context().keys.shape[2] <= bound
         if number % 20 == 0:
-            limit = found.bound_bytes(GEOMETRY, layer.archived)
+            limit = found.bound_bytes(GEOMETRY, layer.history.count)
             held = testing.storages(layer)
             assert held["device"] <= limit
             if number:
@@ -60,4 +60,4 @@ def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
         assert len(flat) == 1
         assert layer.tier_counts()["dropped"] > 0.9 * tokens
     else:
-        assert layer.archived * found.block_size == layer.tier_counts()["mid"] > 0.9 * tokens
+        assert layer.history.count * found.block_size == layer.tier_counts()["mid"] > 0.9 * tokens

@@ -334,7 +334,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):
     setting, cache, path = saved(tmp_path)
     secret = 12345.0
-    cache.every_layer()[0].rotated[:, :, cache.every_layer()[0].tail :] = secret  # a spare slot
+    cache.every_layer()[0].rotated[:, :, cache.every_layer()[0].window.tail :] = secret  # a spare slot
     cache.save(path)
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118

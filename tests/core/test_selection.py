@@ -76,20 +76,20 @@ def test_the_chosen_blocks_have_the_highest_declared_scores(data):
     keys = setting.rotary.rotate(tokens.keys, at) if turned else tokens.keys
     queries = setting.rotary.rotate(tokens.query, at) if turned else tokens.query
     for start, _ in feed(layer, tokens, data.draw(cuts(found))):
-        if not layer.archived:
-            assert layer.selection is None
+        if not layer.history.count:
+            assert layer.history.selection is None
             continue
-        blocks = [keys[:, :, a : a + found.block_size] for a in layer.starts.data.tolist()]
+        blocks = [keys[:, :, a : a + found.block_size] for a in layer.history.starts.tolist()]
         scores = brute_force(found.retriever, queries[:, :, start : layer.num_steps], blocks)
         for picked, more in (
-            (layer.selection.chosen, 0),
-            (layer.selection.compressed, layer.selection.chosen.shape[-1]),
+            (layer.history.selection.chosen, 0),
+            (layer.history.selection.compressed, layer.history.selection.chosen.shape[-1]),
         ):
             rank = scores.sort(-1, descending=True).values
             got = scores.gather(-1, picked).sort(-1, descending=True).values
             want = rank[..., more : more + picked.shape[-1]]
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
-        assert layer.selection.chosen.shape[-1] == min(found.top_k, layer.archived)
+        assert layer.history.selection.chosen.shape[-1] == min(found.top_k, layer.history.count)
 
 
 def test_the_brute_force_notices_another_key():
@@ -131,9 +131,9 @@ def test_equal_blocks_are_chosen_newest_first(data):
     keys = tokens.keys[:, :, :1].round().expand(-1, -1, setting.steps, -1)
     layer = setting.layer()
     for _ in feed(layer, attrs.evolve(tokens, query=tokens.query.round(), keys=keys), data.draw(cuts(found))):
-        if layer.archived:
-            newest = torch.arange(max(0, layer.archived - found.top_k), layer.archived)
-            assert torch.equal(layer.selection.chosen, newest.expand_as(layer.selection.chosen))
+        if layer.history.count:
+            newest = torch.arange(max(0, layer.history.count - found.top_k), layer.history.count)
+            assert torch.equal(layer.history.selection.chosen, newest.expand_as(layer.history.selection.chosen))
 
 
 @given(data=st.data())
@@ -203,7 +203,7 @@ def test_a_selection_is_renewed_as_often_as_refresh_says(refresh, singles, times
     asked = []
     for _count in range(singles):
         list(feed(layer, setting.tokens, [1], start=layer.num_steps))
-        asked.append(layer.archived)
+        asked.append(layer.history.count)
     by_archiving = sum(b > a for a, b in zip([1, *asked], asked, strict=False))
     assert len(retriever.asked) - before >= times
     assert len(retriever.asked) - before <= times + by_archiving
@@ -226,11 +226,11 @@ def test_between_renewals_the_mid_tokens_stay_what_they_were(data):
     setting = data.draw(settings_of(st.just(attrs.evolve(found, block_size=4))))
     layer = setting.layer()
     list(feed(layer, setting.tokens, [min(found.chunk_size or 9, 9)] * 3))
-    selection, archived = layer.selection, layer.archived
+    selection, archived = layer.history.selection, layer.history.count
     for _ in range(4):
         list(feed(layer, setting.tokens, [1], start=layer.num_steps))
-        if layer.archived == archived and selection is not None:
-            assert layer.selection is selection
+        if layer.history.count == archived and selection is not None:
+            assert layer.history.selection is selection
 
 
 def test_a_context_before_the_selection_that_it_needs_is_a_clear_error():

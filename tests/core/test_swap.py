@@ -187,7 +187,7 @@ def test_a_cache_that_was_rolled_back_to_nothing_begins_as_the_new_policy_says()
 
 def test_a_form_that_was_given_up_is_freed_and_cannot_come_back():
     trial = filled(top_k_compressed=1)
-    assert set(trial.layer.stores) == {"full", "compressed"}
+    assert set(trial.layer.history.stores) == {"full", "compressed"}
     with_compressed = trial.policy
     trial.policy = attrs.evolve(with_compressed, top_k_compressed=0)
     trial.cache.swap(trial.policy)
@@ -201,17 +201,17 @@ def test_a_form_that_was_given_up_is_freed_and_cannot_come_back():
 
 def test_digests_that_nobody_needs_any_more_are_freed():
     trial = filled()
-    assert trial.layer.digests.nbytes > 0
+    assert trial.layer.history.digests.nbytes > 0
     trial.policy = attrs.evolve(trial.policy, retriever=build("retriever", "recency"))
     trial.cache.swap(trial.policy)
-    assert trial.layer.digests.nbytes == 0
+    assert trial.layer.history.digests.nbytes == 0
     context = trial.feed(4)
     testing.contents(trial, context)
     testing.bounded(trial, context)
     trial.policy = attrs.evolve(trial.policy, retriever=build("retriever", ("affinity", {"digest_tokens": 1})))
     trial.cache.swap(trial.policy)
     testing.contents(trial, trial.feed(4))
-    assert trial.layer.digests.length == trial.layer.archived
+    assert trial.layer.history.digests.length == trial.layer.history.count
 
 
 def test_what_was_dropped_is_realigned_at_once():

@@ -84,7 +84,7 @@ def at(film: Film, number: int, first: int | None = None) -> Tensor:
 def by_hand(layer: Layer, film: Film, current: int) -> Tensor:
     """What the current block attends, of plain tensors: sink, chosen blocks and recent, each as long as it is."""
     turn, policy = rotary(), layer.policy
-    assert layer.starts.data is not None or layer.selection is None
+    assert layer.history.starts is not None or layer.history.selection is None
     anchors = [n for n in range(current) if film.first(n) < layer.timeline.sink]
     recent = [n for n in range(current + 1) if film.first(n) >= layer.recent_start and n not in anchors]
     rows = []
@@ -92,15 +92,15 @@ def by_hand(layer: Layer, film: Film, current: int) -> Tensor:
         heads = []
         for head in range(2):
             mid = []
-            if layer.selection is not None and layer.starts.data is not None:
-                starts = layer.starts.data[layer.selection.chosen[row, head]].tolist()
+            if layer.history.selection is not None and layer.history.starts is not None:
+                starts = layer.history.starts[layer.history.selection.chosen[row, head]].tolist()
                 mid = [film.number(first) for first in starts]
             where, time = {}, 0
             for number in [*anchors, *mid]:
                 where[number], time = time, time + film.lengths[number]
-            everything = layer.archived == len(mid)
+            everything = layer.history.count == len(mid)
             if not everything:  # room is left for longer blocks that might have been chosen
-                spans = sorted(film.lengths[film.number(first)] for first in layer.starts.data.tolist())
+                spans = sorted(film.lengths[film.number(first)] for first in layer.history.starts.tolist())
                 time = sum(film.lengths[n] for n in anchors) + sum(spans[len(spans) - len(mid) :])
             for number in recent:
                 where[number], time = time, time + film.lengths[number]
@@ -153,7 +153,7 @@ def test_a_context_is_what_it_would_be_without_padding(
         assert (attend_context(query, context) - by_hand(layer, film, number)).abs().max() < 1e-5
         assert context.keys.shape[2] <= (found.bound(geometry()) or 0)
         layer.commit()
-    assert bytes_in(memory_usage_of([layer]), "device") <= (found.bound_bytes(geometry(), layer.archived) or 0)
+    assert bytes_in(memory_usage_of([layer]), "device") <= (found.bound_bytes(geometry(), layer.history.count) or 0)
     assert sum(layer.tier_counts().values()) == sum(lengths)
 
 
@@ -255,7 +255,7 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
         cache.select(0, film.query[number])
         cache.commit()
     cache.swap(policy(start, retriever=one))
-    mine, theirs = cache.every_layer()[0].digests.data, wanted.digests.data
+    mine, theirs = cache.every_layer()[0].history.digests.data, wanted.history.digests.data
     assert mine is not None
     assert theirs is not None
     assert torch.allclose(mine, theirs, atol=1e-5)
@@ -280,7 +280,7 @@ def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> N
     play(layer, film, range(6))
     turn, judge = rotary(), found.retriever
     query = turn.rotate(film.query[5], at(film, 5))
-    got = judge.score(query, layer.digests.data, 6)
+    got = judge.score(query, layer.history.digests.data, 6)
     for block in range(6):
         if getattr(judge, "normalise", "") == "softmax":
             continue  # there a block's score depends on the others
@@ -290,7 +290,7 @@ def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> N
         )
         assert torch.allclose(judge.score(query, alone, 1)[..., 0], got[..., block], atol=1e-4)
     assert got.isfinite().all()
-    padded = torch.nn.functional.pad(layer.digests.data, (0, 0, 0, 3))
+    padded = torch.nn.functional.pad(layer.history.digests.data, (0, 0, 0, 3))
     assert torch.allclose(judge.score(query, padded, 6), got, atol=1e-5)
     if getattr(judge, "normalise", "") == "softmax" and getattr(judge, "combine", "") == "sum":
         assert torch.allclose(got.sum(-1), torch.tensor(2.0 * query.shape[2]), atol=1e-3)
@@ -309,4 +309,4 @@ def test_a_retriever_that_makes_more_digests_than_it_says_is_refused_and_nothing
     play(layer, film, range(1))
     with pytest.raises(GeometryError, match=r"Chatty made 4 digests of a block of 24 tokens, and .* says 1"):
         play(layer, film, range(1, 2))
-    assert (layer.archived, layer.committed_steps, layer.num_steps) == (1, 1, 5)
+    assert (layer.history.count, layer.committed_steps, layer.num_steps) == (1, 1, 5)

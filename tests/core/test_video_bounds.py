@@ -59,8 +59,8 @@ def test_an_hour_really_is_an_hour():
         context = one_block(layer, torch.randn, steps=1)
         assert context.keys.shape[2] == bound or number < 19
         assert context.keys.shape[2] <= bound
-    assert (layer.archived, layer.committed_steps) == (3_600 - 3, 14_400)
-    assert bytes_in(memory_usage_of([layer]), "device") <= found.bound_bytes(geometry, layer.archived)
+    assert (layer.history.count, layer.committed_steps) == (3_600 - 3, 14_400)
+    assert bytes_in(memory_usage_of([layer]), "device") <= found.bound_bytes(geometry, layer.history.count)
 
 
 @pytest.mark.parametrize("archive", ["host", "disk"])

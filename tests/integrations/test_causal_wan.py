@@ -59,8 +59,8 @@ def test_every_call_of_the_published_code_is_reproduced(name: str) -> None:
     assert wan.cache is not None
     for number, (keys, values) in enumerate(zip(rollout.keys, rollout.values, strict=True)):
         layer = wan.cache.layers[number].layers()[0]
-        here = slice(layer.head, layer.tail)
-        length = layer.tail - layer.head  # the published buffer still holds what the next block would push out
+        here = slice(layer.window.head, layer.window.tail)
+        length = layer.window.tail - layer.window.head  # the published buffer still holds what the next block would push out
         assert length > 0
         for mine, theirs in ((layer.rotated, keys), (layer.values, values)):
             assert mine is not None
@@ -91,12 +91,12 @@ def stored(wan: CausalWan) -> list[Tensor]:
     assert wan.cache is not None
     found = []
     for layer in wan.cache.every_layer():
-        history = slice(layer.head, layer.tail - layer.current)
-        anchors = slice(layer.sink_slot, layer.sink_slot + layer.sink_tokens)
-        found += [part[:, :, where].clone() for part in layer._all_buffers() for where in (history, anchors)]
-        found += [part.clone() for store in layer.stores.values() for part in store.tensors().values()]
-        if layer.digests.data is not None:
-            found.append(layer.digests.data.clone())
+        history = slice(layer.window.head, layer.window.tail - layer.current)
+        anchors = slice(layer.window.sink_slot, layer.window.sink_slot + layer.window.sink)
+        found += [part[:, :, where].clone() for part in list(layer.window.planes.values()) for where in (history, anchors)]
+        found += [part.clone() for store in layer.history.stores.values() for part in store.tensors().values()]
+        if layer.history.digests.data is not None:
+            found.append(layer.history.digests.data.clone())
     return found
 
 
@@ -227,7 +227,7 @@ def test_an_uneven_video_of_which_everything_is_attended_is_that_of_full_history
     with tiered(model, policy, realigner="contiguous", **changes) as wan:
         got = video(wan, clips, text)
         assert wan.cache is not None
-        assert wan.cache.every_layer()[0].archived == 4
+        assert wan.cache.every_layer()[0].history.count == 4
         wan.denoise(clips[0], 500.0, text)
         assert wan.cache.context(0).mask is not None
     assert max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)) < 2e-5
@@ -312,7 +312,7 @@ def test_a_model_loaded_in_any_dtype_makes_a_video_in_either_mode(
         flows = video(wan, [clip.to(dtype) for clip in blocks(6)], text, steps=3)
         assert all(flow.dtype == dtype and flow.isfinite().all() for flow in flows)
         assert wan.cache is not None
-        assert {part.dtype for layer in wan.cache.every_layer() for part in layer._all_buffers()} == {dtype}
+        assert {part.dtype for layer in wan.cache.every_layer() for part in list(layer.window.planes.values())} == {dtype}
     with torch.no_grad(), tiered(build(), "packforcing-lm", **ROLLING) as wan:
         exact = video(wan, blocks(6), prompt(), steps=3)
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(flows[:6], exact[:6], strict=True))
@@ -379,7 +379,7 @@ def test_gradients_reach_the_input_and_no_graph_is_kept_otherwise() -> None:
         for clip in clips[:4]:
             wan.commit(clip, text)
         assert wan.cache is not None
-        assert all(not part.requires_grad for layer in wan.cache.every_layer() for part in layer._all_buffers())
+        assert all(not part.requires_grad for layer in wan.cache.every_layer() for part in list(layer.window.planes.values()))
         noisy = clips[4].clone().requires_grad_()
         wan.denoise(noisy, 500.0, text).square().sum().backward()
         assert noisy.grad is not None

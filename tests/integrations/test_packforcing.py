@@ -75,7 +75,7 @@ def test_the_branch_makes_as_many_cells_as_are_counted(
     steps: int, grid: tuple[int, int], cells: tuple[int, int, int]
 ) -> None:
     assert DualBranch().cells(steps, grid) == cells
-    assert DualBranch().reduced_tokens(steps, grid) == cells[0] * cells[1] * cells[2]
+    assert DualBranch().REDUCED(steps, grid) == cells[0] * cells[1] * cells[2]
     network = HighResolution(channels=16, width=8, widths=(4, 4, 4, 4))
     made = network(torch.zeros(1, 16, steps, 2 * grid[0], 2 * grid[1]))
     assert made.shape == (1, 8, *cells)
@@ -137,9 +137,9 @@ def separately(wan: CausalWan, block: Tensor, text: Tensor, wanted: int) -> tupl
         if number == wanted:
             return key, value
         where = reduced.offsets.clone()
-        where[:, 0] += layer.committed_steps + layer.recent_shift
+        where[:, 0] += layer.committed_steps + layer.window.recent_shift
         turned = [wan.rotary.rotate(x, where) for x in (query, key)]
-        history = slice(layer.begin, layer.tail - layer.current)
+        history = slice(layer.window.begin, layer.window.tail - layer.current)
         assert layer.rotated is not None
         assert layer.values is not None
         keys = torch.cat([layer.rotated[:, :, history], turned[1]], 2)
@@ -188,12 +188,12 @@ def test_anchors_are_not_compressed_and_what_has_aged_is() -> None:
             wan.commit(clip, text)
             assert wan.cache is not None
             layer = wan.cache.layers[0].layers()[0]
-            assert set(layer.reduced) == {4 * number} - {0}
-            assert layer.archived == max(0, number - 1)
+            assert set(layer.history.waiting) == {4 * number} - {0}
+            assert layer.history.count == max(0, number - 1)
         wan.denoise(clip, 500.0, text)
         assert max(wan.attended()) == wan.policies[0].bound(wan.cache.geometries[0]) == (4 + 4 + 4) * 96 + 2 * 12
-        compressed = next(iter(layer.stores.values()))
-        assert (set(layer.stores), compressed.tokens, compressed.span) == ({"compressed"}, 12, 4)
+        compressed = next(iter(layer.history.stores.values()))
+        assert (set(layer.history.stores), compressed.tokens, compressed.span) == ({"compressed"}, 12, 4)
 
 
 @pytest.mark.parametrize("positions", ["center", "unit"])
@@ -211,7 +211,7 @@ def test_blocks_of_different_length_are_compressed_and_attended_and_the_first_ma
             assert wan.cache is not None
             assert max(wan.attended()) <= (wan.policies[0].bound(wan.cache.geometries[0]) or 0)
         layer = wan.cache.layers[0].layers()[0]
-        assert layer.archived == 8
+        assert layer.history.count == 8
         held = layer.lengths["compressed"]
         assert held.table.data is not None
         assert held.table.data[:, 0].tolist() == [n // 2 * 6 for n in lengths[1:9]]
@@ -221,7 +221,7 @@ def test_blocks_of_different_length_are_compressed_and_attended_and_the_first_ma
         hidden = ~context.mask if context.mask is not None else torch.zeros(0)
         assert hidden.any()
         spoiled = layer._buffers()
-        at = slice(layer.begin, layer.tail)
+        at = slice(layer.window.begin, layer.window.tail)
         want = wan.denoise(clips[4], 500.0, text)
         for part in (spoiled[0], spoiled[2]):  # whatever stands in the padding, nothing of it is seen
             part[:, :, at][hidden[:, :, 0]] = 7.0
@@ -269,7 +269,7 @@ def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realign
             want = {"original": 32, "contiguous": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
             assert times.max() == want - 1
             buffers = layer._buffers()
-            unrotated = buffers[1][:, :, layer.begin : layer.tail]
+            unrotated = buffers[1][:, :, layer.window.begin : layer.window.tail]
             if realigner != "original":
                 assert (wan.rotary.rotate(unrotated, placed) - context.keys).abs().max() < 1e-5
 
@@ -351,7 +351,7 @@ def test_gradients_flow_through_archived_blocks_to_the_compressor(realigner: str
 
         (slope,) = torch.autograd.grad(loss(), weight)
         assert wan.cache is not None
-        assert wan.cache.every_layer()[0].archived >= 2
+        assert wan.cache.every_layer()[0].history.count >= 2
         with torch.no_grad():
             calm = loss()
             direction = slope / slope.norm()
@@ -376,7 +376,7 @@ def test_without_being_asked_no_graph_of_a_video_is_kept() -> None:
         assert wan.cache is not None
         layer = wan.cache.every_layer()[0]
         assert not layer.graph
-        assert not any(block.keys.requires_grad for block in layer.reduced.values())
+        assert not any(block.keys.requires_grad for block in layer.history.waiting.values())
 
 
 def test_a_graph_survives_a_fork_and_a_saved_video_goes_on_without_the_old_one(tmp_path: Path) -> None:
@@ -487,8 +487,8 @@ def test_digests_choose_what_the_formula_chooses(
         keys = rotary.rotate(kept[number], where).double()[:, :half]
         pairs = turned[:, :, list(at), None] * keys[:, :, None]
         scores[:, number] = pairs.sum((1, 2, 3, 4)) / 12**0.5 / half
-    assert layer.selection is not None
-    chosen = layer.selection.chosen
+    assert layer.history.selection is not None
+    chosen = layer.history.selection.chosen
     assert chosen.shape == (rows, heads, min(top_k, archived))
     for row in range(rows):
         for head in range(heads):
@@ -496,7 +496,7 @@ def test_digests_choose_what_the_formula_chooses(
             others = [number for number in range(archived) if number not in picked]
             assert len(set(picked)) == len(picked)  # none that was left out is better, but for float32's rounding
             assert not others or scores[row, picked].min() > scores[row, others].max() - 1e-4
-    digests = layer.digests.data
+    digests = layer.history.digests.data
     assert digests is not None
     assert digests.dtype == torch.float32
 

@@ -67,13 +67,13 @@ def stored(wan: CausalWan) -> list[Tensor]:
     """Every history tensor of every layer: of the tiers, the archive, and the reduced tokens that wait for it."""
     found = []
     for layer in layers(wan):
-        history = slice(layer.head, layer.tail - layer.current)
-        anchors = slice(layer.sink_slot, layer.sink_slot + layer.sink_tokens)
-        found += [part[:, :, where].clone() for part in layer._all_buffers() for where in (history, anchors)]
-        found += [part.clone() for store in layer.stores.values() for part in store.tensors().values()]
-        found += [part.clone() for block in layer.reduced.values() for part in (block.keys, block.values)]
-        assert layer.digests.data is not None
-        found.append(layer.digests.data.clone())
+        history = slice(layer.window.head, layer.window.tail - layer.current)
+        anchors = slice(layer.window.sink_slot, layer.window.sink_slot + layer.window.sink)
+        found += [part[:, :, where].clone() for part in list(layer.window.planes.values()) for where in (history, anchors)]
+        found += [part.clone() for store in layer.history.stores.values() for part in store.tensors().values()]
+        found += [part.clone() for block in layer.history.waiting.values() for part in (block.keys, block.values)]
+        assert layer.history.digests.data is not None
+        found.append(layer.history.digests.data.clone())
     return found
 
 
@@ -143,7 +143,7 @@ def test_rows_do_not_mind_each_other_and_may_have_prompts_of_their_own(archive: 
     model, clips, texts = build(), blocks(8, **FRAMES, rows=2), [prompt(seed=1), prompt(seed=2)]
     with tiered(model, "packforcing", **small(archive=archive)) as wan:
         together = video(wan, clips, torch.cat(texts))
-        chosen = [layer.selection.chosen for layer in layers(wan) if layer.selection is not None]
+        chosen = [layer.history.selection.chosen for layer in layers(wan) if layer.history.selection is not None]
     assert any(not torch.equal(*rows[:, 0]) for rows in chosen)  # or one row could have chosen for both
     for row, text in enumerate(texts):
         with tiered(model, "packforcing", **small(archive=archive)) as wan:
@@ -207,10 +207,10 @@ def test_under_original_the_mid_keys_attended_are_those_of_the_model_rotated_onc
         wan.denoise(clips[7], 500.0, text)
         layer = layers(wan)[index]
         assert wan.cache is not None
-        assert layer.selection is not None
+        assert layer.history.selection is not None
         context, mid = wan.cache.context(index), slice(OWN, OWN + 2 * CELLS)
         keys, values = (part[:, :, mid].unflatten(2, (2, CELLS)) for part in (context.keys, context.values))
-        chosen = layer.selection.chosen[0, 0].tolist()
+        chosen = layer.history.selection.chosen[0, 0].tolist()
         for slot, number in enumerate(chosen):
             plain, value = made[number + 1]  # the first block is an anchor
             start = 4 * (number + 1)
@@ -285,7 +285,7 @@ def test_of_an_archive_elsewhere_the_selected_blocks_come_back_once_a_block_and_
             want = {(layer, count, 2 * count * BYTES, archive): 1 for layer in (0, 1) if count}
             assert Counter((event.layer, event.blocks, event.bytes, event.location) for event in recalled) == want
             chosen = [event.chosen for event in events if isinstance(event, Selected)]
-            selections = [layer.selection for layer in layers(wan) if layer.selection is not None]
+            selections = [layer.history.selection for layer in layers(wan) if layer.history.selection is not None]
             assert len(chosen) == len(selections) == (2 if archived else 0)
             assert all(torch.equal(a, b.chosen) for a, b in zip(chosen, selections, strict=True))
             events.clear()
@@ -307,13 +307,13 @@ def test_what_is_not_selected_is_not_looked_at() -> None:
         assert wan.cache is not None
         fork = wan.cache.fork()
         wanted = wan.denoise(clips[8], 500.0, text)
-        chosen = [layer.selection.chosen[0, 0].tolist() for layer in layers(wan) if layer.selection is not None]
+        chosen = [layer.history.selection.chosen[0, 0].tolist() for layer in layers(wan) if layer.history.selection is not None]
         assert sorted(map(len, chosen)) == [2, 2]
         for lost, same in (("others", True), ("chosen", False)):
             wan.cache = fork.fork()
             for layer, kept in zip(layers(wan), chosen, strict=True):
                 for name in ("keys", "values"):
-                    part = layer.stores["compressed"].tensors()[name]
+                    part = layer.history.stores["compressed"].tensors()[name]
                     assert part.shape[2] == 6
                     for number in range(6):
                         if (number in kept) == (lost == "chosen"):
@@ -365,6 +365,6 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
         layer.commit()
     layer.write(full, full, replace=True)
     layer.select(query)
-    assert layer.archived == len(likes)
-    assert layer.selection is not None
-    assert layer.selection.chosen.tolist() == [[chosen] * 2] * rows
+    assert layer.history.count == len(likes)
+    assert layer.history.selection is not None
+    assert layer.history.selection.chosen.tolist() == [[chosen] * 2] * rows

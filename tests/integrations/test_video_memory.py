@@ -358,13 +358,13 @@ def test_a_denoise_that_begins_again_chooses_again() -> None:
                 wan.denoise(others[0], 900.0, text)
                 wan.denoise(others[0], 500.0, text)
             flows.append([wan.denoise(others[1], 900.0, text), wan.denoise(others[1], 500.0, text)])
-            chosen = [layer.selection.chosen for layer in wan.cache.every_layer()]  # type: ignore[union-attr]
+            chosen = [layer.history.selection.chosen for layer in wan.cache.every_layer()]  # type: ignore[union-attr]
     assert same(*flows)
     with tiered(build(), "archive", **ROLLING) as wan:
         go_on(wan, clips[:6])
         wan.denoise(others[0], 900.0, text)
         assert wan.cache is not None
-        assert not same([layer.selection.chosen for layer in wan.cache.every_layer()], chosen)  # type: ignore[union-attr]
+        assert not same([layer.history.selection.chosen for layer in wan.cache.every_layer()], chosen)  # type: ignore[union-attr]
 
 
 @torch.no_grad()

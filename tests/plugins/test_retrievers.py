@@ -309,11 +309,11 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
         layer.write(keys, keys, replace=True)
         layer.select(keys)
         layer.commit()
-    index = torch.arange(layer.archived).expand(1, 2, -1)
-    keys, _, offsets = layer.stores["compressed"].read(index)
+    index = torch.arange(layer.history.count).expand(1, 2, -1)
+    keys, _, offsets = layer.history.stores["compressed"].read(index)
     positions = offsets.double().expand(*keys.shape[:4], -1).clone()
-    positions[..., 0] += layer.starts.data[:, None]
+    positions[..., 0] += layer.history.starts[:, None]
     if found.realigner.rotates:
         keys = turn.rotate(keys, positions)
-    assert layer.archived == 3
-    assert torch.allclose(layer.digests.data[:, :, :, 0], keys.sum(-2), atol=1e-5)
+    assert layer.history.count == 3
+    assert torch.allclose(layer.history.digests.data[:, :, :, 0], keys.sum(-2), atol=1e-5)
