@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from kvtiers.blocks import Blocks
@@ -16,7 +16,7 @@ def groups(blocks: Blocks, size: int | None) -> Sequence[Float[Tensor, "batch kv
 
 
 def absent(
-    digests: Float[Tensor, "batch kv_heads blocks digests width"],
+    digests: Shaped[Tensor, "batch kv_heads blocks digests width"],
 ) -> Bool[Tensor, "batch kv_heads blocks digests"]:
     """Which digests are none: a block that is shorter than others may have fewer, and zeros in their place."""
     return (digests == 0).all(-1)
