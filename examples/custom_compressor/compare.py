@@ -56,7 +56,7 @@ def read(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
 def error(policy: kvtiers.Policy, query: Tensor, keys: Tensor, values: Tensor) -> tuple[float, int]:
     """How far the output for the last queries is from that over everything (relative), and the tokens attended."""
     geometry = kvtiers.Geometry(kv_heads=keys.shape[1], query_heads=query.shape[1], head_dim=keys.shape[3])
-    layer = kvtiers.Layer(policy, geometry)
+    layer = kvtiers.Layer(policy=policy, geometry=geometry)
     asked = keys.shape[2] - ASKING
     cuts = [*range(0, asked, policy.chunk_size or asked), asked, keys.shape[2]]
     for start, stop in pairwise(cuts):
@@ -80,7 +80,7 @@ def main(model: Any, tokenizer: Any, *, tokens: int = 1024, layers: int = 6) -> 
     found: dict[str, tuple[float, int, int]] = {}
     for name in track(registry().names("compressor"), description="comparing", console=console, transient=True):
         policy = kvtiers.policy("archive", compressor=name, retriever="all", attend="compressed", recent=128)
-        if isinstance(policy.compressor, kvtiers.SourceCompressor):
+        if policy.compressor.given:
             continue  # it works on the frames of a video, not on keys and values
         errors, attended = zip(*(error(policy, *layer) for layer in some), strict=True)
         block = 0 if policy.compressor.drops else policy.block_size

@@ -5,7 +5,6 @@ weighs attention by the L1 norm of the values. Deviation: here the norm decides 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import attrs
 from attrs import validators as v
@@ -19,15 +18,15 @@ class ValueNorm(kvtiers.Compressor):
 
     keep: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])
 
-    def age(self, blocks: kvtiers.Blocks, state: Any) -> tuple[kvtiers.Blocks, Any]:
+    def age(self, blocks: kvtiers.Blocks, moment: kvtiers.Moment) -> kvtiers.Blocks:
         """`blocks` with `keep` tokens each. Every field that speaks of tokens is thinned out alike."""
         if self.keep >= blocks.tokens:
-            return blocks, state
+            return blocks
         norms = blocks.values.float().norm(p=1, dim=-1)  # [batch, kv_heads, blocks, tokens]
         kept = norms.topk(self.keep, dim=-1).indices.sort(dim=-1).values[..., None]
         offsets = blocks.offsets.expand(*blocks.keys.shape[:4], -1)  # heads and blocks keep different tokens
         keys, values, offsets = (x.take_along_dim(kept, dim=3) for x in (blocks.keys, blocks.values, offsets))
-        return attrs.evolve(blocks, keys=keys, values=values, offsets=offsets, offsets_differ=True), state
+        return attrs.evolve(blocks, keys=keys, values=values, offsets=offsets, offsets_differ=True)
 
     def compressed_tokens(self, tokens: int) -> int:
         """How many tokens of a block are left."""

@@ -112,6 +112,7 @@ def blocks_of_two(realigner, compressor):
         retriever=build("retriever", "recency"),
         realigner=build("realigner", realigner),
         archive=build("archive", "device"),
+        codec=build("codec", "exact"),
         sink=2,
         recent=2,
         top_k=2,

@@ -9,6 +9,9 @@ from kvtiers_value_norm import ValueNorm
 import kvtiers
 from kvtiers.blocks import run_of
 
+GEOMETRY = kvtiers.Geometry(kv_heads=1, head_dim=1)
+MOMENT = kvtiers.Moment(layer=0, step=0, geometry=GEOMETRY, device=torch.device("cpu"))
+
 
 def blocks(values: torch.Tensor) -> kvtiers.Blocks:
     """One block per row of `values`, whose keys say where their token was."""
@@ -19,7 +22,7 @@ def blocks(values: torch.Tensor) -> kvtiers.Blocks:
 
 
 def test_the_largest_values_stay_in_order_of_origin() -> None:
-    found, _ = ValueNorm(keep=2).age(blocks(torch.tensor([[1.0, -9.0, 2.0, 5.0], [8.0, 0.0, 7.0, 1.0]])), None)
+    found = ValueNorm(keep=2).age(blocks(torch.tensor([[1.0, -9.0, 2.0, 5.0], [8.0, 0.0, 7.0, 1.0]])), MOMENT)
     assert found.keys.flatten().tolist() == [1, 3, 4, 6]
     assert found.values.flatten().tolist() == [-9, 5, 8, 7]
     assert found.offsets.flatten().tolist() == [1, 3, 0, 2]
@@ -27,7 +30,7 @@ def test_the_largest_values_stay_in_order_of_origin() -> None:
 
 def test_a_block_that_is_small_enough_stays_as_it_is() -> None:
     given = blocks(torch.rand(2, 4))
-    assert ValueNorm(keep=4).age(given, None)[0] is given
+    assert ValueNorm(keep=4).age(given, MOMENT) is given
     assert ValueNorm(keep=9).compressed_tokens(4) == 4
 
 
