@@ -6,7 +6,7 @@ of the window; `latest` is worked out of the latest queries when blocks leave.
 
 import attrs
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvtiers.masks import causal
@@ -59,7 +59,8 @@ class Watched(State):
         if self.size:
             self.fresh = query[:, :, -self.size :].clone()
         if self.counts:
-            shares = attention(placed, window, [window.attended], late=placed.shape[2] if masked else 0)
+            hidden = ~causal(placed.shape[2], window.tail - window.begin, placed.device) if masked else None
+            shares = attention(placed, window, [window.attended], hidden)
             self.got = shares.sum(2) if self.kind == "sum" else shares.amax(2)
 
     def retract(self) -> None:
@@ -76,8 +77,11 @@ class Watched(State):
             window.write("attention", window.attended, seen[..., None])
             self.got = None
 
-    def of_leaving(self, window: Window, placed: Tensor | None, tokens: int, *, masked: bool) -> Got | None:
-        """What attention the oldest `tokens` recent tokens got; `placed`: the latest queries at their place."""
+    def of_leaving(self, window: Window, placed: Tensor | None, tokens: int, *, stop: int | None) -> Got | None:
+        """What attention the oldest `tokens` recent tokens got; `placed`: the latest queries at their place.
+
+        stop: the step after the latest query, where queries see no later token; None where they see all (video).
+        """
         if self.kind is None:
             return None
         if self.counts:
@@ -86,7 +90,7 @@ class Watched(State):
             return window.planes["rotated"].new_zeros(*self._shape(window), tokens)
         parts = [slice(window.sink_slot, window.sink_slot + window.sink)]
         parts.append(slice(window.head - window.mid, window.tail))
-        shares = attention(placed, window, parts, late=placed.shape[2] if masked else 0).sum(2)
+        shares = attention(placed, window, parts, None if stop is None else _later(window, placed, stop)).sum(2)
         first = window.sink + window.mid
         return shares[:, :, first : first + tokens]
 
@@ -96,15 +100,27 @@ class Watched(State):
 
 
 def attention(
-    query: Float[Tensor, "batch query_heads queries head_dim"], window: Window, parts: list[slice], *, late: int
+    query: Float[Tensor, "batch query_heads queries head_dim"],
+    window: Window,
+    parts: list[slice],
+    hidden: Bool[Tensor, "queries tokens"] | None,
 ) -> Float[Tensor, "batch query_heads queries tokens"]:
-    """The softmax weights of `query` over some slots of a window; the last `late` queries see no later token."""
+    """The softmax weights of `query` over some slots of a window; a query from which all is hidden gives none."""
     keys = torch.cat([window.view("rotated", part) for part in parts], 2).float()
     grouped = query.float().unflatten(1, (keys.shape[1], -1))
     logits = grouped @ keys[:, :, None].mT / keys.shape[-1] ** 0.5
     if "bias" in window.planes:
         logits = logits + torch.cat([window.view("bias", part) for part in parts], 2)[:, :, None, None, :, 0]
-    if late > 1:
-        logits = logits.masked_fill(~causal(late, keys.shape[2], keys.device), -torch.inf)
-    shares: Tensor = logits.softmax(-1).flatten(1, 2)
-    return shares
+    if hidden is None:
+        return logits.softmax(-1).flatten(1, 2)
+    shares: Tensor = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
+    return shares.flatten(1, 2)
+
+
+def _later(window: Window, query: Tensor, stop: int) -> Bool[Tensor, "queries tokens"]:
+    """Which tokens of sink, mid and recent each query came before. Mid counts as earlier, whatever it holds now."""
+    steps = torch.arange(stop - query.shape[2], stop, device=query.device)[:, None]
+    sink = torch.arange(window.sink, device=query.device)
+    mid = sink.new_full((window.mid,), -1)
+    recent = torch.arange(stop - window.recent, stop, device=query.device)
+    return torch.cat([sink, mid, recent]) > steps

@@ -7,6 +7,7 @@ By `attention`: the keys that the latest queries attend most stay (SnapKV, arXiv
 """
 
 from collections.abc import Callable, Mapping
+
 import attrs
 from attrs import validators as v
 from jaxtyping import Float
@@ -30,12 +31,17 @@ class TopTokens(Compressor):
 
     keep: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])
     by: str = attrs.field(default="key-norm")
-    latest: int = attrs.field(default=32, alias="window", validator=[v.instance_of(int), v.ge(1)])
+    latest: int = attrs.field(default=32, alias="window")
 
     @by.validator
     def _check_by(self, _: object, value: object) -> None:
         if value not in _SCORES:
             raise PolicyError(f"by must be one of {', '.join(map(repr, _SCORES))}, got {value!r}")
+
+    @latest.validator
+    def _check_latest(self, _: object, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PolicyError(f"'window' must be >= 1, a whole number of queries, got {value!r}")
 
     @property
     def attention(self) -> Attention | None:

@@ -65,9 +65,7 @@ class Halved(kvtiers.Codec):
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"half keys": keys / 2, "half values": values / 2}
 
-    def decode(
-        self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return parts["half keys"] * 2, parts["half values"] * 2
 
     def block_bytes(self, tokens: int, geometry: kvtiers.Geometry) -> int:

@@ -16,6 +16,7 @@ from kvtiers.layer import Layer
 from kvtiers.policy import choose
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
+from kvtiers.slots import Moment
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
 from kvtiers_policies.digests import spread
@@ -51,11 +52,17 @@ def make(*, seed, batch=2, kv_heads=2, group=2, count=4, tokens=6, queries=3, wi
     return blocks, keys, query
 
 
-def score(retriever, blocks, keys, query):
-    digests = retriever.digest(attrs.evolve(blocks, rotated=keys))
+def moment_of(kv_heads=2, width=4, **about):
+    geometry = Geometry(kv_heads=kv_heads, head_dim=width)
+    return Moment(layer=0, step=0, geometry=geometry, device=torch.device("cpu"), **about)
+
+
+def score(retriever, blocks, keys, query, **about):
+    moment = moment_of(keys.shape[1], keys.shape[4], **about)
+    digests = retriever.digest(attrs.evolve(blocks, rotated=keys), moment)
     assert digests.dtype == torch.float32
-    assert digests.shape[3] * digests.shape[4] == retriever.digest_floats(keys.shape[3], keys.shape[4])
-    return retriever.score(query, digests, keys.shape[2])
+    assert digests[0, 0, 0].nbytes == retriever.digest_bytes(keys.shape[3], moment.geometry)
+    return retriever.score(query, digests, keys.shape[2], moment)
 
 
 def runs(tokens, size):
@@ -153,7 +160,7 @@ def test_affinity_by_the_largest_takes_the_best_share_of_any_query_and_digest(sh
 def test_affinity_digests_are_summed_in_float32():
     blocks, keys, _ = make(seed=1, tokens=512)
     low = keys.to(torch.bfloat16)
-    digest = Affinity().digest(attrs.evolve(blocks, rotated=low))[..., 0, :]
+    digest = Affinity().digest(attrs.evolve(blocks, rotated=low), moment_of())[..., 0, :]
     assert torch.allclose(digest.double(), low.double().sum(-2), atol=1e-3)
 
 
@@ -225,7 +232,7 @@ def test_a_low_precision_query_is_scored_in_float32(retriever):
 @pytest.mark.parametrize("retriever", ALL, ids=str)
 def test_scoring_without_a_query_or_digests_is_a_clear_error(retriever):
     with pytest.raises(SlotError, match="needs a query and digests"):
-        retriever.score(None, None, 3)
+        retriever.score(None, None, 3, moment_of())
 
 
 @given(count=st.integers(1, 20), of=st.integers(1, 50))
@@ -250,7 +257,7 @@ def test_recency_chooses_the_newest(archived, top_k):
     retriever = Recency()
     count = retriever.count(top_k, archived)
     assert count == min(top_k, archived)
-    assert sorted(choose(retriever.score(None, None, archived), count).flatten().tolist()) == list(
+    assert sorted(choose(retriever.score(None, None, archived, moment_of()), count).flatten().tolist()) == list(
         range(archived - count, archived)
     )
 
@@ -258,14 +265,15 @@ def test_recency_chooses_the_newest(archived, top_k):
 def test_all_attends_everything_and_none_nothing():
     assert AllBlocks().count(1, 50) == 50
     assert NoBlocks().count(16, 50) == 0
-    assert AllBlocks().score(None, None, 5).shape == NoBlocks().score(None, None, 5).shape == (1, 1, 5)
+    for retriever in (AllBlocks(), NoBlocks()):
+        assert retriever.score(None, None, 5, moment_of()).shape == (1, 1, 5)
 
 
 @pytest.mark.parametrize("retriever", [AllBlocks(), NoBlocks(), Recency()], ids=str)
 def test_retrievers_that_ignore_the_query_say_so_and_keep_no_digests(retriever):
     assert not retriever.needs_query
     assert not retriever.needs_digests
-    assert retriever.digest_floats(32, 64) == 0
+    assert retriever.digest_bytes(32, Geometry(kv_heads=2, head_dim=64)) == 0
 
 
 @pytest.mark.parametrize(
@@ -310,7 +318,8 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
         layer.select(keys)
         layer.commit()
     index = torch.arange(layer.history.count).expand(1, 2, -1)
-    keys, _, offsets = layer.history.stores["compressed"].read(index)
+    keys, _ = layer.history.parts("compressed", index)
+    offsets = layer.history.offsets_at("compressed", index)
     positions = offsets.double().expand(*keys.shape[:4], -1).clone()
     positions[..., 0] += layer.history.starts[:, None]
     if found.realigner.rotates:
