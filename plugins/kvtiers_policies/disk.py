@@ -217,7 +217,7 @@ class DiskBlockStore(BlockStore):
     def read(self, index: Int[Tensor, "batch kv_heads chosen"]) -> dict[str, Tensor]:
         if not self.count:
             raise GeometryError("an empty store was read")
-        chosen = index.cpu()
+        chosen = index.cpu().contiguous()
         kinds = self._entries[-1].file.kinds
         number, at = self._located(chosen)
         order = number.argsort(stable=True)  # file by file
@@ -371,10 +371,8 @@ def _lock(path: Path, *, wait: bool) -> int:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locked = os.fstat(handle)
-        if not os.path.samestat(locked, path.lstat()):
-            raise FileNotFoundError(f"{path} is another folder now")
-        if locked.st_uid != os.getuid() or locked.st_mode & 0o077:
+        about = path.lstat()  # it may have been removed before it was locked
+        if about.st_uid != os.getuid() or about.st_mode & 0o077:
             raise PermissionError(f"{path} is not private")
     except BaseException:
         os.close(handle)
