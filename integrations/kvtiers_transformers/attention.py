@@ -9,8 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtiers import Context, LayerRows, PaddingPattern, UnsupportedModelError
@@ -21,19 +20,20 @@ _FLEX_BLOCK = 128
 
 @attrs.define(eq=False)
 class Forward:
-    """A forward of an enabled model that was given a tiered cache."""
+    """A forward of an enabled model. cache: the tiered cache that it was given, or None.
 
-    backend: str
-    """The model's own attention implementation."""
-    padding: PaddingPattern | None
-    cache: object
+    model: whose it is. outer: the forward that this one runs in, if any.
+    """
+
+    model: Callable[[], object]
+    padding: PaddingPattern | None = None
+    cache: object = None
     identity: tuple[Tensor, Tensor] | None = None
     """A rotation that does nothing, made once per forward."""
+    outer: "Forward | None" = None
 
 
 running: ContextVar[Forward | None] = ContextVar("kvtiers_forward", default=None)
-own_backend: dict[int, str] = {}
-"""The own attention implementation of the configurations that are turned to kvtiers' now, by their id."""
 
 
 def _own_attention(module: nn.Module, backend: str) -> Callable[..., Any]:
@@ -84,8 +84,8 @@ def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
     if "flash" in backend and not context.banded and context.bias is None:
         return None  # its causal order counts from the end of the keys, which is where the current tokens are
     raise UnsupportedModelError(
-        f"attention {backend!r} cannot attend this context{' with a bias on its tokens' if context.bias is not None else ''}"
-        "; load the model with attn_implementation='sdpa' or 'eager'"
+        f"attention {backend!r} cannot attend this context, of which tokens are hidden or weighed; load the model with "
+        "attn_implementation='sdpa' or 'eager'"
     )
 
 
@@ -101,16 +101,18 @@ def tiered_attention(
     """Attend through a layer's tiers. query, key, value: [batch, heads, tokens, head_dim]; returns
     [batch, tokens, heads, head_dim]. A layer that is not tiered gets the model's own attention and mask."""
     forward = running.get()
-    if forward is None:
+    config: Any = module.config
+    backend: str = getattr(config, "own", config)._attn_implementation
+    if backend == NAME:
         raise UnsupportedModelError("attention 'kvtiers' was called outside an enabled model; use kvtiers' tiered(...)")
-    attend = _own_attention(module, forward.backend)
-    if kvtiers is None:
+    attend = _own_attention(module, backend)
+    if kvtiers is None or forward is None or forward.cache is None:
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return result
     out: Tensor | None = None
     for chunk in kvtiers.chunks(query, key, value, forward.padding):
         context = chunk.context
-        mask = _mask_for(forward.backend, context, chunk.query)
+        mask = _mask_for(backend, context, chunk.query)
         part = attend(module, chunk.query, context.keys, context.values, mask, **kwargs)[0]
         if chunk.rows is None and context.current == query.shape[2]:
             return part, None
@@ -127,16 +129,4 @@ def tiered_attention(
     return out, None
 
 
-def tiered_mask(**kwargs: Any) -> Any:
-    """The mask of the layers that stay the model's own; tiered layers own theirs, so theirs is never made."""
-    forward = running.get()
-    if forward is not None:
-        return None if kwargs.get("local_size") is None else ALL_MASK_ATTENTION_FUNCTIONS[forward.backend](**kwargs)
-    backend = own_backend.get(id(kwargs.get("config")))
-    if backend is None:
-        raise UnsupportedModelError("mask 'kvtiers' was asked for outside an enabled model; use kvtiers' tiered(...)")
-    return ALL_MASK_ATTENTION_FUNCTIONS[backend](**kwargs)  # another thread is in a forward of this model
-
-
 AttentionInterface.register(NAME, tiered_attention)
-AttentionMaskInterface.register(NAME, tiered_mask)

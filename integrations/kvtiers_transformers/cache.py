@@ -123,6 +123,7 @@ class TransformersCache(Cache):
         self.core, self.outline = core, outline
         self.device = torch.device(device)
         self._started: list[int] | None = None
+        self._all_real: Tensor | None = None
         self._coming = 0
         tiers = iter(core.layers)
         count = len(core.layers) + len(own)
@@ -145,6 +146,19 @@ class TransformersCache(Cache):
         for layer in self.tiered_layers:
             layer.held_before = layer.layer.tokens
         self._started, self._coming = self._progress(), tokens
+
+    def check_later(self, all_real: Tensor) -> None:
+        """Look at the next forward whether the tokens of this one were all real, without waiting now."""
+        self._all_real = all_real
+
+    def check_decoded(self) -> None:
+        """Raise `UnsupportedModelError` if a token that was decoded on a GPU turns out to have been padding."""
+        seen, self._all_real = self._all_real, None
+        if seen is not None and not bool(seen):
+            raise UnsupportedModelError(
+                "the attention_mask of the forward before hid the one token of some row, and it was taken for a real "
+                "one; go on from a fork() made before it, and leave out rows that are done with batch_select_indices"
+            )
 
     def finish(self) -> None:
         """The forward that began has passed every layer. Raises `UnsupportedModelError` if one did not take part."""

@@ -17,87 +17,40 @@ from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
 from kvtiers import Geometry, GeometryError, PaddingPattern, Policy, TieredCache, UnsupportedModelError
-from kvtiers_transformers.attention import NAME, Forward, own_backend, running
+from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
 from kvtiers_transformers.rope import rotary_of
 
 
-@attrs.define(eq=False)
-class _Switch:
-    """Turns the configurations of a model to kvtiers' attention for the length of one forward.
+class ServedConfig:
+    """A model's configuration as one attention of an enabled model sees it: its attention goes through kvtiers'.
 
-    The configurations belong to all threads, so the forwards of one enabled model wait for one another. Ctrl-C skips
-    the hook that ends a forward; whoever comes next finds that out and puts everything back.
+    Everything else is the configuration's own. That one is never changed, so nothing is to be put back after a forward,
+    whatever ends it, and threads do not meet here.
     """
 
-    decoder: "weakref.ref[nn.Module]"
-    configs: list[Any]
-    _lock: Any = attrs.field(factory=threading.Lock)
-    _owner: int | None = None
-    """The thread whose forward is running."""
-    _before: tuple[list[str], Forward | None] | None = None
+    def __init__(self, own: Any) -> None:
+        self.own = own
 
     @property
-    def is_on(self) -> bool:
-        """Whether a forward with a tiered cache is running."""
-        return self._before is not None
+    def _attn_implementation(self) -> str:
+        return NAME
 
-    def begin(self) -> None:
-        """A forward of the model begins."""
-        if self._owner == threading.get_ident():
-            self.end()
-        while not self._lock.acquire(timeout=_PATIENCE_SECONDS):
-            self.recover()
-        self._owner = threading.get_ident()
-
-    def on(self, padding: PaddingPattern | None, cache: TransformersCache) -> None:
-        """Attend through `cache` until the forward ends."""
-        backends = [config._attn_implementation for config in self.configs]
-        self._before = (backends, running.get())
-        running.set(Forward(backend=backends[0], padding=padding, cache=cache))
-        for config, backend in zip(self.configs, backends, strict=True):
-            own_backend[id(config)] = backend
-            config._attn_implementation = NAME
-
-    def end(self) -> None:
-        """The forward has ended, one way or another; put everything back."""
-        if self._before is not None:
-            backends, outer = self._before
-            for config, backend in zip(self.configs, backends, strict=True):
-                config._attn_implementation = backend
-                own_backend.pop(id(config), None)
-            if self._owner == threading.get_ident():
-                running.set(outer)
-            self._before = None
-        if self._owner is not None:
-            self._owner = None
-            self._lock.release()
-
-    def recover(self) -> None:
-        """End a forward that was cut short: its thread is gone, or is not in the model any more."""
-        owner = self._owner
-        if owner is None:
-            return
-        frame = sys._current_frames().get(owner)
-        while frame is not None:
-            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.decoder():
-                return
-            frame = frame.f_back
-        if self._owner == owner:
-            self.end()
+    def __getattr__(self, name: str) -> Any:
+        if name == "own":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.own, name)
 
 
 @attrs.define(eq=False)
 class _Installed:
+    attentions: list[nn.Module]
     handles: list[Any]
-    switch: _Switch
     count: int = 1
 
 
 _installed: "weakref.WeakKeyDictionary[nn.Module, _Installed]" = weakref.WeakKeyDictionary()
 """By decoder, so that a model and the decoder inside it are one."""
-_PATIENCE_SECONDS = 1.0
-"""How long a forward waits before it looks whether the one before it still runs."""
 _installing = threading.Lock()
 """Held while hooks are installed or removed."""
 
@@ -132,14 +85,12 @@ def _cache_in(values: Any) -> TransformersCache | None:
     return next((value for value in values if isinstance(value, TransformersCache)), None)
 
 
-def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
-    signature = inspect.signature(decoder.forward)
-    outline = _outline(decoder)
+def _before_model(decoder: nn.Module) -> Callable[..., None]:
+    signature, outline = inspect.signature(decoder.forward), _outline(decoder)
+    original = weakref.ref(decoder)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not switch.decoder():
-            return  # a copy of the model, with copies of the hooks
-        switch.begin()
+    def admit(forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check what comes in; if there is a tiered cache, it serves this forward from here on."""
         cache = _cache_in((*args, *kwargs.values()))
         if cache is None:
             return
@@ -154,13 +105,41 @@ def _before_model(decoder: nn.Module, switch: _Switch) -> Callable[..., None]:
         _check_dtype(module, cache, inputs.device)
         _check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
-        padding = None if mask is None else PaddingPattern.of(mask[:, -columns:].bool())
-        cache.start(rows * columns if padding is None else padding.tokens)
         if cache.rotates:
-            _check_positions(given.get("position_ids"), mask)
-        switch.on(padding, cache)
+            _check_positions(given.get("position_ids"), mask, cache, rows)
+        cache.check_decoded()
+        padding = None if mask is None else _padding(mask[:, -columns:].bool(), cache)
+        cache.start(rows * columns if padding is None else padding.tokens)
+        forward.padding, forward.cache = padding, cache
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not original():
+            return  # a copy of the model, with copies of the hooks
+        _end(module)
+        forward = Forward(model=original, outer=running.get())
+        try:
+            running.set(forward)
+            admit(forward, module, args, kwargs)
+        except BaseException:  # torch calls no hook after a forward that did not begin
+            _end(module)
+            raise
 
     return hook
+
+
+def _end(decoder: nn.Module) -> None:
+    """The forward of `decoder` that runs in this thread has ended, or Ctrl-C ended it before its hook was called."""
+    forward = running.get()
+    if forward is not None and forward.model() is decoder:
+        running.set(forward.outer)
+
+
+def _padding(valid: Tensor, cache: TransformersCache) -> PaddingPattern | None:
+    """Which columns are real; None if all are. While decoding on a GPU that is looked at later, so that nobody waits."""
+    if valid.shape[1] == 1 and valid.device.type != "cpu":
+        cache.check_later(valid.all())
+        return None
+    return PaddingPattern.of(valid)
 
 
 def _outline(decoder: nn.Module) -> Outline:
@@ -225,24 +204,38 @@ def _check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) ->
         )
 
 
-def _check_positions(positions: Any, mask: Tensor | None) -> None:
-    """Refuse positions that a realigner would silently replace: those with jumps."""
-    if not isinstance(positions, Tensor) or positions.shape[-1] < 2:
+def _check_positions(positions: Any, mask: Tensor | None, cache: TransformersCache, rows: int) -> None:
+    """Refuse positions that a realigner would silently replace: those with jumps, within this forward or before it."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
         return
-    jumps = positions.diff(dim=-1) != 1
+    columns = positions.shape[-1]
+    if columns == 1 and positions.device.type != "cpu":
+        return  # while decoding on a GPU nobody waits for positions
+    valid = torch.ones_like(positions, dtype=torch.bool)
     if mask is not None:
-        valid = mask[:, -positions.shape[-1] :].bool()
-        jumps = jumps & valid[:, 1:] & valid[:, :-1]
+        valid = valid & mask[:, -columns:].bool()
+    jumps = (positions.diff(dim=-1) != 1) & valid[:, 1:] & valid[:, :-1]
     if bool(jumps.any()):
         raise UnsupportedModelError(
             "position_ids jump within this forward, and a realigner gives tokens positions of its own; "
             "use realigner='original', which keeps the model's"
         )
+    held = cache.core.layers[0].num_steps_by_row() or [0] * rows
+    first = valid.int().argmax(-1, keepdim=True)
+    begins = positions.expand(rows, -1).gather(1, first.expand(rows, -1))[:, 0].tolist()
+    for row, (begin, steps) in enumerate(zip(begins, held, strict=True)):
+        if begin != steps and bool(valid.expand(rows, -1)[row].any()):
+            raise UnsupportedModelError(
+                f"position_ids of row {row} begin at {begin}, but the cache holds {steps} tokens of it, and a realigner"
+                " gives tokens positions of its own. To go on, feed only the new tokens; to try again from an earlier "
+                "point, crop() the cache to it or go on from a fork(); or use realigner='original', which keeps the "
+                "model's positions"
+            )
 
 
-def _before_attention(switch: _Switch) -> Callable[..., Any]:
+def _before_attention() -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward = running.get() if switch.is_on else None
+        forward = running.get()
         if forward is None or not isinstance(forward.cache, TransformersCache):
             return None
         cache = forward.cache
@@ -268,12 +261,14 @@ def _before_attention(switch: _Switch) -> Callable[..., Any]:
     return hook
 
 
-def _after_model(switch: _Switch) -> Callable[..., None]:
+def _after_model(decoder: nn.Module) -> Callable[..., None]:
+    original = weakref.ref(decoder)
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module is not switch.decoder():
+        if module is not original():
             return
-        forward = running.get() if switch.is_on else None
-        switch.end()
+        forward = running.get()
+        _end(module)
         if forward is not None and output is not None and isinstance(forward.cache, TransformersCache):
             forward.cache.finish()
 
@@ -291,21 +286,28 @@ def enable(model: PreTrainedModel) -> None:
 
 
 def _install(decoder: nn.Module) -> _Installed:
-    attentions = _attentions(decoder)
-    switch = _Switch(
-        weakref.ref(decoder), list({id(m.config): m.config for m in (decoder, *attentions.values())}.values())
-    )
+    attentions, (tiers, _) = _attentions(decoder), tiers_of(decoder.config)
+    served: list[Any] = [module for number, module in attentions.items() if number in tiers]
     handles: list[Any] = []
     try:
-        handles.append(decoder.register_forward_pre_hook(_before_model(decoder, switch), with_kwargs=True))
-        handles.append(decoder.register_forward_hook(_after_model(switch), always_call=True))
-        before = _before_attention(switch)
-        handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in attentions.values()]
+        handles.append(decoder.register_forward_pre_hook(_before_model(decoder), with_kwargs=True))
+        handles.append(decoder.register_forward_hook(_after_model(decoder), always_call=True))
+        handles += [m.register_forward_pre_hook(_before_attention(), with_kwargs=True) for m in served]
+        for module in served:
+            if not isinstance(module.config, ServedConfig):  # as in a copy of an enabled model
+                module.config = ServedConfig(module.config)
     except BaseException:
-        for handle in handles:
-            handle.remove()
+        _remove(served, handles)
         raise
-    return _Installed(handles, switch)
+    return _Installed(served, handles)
+
+
+def _remove(attentions: list[Any], handles: list[Any]) -> None:
+    for module in attentions:
+        if isinstance(module.config, ServedConfig):
+            module.config = module.config.own
+    for handle in handles:
+        handle.remove()
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -316,12 +318,10 @@ def disable(model: PreTrainedModel) -> None:
         if state is None:
             return
         state.count -= 1
-        if state.count:
-            return
-        del _installed[decoder]
-        for handle in state.handles:
-            handle.remove()
-        state.switch.recover()
+        if state.count == 0:
+            del _installed[decoder]
+            _remove(state.attentions, state.handles)
+    _end(decoder)
 
 
 def new_cache(
@@ -340,8 +340,7 @@ def new_cache(
     check: refuse keys and values that are not finite.
     """
     decoder = _decoder(model)
-    if decoder in _installed:
-        _installed[decoder].switch.recover()
+    _end(decoder)
     attentions = _attentions(decoder)
     config: Any = decoder.config
     kinds, _ = get_layer_types_and_kwargs(config)

@@ -106,12 +106,12 @@ def test_more_bits_leave_less_error():
 
 
 def test_products_are_the_same_however_many_rows_are_unpacked_at_a_time(monkeypatch):
-    packing, query = Packing(2), vectors(1, 2, 3, 4, 64)
-    rows = packing.pack(vectors(0, 2, 3, 50, 64))
-    whole = packing.products(query, rows)
+    two_bits, query = Packing(2), vectors(1, 2, 3, 4, 64)
+    rows = two_bits.pack(vectors(0, 2, 3, 50, 64))
+    whole = two_bits.products(query, rows)
     for numbers in (1, 2_000, 7_000):
         monkeypatch.setattr(packing, "_UNPACKED_AT_ONCE", numbers)
-        assert torch.allclose(packing.products(query, rows), whole, atol=1e-5)
+        assert torch.allclose(two_bits.products(query, rows), whole, atol=1e-5)
 
 
 def test_packing_takes_bfloat16_keys_and_far_larger_or_smaller_ones():
