@@ -35,12 +35,12 @@ class ByteBudget:
         self._stores: weakref.WeakSet[BlockStore] = weakref.WeakSet()
 
     def enter(self, store: "BlockStore") -> None:
-        """Count `store` for as long as it lives."""
+        """Count `store` for as long as it lives and names this as its budget."""
         self._stores.add(store)
 
     @property
     def nbytes(self) -> int:
-        return sum(sum(store.bytes_by_location().values()) for store in self._stores)
+        return sum(sum(store.bytes_by_location().values()) for store in self._stores if store.budget is self)
 
     def admit(self, more: int, archive: str) -> None:
         """Raise `ArchiveFullError` if `more` bytes would exceed the limit."""

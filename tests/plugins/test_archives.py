@@ -1,313 +1,218 @@
-"""Archives `device`, `host` and `disk`: what is written is read back, the limit holds, and nothing is left behind."""
+"""Archives `device`, `host` and `disk`: how many bytes may be held, of which cache. What stores hold: test_disk.py."""
 
 import gc
-import resource
-from pathlib import Path
 
 import attrs
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from kvtiers.blocks import Blocks
-from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError
+from kvtiers.archive import ByteBudget
+from kvtiers.cache import TieredCache
+from kvtiers.errors import ArchiveFullError
+from kvtiers.geometry import Geometry
+from kvtiers.presets import policy
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.disk import DiskArchive
 from kvtiers_policies.host import HostArchive
 
 ARCHIVES = {"device": DeviceArchive, "host": HostArchive, "disk": DiskArchive}
 archives = pytest.mark.parametrize("archive", [pytest.param(kind, id=name) for name, kind in ARCHIVES.items()])
+GEOMETRY = Geometry(kv_heads=2, head_dim=4)
 
 
-def blocks(
-    count: int = 2,
-    *,
-    batch: int = 2,
-    heads: int = 3,
-    tokens: int = 4,
-    width: int = 8,
-    own: bool = False,
-    first: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Blocks:
-    generator = torch.Generator().manual_seed(first * 31 + count)
-    shape = (batch, heads, count, tokens)
-    offsets = torch.rand(*(shape if own else (1, 1, 1, tokens)), 1, generator=generator)
-    if not own:
-        offsets = torch.arange(tokens, dtype=torch.float64)[None, None, None, :, None]
-    return Blocks(
-        keys=torch.randn(*shape, width, generator=generator).to(dtype),
-        values=torch.randn(*shape, width + 2, generator=generator).to(dtype),
-        offsets=offsets,
-        starts=torch.arange(first, first + count) * tokens,
-        span=tokens,
-    )
-
-
-def whole(parts: list[Blocks], name: str) -> Tensor:
-    return torch.cat([getattr(part, name).expand(*part.keys.shape[:4], -1) for part in parts], dim=2)
-
-
-def chosen(data: Tensor, index: Tensor) -> Tensor:
-    """The definition, one block at a time."""
-    rows = [
-        [torch.stack([data[b, h, i] for i in index[b, h].tolist()]) for h in range(index.shape[1])]
-        for b in range(index.shape[0])
-    ]
-    return torch.stack([torch.stack(heads) for heads in rows])
+def parts(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed * 31 + count)
+    shape = (2, 3, count, 4)
+    return {
+        "keys": torch.randn(*shape, 8, generator=generator),
+        "values": torch.randn(*shape, 10, generator=generator).bfloat16(),
+    }
 
 
 @archives
-@given(data=st.data())
-def test_what_is_read_is_what_was_written_per_row_and_head(archive, data):
-    own = data.draw(st.booleans(), label="own offsets")
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    parts = []
-    for count in data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4), label="writes"):
-        parts.append(blocks(count, own=own, first=len(parts), dtype=dtype))
-    store = archive().open()
-    for part in parts:
-        store.write(part)
-    total = sum(part.count for part in parts)
-    assert (store.count, store.tokens, store.span) == (total, 4, 4)
-    numbers = st.lists(st.integers(0, total - 1), min_size=12, max_size=12)
-    index = torch.tensor(data.draw(numbers, label="chosen")).reshape(2, 3, 2)
-    keys, values, offsets = store.read(index)
-    assert torch.equal(keys, chosen(whole(parts, "keys"), index))
-    assert torch.equal(values, chosen(whole(parts, "values"), index))
-    expected = chosen(whole(parts, "offsets").float(), index)
-    assert torch.equal(offsets.expand(expected.shape), expected)
-
-
-@archives
-@given(data=st.data())
-def test_rows_are_taken_and_forks_go_their_own_way(archive, data):
-    store = archive().open()
-    first, second, third = blocks(2, own=True), blocks(1, own=True, first=5), blocks(1, own=True, first=9)
-    store.write(first)
-    rows = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
-    more = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)))
-    store.select_rows(rows)
-    store.write(second)
-    fork = store.fork()
-    store.select_rows(more)
-    fork.write(third)
-    assert (store.count, fork.count) == (3, 4)
-    index = torch.arange(3).expand(2, 3, 3)
-    before = torch.cat([first.keys[rows], second.keys], dim=2)
-    assert torch.equal(store.read(index)[0], before[more])
-    after = torch.cat([before, third.keys], dim=2)
-    assert torch.equal(fork.read(torch.arange(4).expand(2, 3, 4))[0], after)
-
-
-@archives
-@pytest.mark.parametrize("own", [True, False], ids=["own offsets", "shared offsets"])
-def test_a_saved_store_continues_in_an_archive_of_any_kind(archive, own):
-    store = archive().open()
-    for part in (blocks(2, own=own), blocks(3, own=own, first=4)):
-        store.write(part)
-    store.select_rows(torch.tensor([1, 0]))
-    index = torch.tensor([4, 0, 2]).expand(2, 3, 3)
-    for other in ARCHIVES.values():
-        copy = other().open()
-        copy.restore({name: part.clone() for name, part in store.tensors().items()}, count=store.count, span=store.span)
-        assert (copy.count, copy.tokens, copy.span) == (5, 4, 4)
-        for mine, theirs in zip(store.read(index), copy.read(index), strict=True):
-            assert torch.equal(mine, theirs)
-        copy.write(blocks(1, own=own, first=9))
-        assert copy.count == 6
-
-
-@archives
-def test_the_newest_blocks_are_forgotten_and_written_again(archive):
-    store = archive().open()
-    store.write(blocks(3, own=True))
-    store.write(blocks(2, own=True, first=7))
-    store.drop_last(3)
-    assert store.count == 2
-    again = blocks(1, own=True, first=8)
-    store.write(again)
-    keys, _, _ = store.read(torch.arange(3).expand(2, 3, 3))
-    assert torch.equal(keys, torch.cat([blocks(3, own=True).keys[:, :, :2], again.keys], dim=2))
-    store.drop_last(3)
-    assert store.count == 0
-    store.write(again)
-    assert torch.equal(store.read(torch.zeros(2, 3, 1, dtype=torch.int64))[0], again.keys)
-
-
-@archives
-def test_what_is_left_of_a_later_write_is_still_read_right(archive):
-    store = archive().open()
-    first, second, third = blocks(1, own=True), blocks(3, own=True, first=5), blocks(2, own=True, first=9)
-    store.write(first)
-    store.write(second)
-    store.drop_last(1)
-    store.write(third)
-    expected = torch.cat([first.keys, second.keys[:, :, :2], third.keys], dim=2)
-    assert torch.equal(store.read(torch.arange(5).expand(2, 3, 5))[0], expected)
-
-
-@archives
-def test_blocks_of_another_size_are_refused(archive):
-    store = archive().open()
-    store.write(blocks(1))
-    with pytest.raises(GeometryError, match="of one size, 4 tokens over 4 steps; got 5 tokens over 5 steps"):
-        store.write(blocks(1, tokens=5))
-    with pytest.raises(GeometryError, match="offsets of their own cannot follow"):
-        store.write(blocks(1, own=True))
-    assert store.count == 1
-
-
-@archives
-def test_an_empty_store_cannot_be_read_and_choosing_nothing_gives_nothing(archive):
-    store = archive().open()
-    assert sum(store.bytes_by_location().values()) == 0
-    with pytest.raises(GeometryError, match="an empty store was read"):
-        store.read(torch.zeros(2, 3, 1, dtype=torch.int64))
-    store.write(blocks(1))
-    keys, values, _ = store.read(torch.zeros(2, 3, 0, dtype=torch.int64))
-    assert (keys.shape, values.shape) == ((2, 3, 0, 4, 8), (2, 3, 0, 4, 10))
-
-
-@archives
-@given(counts=st.lists(st.integers(1, 3), min_size=1, max_size=5), own=st.booleans(), limit=st.integers(1, 40_000))
-def test_the_byte_limit_holds_over_all_stores_and_a_refusal_changes_nothing(archive, counts, own, limit):
-    opened = archive(limit_bytes=limit)
-    stores = [opened.open(), opened.open()]
+@given(counts=st.lists(st.integers(1, 3), min_size=1, max_size=5), limit=st.integers(1, 40_000))
+def test_the_byte_limit_holds_over_all_stores_and_a_refusal_changes_nothing(archive, counts, limit):
+    opened, budget = archive(limit_bytes=limit), ByteBudget(limit)
+    stores = [opened.open(budget), opened.open(budget)]
     for number, count in enumerate(counts):
         store = stores[number % 2]
-        before = (store.count, store.bytes_by_location(), {k: t.clone() for k, t in store.tensors().items()})
+        before = (store.count, store.bytes_by_location(), {k: t.clone() for k, t in store.parts().items()})
         refused = None
         try:
-            store.write(blocks(count, own=own, first=number))
+            store.write(parts(count, seed=number))
         except ArchiveFullError as error:
             refused = str(error)
         if refused is not None:
             assert f"limit_bytes = {limit:,}" in refused
-            after = (store.count, store.bytes_by_location(), store.tensors())
+            after = (store.count, store.bytes_by_location(), store.parts())
             assert before[:2] == after[:2]
             assert before[2].keys() == after[2].keys()
             assert all(torch.equal(before[2][name], after[2][name]) for name in after[2])
         held = sum(sum(each.bytes_by_location().values()) for each in stores)
-        assert held <= limit
+        assert held == budget.nbytes <= limit
 
 
 @pytest.mark.parametrize("kind", [DeviceArchive, HostArchive], ids=["device", "host"])
-@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=6), own=st.booleans())
-def test_the_bytes_foreseen_before_writing_are_the_bytes_held_after(kind, counts, own):
-    store = kind().open()
+@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_what_is_refused_is_what_would_not_fit_and_nothing_else(kind, counts):
+    """The bytes that a write needs are known beforehand, to the byte: a limit of what comes to be held admits it."""
+    free = ByteBudget(None)
+    store = kind().open(free)
     for number, count in enumerate(counts):
-        part = blocks(count, own=own, first=number)
-        foreseen = store._nbytes_after(part)
-        store.write(part)
-        assert store.nbytes == foreseen
+        store.write(parts(count, seed=number))
+    fits, tight = ByteBudget(free.nbytes), ByteBudget(free.nbytes - 1)
+    other, refusing = kind().open(fits), kind().open(tight)
+    for number, count in enumerate(counts):
+        other.write(parts(count, seed=number))
+    assert fits.nbytes == free.nbytes
+    with pytest.raises(ArchiveFullError):  # noqa: PT012 (some write)
+        for number, count in enumerate(counts):
+            refusing.write(parts(count, seed=number))
 
 
 @archives
 def test_what_no_store_holds_any_more_frees_the_limit(archive):
-    opened = archive(limit_bytes=8_000)
-    store = opened.open()
-    store.write(blocks(2))
-    other = opened.open()
+    opened, budget = archive(limit_bytes=7_000), ByteBudget(7_000)
+    store = opened.open(budget)
+    store.write(parts(2))
+    other = opened.open(budget)
     with pytest.raises(ArchiveFullError):
-        other.write(blocks(4))
+        other.write(parts(4))
     del store
     gc.collect()
-    other.write(blocks(4))
+    other.write(parts(4))
 
 
-def test_a_limit_is_no_part_of_what_another_archive_holds():
-    one, two = HostArchive(limit_bytes=4_000), HostArchive(limit_bytes=4_000)
-    assert one == two
-    assert hash(one) == hash(two)
-    one.open().write(blocks(2))
-    two.open().write(blocks(2))
-    assert attrs.evolve(one) == one
+# ---------------------------------------------------------------------- a limit belongs to a cache
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir())
+def limited(archive: str, limit: int, *, layers: int = 1, batch: int = 1) -> TieredCache:
+    """An empty cache whose layers may archive `limit` bytes together."""
+    kind = ARCHIVES[archive](limit_bytes=limit)
+    found = policy("archive", archive=kind, retriever="recency", sink=0, recent=2, block_size=2, top_k=1, chunk_size=4)
+    return TieredCache(found, [attrs.evolve(GEOMETRY, batch=batch)] * layers)
 
 
-def test_a_file_lives_as_long_as_a_fork_needs_it(tmp_path):
-    store = DiskArchive(directory=str(tmp_path)).open()
-    store.write(blocks(2))
-    fork = store.fork()
-    store.write(blocks(1, first=5))
-    assert len(files(tmp_path)) == 2
-    assert store.bytes_by_location() == {"disk": sum(file.stat().st_size for file in files(tmp_path))}
-    del store
+def fill(cache: TieredCache, forwards: int, *, batch: int = 1) -> int:
+    """Feed forwards of four steps to every layer, until the archive is full; how many were taken by all."""
+    for number in range(forwards):
+        tokens = torch.full((batch, 2, 4, 4), float(number))
+        try:
+            for layer in range(len(cache.layers)):
+                cache.write(layer, tokens, tokens)
+        except ArchiveFullError:
+            return number
+    return forwards
+
+
+def archived(cache: TieredCache) -> int:
+    """Bytes in the archive, of all layers, by what the stores themselves hold."""
+    layers = cache.every_layer()
+    stores = [store for layer in layers for store in layer.history.stores.values()]
+    return sum(sum(store.bytes_by_location().values()) for store in stores)
+
+
+named = pytest.mark.parametrize("archive", ARCHIVES)
+
+
+@named
+def test_two_caches_of_one_policy_have_limits_of_their_own(archive):
+    one = limited(archive, 6_000)
+    taken = fill(one, 99)
+    assert 2 < taken < 99
+    other = TieredCache(one.policies, one.geometries)
+    assert fill(other, 99) == taken
+    for cache in (one, other):
+        assert 0 < archived(cache) == cache.budget(cache.policies[0].archive).nbytes <= 6_000
+
+
+@named
+def test_the_layers_of_a_cache_share_its_limit(archive):
+    alone, three = fill(limited(archive, 9_000), 99), fill(limited(archive, 9_000, layers=3), 99)
+    assert 2 < three < alone
+    assert one_layer_as_archive_of_equal_settings(archive) == three
+
+
+def one_layer_as_archive_of_equal_settings(archive: str) -> int:
+    """As `limited(..., layers=3)`, each layer with an archive of its own that is set alike: the limit is one still."""
+    each = [limited(archive, 9_000).policies[0] for _ in range(3)]
+    return fill(TieredCache(each, [GEOMETRY] * 3), 99)
+
+
+@named
+def test_a_fork_and_selected_rows_keep_the_limit_and_the_original_is_not_charged(archive):
+    cache = limited(archive, 12_000, batch=2)
+    assert fill(cache, 3, batch=2) == 3
+    budget = cache.budget(cache.policies[0].archive)
+    before = budget.nbytes
+    fork = cache.fork()
+    assert budget.nbytes == before
+    own = fork.budget(fork.policies[0].archive)
+    assert (own.limit, own.nbytes) == (12_000, archived(fork))
+    assert own.nbytes > 0
+    taken = fill(fork, 99, batch=2)
+    assert 0 < taken < 99
+    assert budget.nbytes == before  # what the fork wrote is the fork's
+    assert fill(cache, 99, batch=2) == taken
+    cache.select_rows(torch.tensor([1, 0]))
+    assert archived(cache) == budget.nbytes <= 12_000
+    assert fill(cache, 99, batch=2) == 0
+    assert archived(cache) == budget.nbytes
+
+
+@named
+def test_rows_that_were_repeated_count_as_what_they_hold(archive):
+    cache = limited(archive, 100_000)
+    fill(cache, 6)
+    before = archived(cache)
+    cache.select_rows(torch.tensor([0, 0, 0]))
     gc.collect()
-    (left,) = files(tmp_path)
-    assert fork.bytes_by_location() == {"disk": left.stat().st_size}
-    assert torch.equal(fork.read(torch.zeros(2, 3, 1, dtype=torch.int64))[0], blocks(2).keys[:, :, :1])
-    del fork
+    assert archived(cache) == cache.budget(cache.policies[0].archive).nbytes
+    if archive != "disk":  # files are shared by rows
+        assert archived(cache) == 3 * before
+
+
+@named
+def test_what_was_loaded_counts(archive, tmp_path):
+    cache = limited(archive, 6_000)
+    taken = fill(cache, 99)
+    cache.save(tmp_path / "cache")
+    loaded = TieredCache(cache.policies, cache.geometries)
+    loaded.load(tmp_path / "cache")
+    assert loaded.budget(loaded.policies[0].archive).nbytes == archived(loaded) > 0
+    assert fill(loaded, 99) < taken
+    assert archived(loaded) <= 6_000
+    loaded.reset()
     gc.collect()
-    assert files(tmp_path) == []
-    assert tmp_path.exists()
+    assert loaded.budget(loaded.policies[0].archive).nbytes == 0
+    assert fill(loaded, 99) == taken
 
 
-def test_a_private_folder_is_shared_by_the_layers_and_removed_with_the_last(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    archive = DiskArchive()
-    stores = [archive.open(), archive.open()]
-    for store in stores:
-        store.write(blocks(1))
-    (folder,) = files(tmp_path)
-    assert len(files(folder)) == 2
-    del store
-    stores.pop()
-    gc.collect()
-    assert len(files(folder)) == 1
-    stores.clear()
-    gc.collect()
-    assert files(tmp_path) == []
-    archive.open().write(blocks(1))
+@named
+def test_a_forks_archive_is_shared_until_one_side_writes(archive):
+    """Of a fork the archived blocks take no memory: what is held is held once, by address, until one side writes."""
+    cache = limited(archive, 10**9)
+    fill(cache, 12)
+    fork = cache.fork()
+    assert addresses(cache) == addresses(fork)
+    held = [store.parts() for store in cache.every_layer()[0].history.stores.values()]
+    fill(fork, 2)
+    assert addresses(cache) != addresses(fork)
+    after = [store.parts() for store in cache.every_layer()[0].history.stores.values()]
+    for one, other in zip(held, after, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_full_disk_gives_a_clear_error_and_loses_nothing(tmp_path):
-    store = DiskArchive(directory=str(tmp_path)).open()
-    store.write(blocks(1))
-    before = files(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(ArchiveFullError, match=r"cannot write [0-9,]+ bytes.*File too large.*Nothing was lost"):
-            store.write(blocks(200, first=1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert files(tmp_path) == before
-    assert store.count == 1
-    store.write(blocks(1, first=2))
-    assert torch.equal(store.read(torch.ones(2, 3, 1, dtype=torch.int64))[0], blocks(1, first=2).keys)
-
-
-def test_a_file_that_cannot_be_moved_into_place_leaves_no_part_behind(tmp_path, monkeypatch):
-    store = DiskArchive(directory=str(tmp_path)).open()
-
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(ArchiveFullError, match="No space left on device"):
-        store.write(blocks(1))
-    assert files(tmp_path) == []
-    assert store.count == 0
-
-
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ArchiveFullError, match="cannot make its folder"):
-        DiskArchive(directory=str(tmp_path / "file" / "inside")).open()
-
-
-@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"short")], ids=["removed", "truncated"])
-def test_a_file_that_another_program_touched_is_reported_by_name(tmp_path, harm):
-    store = DiskArchive(directory=str(tmp_path)).open()
-    store.write(blocks(1))
-    (path,) = files(tmp_path)
-    harm(path)
-    with pytest.raises(SavedCacheError, match=f"{path.name}' was removed or changed"):
-        store.read(torch.zeros(2, 3, 1, dtype=torch.int64))
+def addresses(cache: TieredCache) -> list[object]:
+    """Where the archived blocks of a cache lie, and what is noted of them."""
+    history = cache.every_layer()[0].history
+    growing = (history.table, history.digests)
+    tensors = [part.untyped_storage().data_ptr() for one in growing for part in one.tensors()]
+    for store in history.stores.values():
+        entries = getattr(store, "_entries", None)
+        parts = store.parts().values() if entries is None else ()
+        tensors += [part.untyped_storage().data_ptr() for part in parts]
+        tensors += [] if entries is None else [entry.file for entry in entries]
+    return tensors
