@@ -36,7 +36,7 @@ class Shape:
 class Cost:
     """What one policy costs.
 
-    attended: tokens that one attention call sees at the end.
+    attended: the most tokens that one attention call sees until the end.
     cached_bytes: keys and values of the attended history, as papers count: without the block (or chunk) that attends,
         or of everything if nothing bounds what is attended.
     device_bytes: the most that is allocated there, with current slots, unrotated copies, digests, and an archive on the
@@ -54,7 +54,7 @@ class Cost:
 
 
 def cost(policy: Policy, shape: Shape) -> Cost:
-    """What `policy` costs for `shape`, at its end."""
+    """What `policy` costs for `shape`."""
     geometry, block = shape.geometry, policy.block_steps(shape.geometry)
     current = min((policy.chunk_size or shape.steps) if geometry.causal else block, shape.steps)
     bound = policy.bound(geometry)
@@ -63,11 +63,13 @@ def cost(policy: Policy, shape: Shape) -> Cost:
     blocks = aged // block if archives else 0
     attended = shape.tokens if bound is None else min(bound, shape.tokens)
     if archives and policy.attend == "compressed":
-        past = max(0, shape.steps - current - policy.anchors(geometry) - (policy.recent or 0)) // block
-        chosen = policy.retriever.count(policy.top_k, past)
-        further = min(policy.top_k_compressed, past - chosen) if chosen else 0
-        mid = (chosen + further) * policy.block_tokens(geometry, "compressed")
-        attended = min(attended, shape.tokens - past * block * geometry.tokens_per_step + mid)
+        near = policy.anchors(geometry) + (policy.recent or 0) + current
+        past = max(0, shape.steps - near) // block
+        of_tier = [(shape.steps - past * block, past)]
+        if past and geometry.causal:  # just before the newest of them left recent, there were more
+            of_tier.append((near + block - 1, past - 1))
+        most = max(steps * geometry.tokens_per_step + _mid(policy, shape, blocks) for steps, blocks in of_tier)
+        attended = min(attended, most)
     of_block = policy.archived_bytes(geometry) * shape.layers if policy.archives else 0
     allocated = policy.bound_bytes(geometry, blocks)
     without = 0 if bound is None else current * geometry.tokens_per_step
@@ -79,6 +81,13 @@ def cost(policy: Policy, shape: Shape) -> Cost:
         growth_bytes=shape.growth_steps // block * of_block if archives else 0,
         work=attended / shape.tokens,
     )
+
+
+def _mid(policy: Policy, shape: Shape, past: int) -> int:
+    """Compressed tokens that are attended of `past` archived blocks."""
+    chosen = policy.retriever.count(policy.top_k, past)
+    further = min(policy.top_k_compressed, past - chosen) if chosen else 0
+    return (chosen + further) * policy.block_tokens(shape.geometry, "compressed")
 
 
 def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:

@@ -50,7 +50,7 @@ def test_what_is_planned_covers_what_is_then_held_and_attended(data, steps):
         assert chunk.context.keys.shape[2] <= planned.attended
     cache.commit()
     assert bytes_in(cache.memory_usage(), "device") <= planned.device_bytes
-    blocks = sum(max((store.count for store in layer.history.stores.values()), default=0) for layer in cache.every_layer())
+    blocks = sum(layer.history.count for layer in cache.every_layer())
     of_block = cost(setting.policy, attrs.evolve(shape, growth_steps=setting.policy.block_size)).growth_bytes
     if setting.policy.archive.location != "device":
         assert planned.archive_bytes == blocks * of_block
