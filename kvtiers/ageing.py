@@ -3,7 +3,7 @@
 It works on blocks and a history, and knows no slots.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -24,7 +24,8 @@ Tell = Callable[..., None]
 def archived(history: History, blocks: Blocks, first: int, span: int, moment: Moment, tell: Tell) -> bool:
     """Archive blocks of `span` steps from step `first` on, in the forms that the policy wants.
 
-    False if the compressor drops them. On an error nothing is archived.
+    False if the compressor drops them. Where the compressed form is given, it is one block. On an error nothing is
+    archived.
     """
     policy, compressor = history.policy, history.policy.compressor
     starts = [first + number * span for number in range(blocks.count)]
@@ -32,7 +33,7 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
     if "compressed" in policy.forms:
         made = blocks if compressor.keeps else None
         if compressor.given:
-            made = _given(history, starts)
+            made = history.waiting[str(first)].blocks
         elif not compressor.keeps:
             made = compressor.age(blocks, moment)
         if made is not blocks:
@@ -50,17 +51,6 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
         tell(events.Archived, blocks=kept[form].count, location=policy.archive.location, bytes=size)
     history.waiting = {start: held for start, held in history.waiting.items() if int(start) not in starts}
     return True
-
-
-def _given(history: History, starts: Sequence[int]) -> Blocks:
-    """The compressed forms that came with some blocks, as one run."""
-    blocks = [history.waiting[str(start)].blocks for start in starts]
-    return attrs.evolve(
-        blocks[0],
-        keys=torch.cat([block.keys for block in blocks], 2),
-        values=torch.cat([block.values for block in blocks], 2),
-        starts=torch.cat([block.starts for block in blocks]),
-    )
 
 
 def rewrite(history: History, leaving: Blocks, attention: Tensor | None, moment: Moment) -> None:

@@ -157,7 +157,7 @@ class Bounds:
         """Bytes that one archived block keeps on the device: digests, where it lies, and itself if it is there."""
         rows = geometry.batch * geometry.kv_heads
         of_digest = self.block_tokens(geometry, self.retriever.digests) if self.retriever.needs_digests else 0
-        hot = self.retriever.digest_bytes(of_digest, geometry) * rows + 16
+        hot = self.retriever.digest_bytes(of_digest, geometry) * rows + 24
         for form in self.forms:
             alike = form == "full" or self.compressor.keeps or self.compressor.given
             lies = 4 * rows * (1 + len(geometry.grid)) if not (alike and geometry.even) else 0

@@ -43,8 +43,11 @@ class History(State):
     """How many blocks are archived."""
     spans: tuple[int, ...] = number(())
     """The steps of the blocks of other than the greatest length, ascending, where there are such blocks."""
+    compressed_spans: tuple[int, ...] = number(())
+    """The steps at which all blocks in compressed form count, ascending, if a compressor gave any others than its own."""
     table: Growing = part(factory=lambda: Growing(0))
-    """[blocks, 2]: the first step of each block, and the steps that it spans."""
+    """[blocks, 3]: the first step of each block, the steps that it spans, and those at which its compressed form counts
+    when it is placed."""
     digests: Growing = part(factory=lambda: Growing(2))
     stores: dict[Form, BlockStore] = part(factory=dict)
     constant: dict[Form, Tensor] = shared(named=True)
@@ -74,7 +77,7 @@ class History(State):
         forms = {form: self._lengthened(form, blocks) for form, blocks in kept.items()}
         codec = self.policy.codec
         encoded = {form: codec.encode(blocks.keys.detach(), blocks.values.detach()) for form, blocks in forms.items()}
-        count = next(iter(forms.values())).count
+        count, placed = next(iter(forms.values())).count, kept["compressed"].span if "compressed" in kept else span
         digest = self._digested(digested, moment)
         starts = first + span * torch.arange(count, device=moment.device)
         try:
@@ -86,10 +89,14 @@ class History(State):
                 self._lay(form, blocks)
             if digest is not None:
                 self.digests.append(digest)
-            self.table.append(torch.stack([starts, torch.full_like(starts, span)], 1))
+            steps = (torch.full_like(starts, span), torch.full_like(starts, placed))
+            self.table.append(torch.stack([starts, *steps], 1))
         except BaseException:
             self._truncate()
             raise
+        if placed != span or self.compressed_spans:
+            before = self.compressed_spans or (*self.spans, *[self.longest] * (self.count - len(self.spans)))
+            self.compressed_spans = tuple(sorted((*before, *[placed] * count)))
         shorter = () if span == self.longest else (span,) * count
         self.count, self.spans = self.count + count, tuple(sorted((*self.spans, *shorter))) if shorter else self.spans
         return {form: sum(x.nbytes for x in parts.values()) for form, parts in encoded.items()}
@@ -259,7 +266,10 @@ class History(State):
         if not selection.compressed.shape[-1]:
             return chosen
         both = merged(chosen, self._fetch("compressed", selection.compressed, selection.compressed), selection)
-        return attrs.evolve(both, total=self._most_steps(selection.chosen.shape[-1] + selection.compressed.shape[-1]))
+        if self.compressed_spans:
+            return both
+        total = self._most_steps(attend, selection.chosen.shape[-1] + selection.compressed.shape[-1])
+        return attrs.evolve(both, total=total)
 
     def block(self, form: Form, number: int) -> Blocks:
         """Archived block `number` of every row and head, with its own length. Waits for the device."""
@@ -304,13 +314,15 @@ class History(State):
                 starts=where[..., 0],
                 placed=where[..., 0],
             ),
-            spans=where[..., 1],
-            total=self._most_steps(count),
+            spans=where[..., 1 if form == "full" else 2],
+            total=self._most_steps(form, count),
             whole=form == "full" and not self.spans and not differ,
         )
 
-    def _most_steps(self, count: int) -> int:
-        """The most steps that `count` of the blocks span together."""
+    def _most_steps(self, form: Form, count: int) -> int:
+        """The most steps that `count` of the blocks span together in one form."""
+        if form == "compressed" and self.compressed_spans:
+            return sum(self.compressed_spans[-count:])
         long = min(count, self.count - len(self.spans))
         rest = count - long
         return long * self.longest + (sum(self.spans[-rest:]) if rest else 0)
@@ -350,8 +362,10 @@ class History(State):
         lengths |= {growing.length for growing in (*self.bias.values(), *self.offsets.values())}
         if self.policy.retriever.needs_digests:
             lengths.add(self.digests.length)
-        told = {*self.constant, *self.offsets}
+        told, table = {*self.constant, *self.offsets}, self.table.data
         wrong = lengths - {self.count} or set(self.stores) != forms or (self.count and told != forms)
+        wrong = wrong or (table is not None and table.shape[1:] != (3,))
+        wrong = wrong or len(self.compressed_spans) not in (0, self.count)
         chosen = [x for x in (self.chosen, self.chosen_compressed) if x is not None]
         wide = (self.batch, self.kv_heads)
         for x in chosen:

@@ -258,8 +258,8 @@ class Layer(Placing):
         """Hold the compressed form of the current block, which begins at step `start`, until it leaves recent."""
         held = attrs.evolve(
             compressed,
-            keys=compressed.keys.detach(),
-            values=compressed.values.detach(),
+            keys=compressed.keys.detach().clone(),  # they may be views of far more
+            values=compressed.values.detach().clone(),
             starts=torch.tensor([start], device=compressed.keys.device),
         )
         self.history.waiting = {**self.history.waiting, str(start): HeldBlocks.of(held)}
@@ -289,8 +289,9 @@ class Layer(Placing):
         mid_got = None
         if self.watched.counts and window.mid and not self.stale:
             mid_got = window.view("attention", slice(window.head - window.mid, window.head))[..., 0].clone()
-        for span, alike in groupby(blocks, key=lambda block: block.steps):
+        for _, alike in groupby(blocks, key=lambda block: block.start if compressor.given else block.steps):
             run = list(alike)
+            span = run[0].steps
             size = len(run) * span * per_step
             leaving = self._leaving(run, None if got is None else got[:, :, done : done + size])
             if compressor.rewrites:
@@ -301,7 +302,7 @@ class Layer(Placing):
                 self.dropped += len(run) * span
             window.leave(size)
             self._forget_unrotated()
-            self.recent_start, self.stale, done = run[-1].stop, True, done + size
+            self.recent_start, self.stale, self.mid, done = run[-1].stop, True, None, done + size
         if compressor.rewrites:
             self.assemble(ageing.rewritten(self.history))
 
@@ -311,7 +312,8 @@ class Layer(Placing):
         if self.watched.kind == "latest" and queries is not None:
             first = self.num_steps - queries.shape[2] // self.geometry.tokens_per_step + self.window.recent_shift
             placed = self.turned(queries, first)
-        return self.watched.of_leaving(self.window, placed, tokens, masked=self.geometry.causal)
+        stop = self.num_steps if self.geometry.causal else None
+        return self.watched.of_leaving(self.window, placed, tokens, stop=stop)
 
     def _leaving(self, run: Sequence[Extent], attention: Tensor | None) -> Blocks:
         """The oldest blocks of recent, all of one length."""

@@ -195,5 +195,6 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
     for name in sorted(tensors):
         part = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}{tuple(part.shape)}{part.dtype}".encode())
-        total.update(part.reshape(-1).view(torch.uint8).numpy().tobytes() if part.numel() else b"")
+        flat = part.as_strided((part.numel(),), (1,))  # a single number may have any stride
+        total.update(flat.view(torch.uint8).numpy().tobytes() if part.numel() else b"")
     return total.hexdigest()

@@ -178,12 +178,12 @@ class _Alone(TieredSelfAttention):
             return super()._full(now, query, key, value)
         steady = now.steady[self.layer]
         now.rotary.apply(key, steady.table)
-        return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values, steady.mask)
+        return self._attend(now.rotary.apply(query, steady.table), steady.keys, steady.values, steady.logit_bias)
 
 
 def _model_alone(wan: CausalWan, block: Tensor, text: Tensor) -> Callable[[], object]:
     """A forward of the transformer with everything that a step reads laid ready."""
-    ready = Pass(wan._filled, wan.rotary, wan._grid(block), wan._prompt, None, wan._steady(block))
+    ready = Pass(wan._filled, wan.rotary, wan._grid(block), wan._prompt, [], steady=wan._steady(block))
     times = torch.full((block.shape[0],), 500.0, device=block.device)
     wan._switch.serving = ready
     return lambda: wan.transformer(block, times, text, return_dict=False)

@@ -137,8 +137,8 @@ class TieredSelfAttention(_Processor):
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
         one = torch.zeros(1, dtype=torch.long, device=key.device)
         now.compressed[layer] = Blocks(
-            keys=key[:, :, None],
-            values=value[:, :, None],
+            keys=key[:, :, None].clone(),  # not views that would hold all of the block's own until the commit
+            values=value[:, :, None].clone(),
             offsets=reduced.offsets[None, None, None],
             starts=one,
             span=reduced.span,

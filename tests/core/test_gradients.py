@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvtiers.blocks import Blocks
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
 from kvtiers.presets import build, policy
@@ -128,8 +129,8 @@ def test_without_gradients_a_context_is_a_view_and_nothing_is_copied():
     with torch.no_grad():
         list(feed(layer, setting.tokens, [4, 4]))
         context = layer.context()
-    assert context.keys.untyped_storage().data_ptr() == layer.rotated.untyped_storage().data_ptr()
-    assert context.values.untyped_storage().data_ptr() == layer.values.untyped_storage().data_ptr()
+    assert context.keys.untyped_storage().data_ptr() == layer.window.planes["rotated"].untyped_storage().data_ptr()
+    assert context.values.untyped_storage().data_ptr() == layer.window.planes["values"].untyped_storage().data_ptr()
 
 
 def test_history_holds_no_graph():
@@ -144,10 +145,10 @@ def test_history_holds_no_graph():
         now = tokens.part(start, start + 2)
         layer.write(now.keys.clone().requires_grad_(), now.values.clone().requires_grad_())
         layer.select(now.query.clone().requires_grad_())
-    assert not any(
-        buffer.requires_grad for buffer in (layer.rotated, layer.unrotated, layer.values, layer.history.digests.buffer)
-    )
-    assert not any(part.requires_grad for part in layer.history.stores["full"].tensors().values())
+    planes = [*layer.window.planes.values(), *layer.unrotated.planes.values(), layer.history.digests.buffer]
+    assert len(planes) == 4
+    assert not any(plane.requires_grad for plane in planes)
+    assert not any(part.requires_grad for part in layer.history.stores["full"].parts().values())
     now = tokens.part(12, 13)
     layer.write(now.keys, now.values)
     layer.select(now.query)
@@ -157,6 +158,9 @@ def test_history_holds_no_graph():
 @pytest.mark.parametrize("realigner", ["contiguous", "original", "incremental"])
 def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
     """What the model projected of a compressed block, by finite differences in float64."""
+    pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
+    from kvtiers_diffusers.graph_layer import GraphLayer
+
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False, dtype=torch.float64)
     turn = Rotary(
         [torch.tensor([1.0, 0.1]), torch.tensor([0.7, 0.1]), torch.tensor([0.5, 0.2])],
@@ -168,17 +172,23 @@ def test_gradients_through_archived_blocks_are_those_of_the_numbers(realigner):
     )
     offsets, random = found.compressor.offsets(2, (4, 4)), torch.Generator().manual_seed(0)
     full = torch.randn(6, 3, 1, 2, 32, 12, generator=random, dtype=torch.float64)
-    one = full[:, 0, :, :, :1]
 
     def attended(keys, values):
-        layer = Layer(policy=found, geometry=geometry, rotary=turn, keep_graph=True)
+        layer = GraphLayer(policy=found, geometry=geometry, rotary=turn)
         for number in range(6):
             query, key, value = full[number]
             layer.write(key, value, replace=True)
             layer.select(query)
             if number < 5:
-                layer.beside(one[number], keys[number], values[number], offsets, 2)
-                layer.commit()
+                layer.commit(
+                    Blocks(
+                        keys=keys[number][:, :, None],
+                        values=values[number][:, :, None],
+                        offsets=offsets[None, None, None],
+                        starts=torch.tensor([layer.committed_steps]),
+                        span=2,
+                    )
+                )
         assert layer.history.count == 3
         return attend_context(layer.place_query(full[5, 0]), layer.context())
 

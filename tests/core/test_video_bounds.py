@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvtiers.accounting import bytes_in, memory_usage_of
-from kvtiers.blocks import Context
+from kvtiers.blocks import Blocks, Context
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
 from kvtiers.presets import policy
@@ -30,8 +30,15 @@ def one_block(layer: Layer, make: object, *, steps: int = 2) -> Context:
     layer.select(make(shape))
     offsets = compressor.offsets(geometry.steps_per_commit, geometry.grid).to(make((1,)).device)
     small = (*shape[:2], len(offsets), shape[3])
-    layer.beside(make(small), make(small), make(small), offsets, compressor.span(geometry.steps_per_commit))
-    layer.commit()
+    layer.commit(
+        Blocks(
+            keys=make(small)[:, :, None],
+            values=make(small)[:, :, None],
+            offsets=offsets[None, None, None],
+            starts=torch.tensor([layer.committed_steps]),
+            span=compressor.span(geometry.steps_per_commit),
+        )
+    )
     return context
 
 

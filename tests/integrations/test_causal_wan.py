@@ -15,7 +15,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from torch import Tensor
 
 import kvtiers
-from kvtiers import ArchiveFullError, CropError, GeometryError, Policy, PolicyError, UnsupportedModelError
+from kvtiers import ArchiveFullError, CropError, GeometryError, Layer, Policy, PolicyError, UnsupportedModelError
+from kvtiers.window import Window
 from kvtiers_diffusers import CausalWan, disable, enable, tiered
 from strategies import unchecked
 from tiny_wan import Golden, blocks, build, golden, prompt
@@ -60,10 +61,9 @@ def test_every_call_of_the_published_code_is_reproduced(name: str) -> None:
     for number, (keys, values) in enumerate(zip(rollout.keys, rollout.values, strict=True)):
         layer = wan.cache.layers[number].layers()[0]
         here = slice(layer.window.head, layer.window.tail)
-        length = layer.window.tail - layer.window.head  # the published buffer still holds what the next block would push out
+        length = layer.window.recent  # the published buffer still holds what the next block would push out
         assert length > 0
-        for mine, theirs in ((layer.rotated, keys), (layer.values, values)):
-            assert mine is not None
+        for mine, theirs in ((layer.window.planes["rotated"], keys), (layer.window.planes["values"], values)):
             assert (mine[:, :, here].transpose(1, 2) - theirs[:, -length:]).abs().max() < 1e-5
 
 
@@ -86,18 +86,30 @@ def test_the_rollouts_notice_a_block_too_many_or_too_few(name: str, off: dict[st
 # ---------------------------------------------------------------- what a pass changes
 
 
+def windows(layer: Layer) -> list[Window]:
+    """What attention reads, and unrotated keys if there are any."""
+    return [window for window in (layer.window, layer.unrotated) if window is not None]
+
+
 def stored(wan: CausalWan) -> list[Tensor]:
     """Every history tensor of every layer: what lies in the tiers, and the archive."""
     assert wan.cache is not None
     found = []
     for layer in wan.cache.every_layer():
-        history = slice(layer.window.head, layer.window.tail - layer.current)
-        anchors = slice(layer.window.sink_slot, layer.window.sink_slot + layer.window.sink)
-        found += [part[:, :, where].clone() for part in list(layer.window.planes.values()) for where in (history, anchors)]
-        found += [part.clone() for store in layer.history.stores.values() for part in store.tensors().values()]
+        for window in windows(layer):
+            history = slice(window.head, window.tail - layer.current)
+            anchors = slice(window.sink_slot, window.sink_slot + window.sink)
+            found += [plane[:, :, where].clone() for plane in window.planes.values() for where in (history, anchors)]
+        found += [part.clone() for store in layer.history.stores.values() for part in store.parts().values()]
         if layer.history.digests.data is not None:
             found.append(layer.history.digests.data.clone())
     return found
+
+
+def planes(wan: CausalWan) -> list[Tensor]:
+    """Every plane of every layer's windows."""
+    assert wan.cache is not None
+    return [plane for layer in wan.cache.every_layer() for window in windows(layer) for plane in window.planes.values()]
 
 
 @torch.no_grad()
@@ -229,7 +241,9 @@ def test_an_uneven_video_of_which_everything_is_attended_is_that_of_full_history
         assert wan.cache is not None
         assert wan.cache.every_layer()[0].history.count == 4
         wan.denoise(clips[0], 500.0, text)
-        assert wan.cache.context(0).mask is not None
+        bias = wan.cache.context(0).bias
+        assert bias is not None
+        assert set(bias.unique().tolist()) == {0.0, -torch.inf}
     assert max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)) < 2e-5
 
 
@@ -312,7 +326,7 @@ def test_a_model_loaded_in_any_dtype_makes_a_video_in_either_mode(
         flows = video(wan, [clip.to(dtype) for clip in blocks(6)], text, steps=3)
         assert all(flow.dtype == dtype and flow.isfinite().all() for flow in flows)
         assert wan.cache is not None
-        assert {part.dtype for layer in wan.cache.every_layer() for part in list(layer.window.planes.values())} == {dtype}
+        assert {plane.dtype for plane in planes(wan)} == {dtype}
     with torch.no_grad(), tiered(build(), "packforcing-lm", **ROLLING) as wan:
         exact = video(wan, blocks(6), prompt(), steps=3)
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(flows[:6], exact[:6], strict=True))
@@ -379,7 +393,7 @@ def test_gradients_reach_the_input_and_no_graph_is_kept_otherwise() -> None:
         for clip in clips[:4]:
             wan.commit(clip, text)
         assert wan.cache is not None
-        assert all(not part.requires_grad for layer in wan.cache.every_layer() for part in list(layer.window.planes.values()))
+        assert not any(plane.requires_grad for plane in planes(wan))
         noisy = clips[4].clone().requires_grad_()
         wan.denoise(noisy, 500.0, text).square().sum().backward()
         assert noisy.grad is not None

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvtiers
-from kvtiers import Geometry, Layer, PolicyError, SlotError, UnsupportedModelError
+from kvtiers import Blocks, Geometry, Layer, PolicyError, SlotError, UnsupportedModelError
 from kvtiers_diffusers import CausalWan, tiered
+from kvtiers_diffusers.graph_layer import GraphLayer
 from kvtiers_diffusers.processors import Pass
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 from kvtiers_packforcing import DualBranch
@@ -75,7 +76,8 @@ def test_the_branch_makes_as_many_cells_as_are_counted(
     steps: int, grid: tuple[int, int], cells: tuple[int, int, int]
 ) -> None:
     assert DualBranch().cells(steps, grid) == cells
-    assert DualBranch().REDUCED(steps, grid) == cells[0] * cells[1] * cells[2]
+    geometry = Geometry(kv_heads=1, head_dim=12, grid=grid, steps_per_commit=steps, causal=False)
+    assert DualBranch().block_tokens(steps, geometry) == cells[0] * cells[1] * cells[2]
     network = HighResolution(channels=16, width=8, widths=(4, 4, 4, 4))
     made = network(torch.zeros(1, 16, steps, 2 * grid[0], 2 * grid[1]))
     assert made.shape == (1, 8, *cells)
@@ -140,10 +142,9 @@ def separately(wan: CausalWan, block: Tensor, text: Tensor, wanted: int) -> tupl
         where[:, 0] += layer.committed_steps + layer.window.recent_shift
         turned = [wan.rotary.rotate(x, where) for x in (query, key)]
         history = slice(layer.window.begin, layer.window.tail - layer.current)
-        assert layer.rotated is not None
-        assert layer.values is not None
-        keys = torch.cat([layer.rotated[:, :, history], turned[1]], 2)
-        values = torch.cat([layer.values[:, :, history], value], 2)
+        planes = layer.window.planes
+        keys = torch.cat([planes["rotated"][:, :, history], turned[1]], 2)
+        values = torch.cat([planes["values"][:, :, history], value], 2)
         out = torch.nn.functional.scaled_dot_product_attention(turned[0], keys, values)
         hidden = hidden + attn.to_out[0](out.transpose(1, 2).flatten(2)) * gate
         hidden = hidden + part.attn2.processor.own(part.attn2, part.norm2(hidden.float()), words)
@@ -163,7 +164,7 @@ def test_the_reduced_keys_are_those_of_a_forward_of_the_reduced_tokens_alone(lay
         keys, values = separately(wan, clips[5], text, layer)
         wan.commit(clips[5], text)
         assert wan.cache is not None
-        held = wan.cache.layers[layer].layers()[0].reduced[20]
+        held = wan.cache.layers[layer].layers()[0].history.waiting["20"]
         assert (held.keys[:, :, 0] - keys).abs().max() < 1e-5
         assert (held.values[:, :, 0] - values).abs().max() < 1e-5
         assert keys.abs().max() > 0.1
@@ -188,12 +189,14 @@ def test_anchors_are_not_compressed_and_what_has_aged_is() -> None:
             wan.commit(clip, text)
             assert wan.cache is not None
             layer = wan.cache.layers[0].layers()[0]
-            assert set(layer.history.waiting) == {4 * number} - {0}
+            assert set(layer.history.waiting) == {str(4 * number)} - {"0"}
             assert layer.history.count == max(0, number - 1)
         wan.denoise(clip, 500.0, text)
         assert max(wan.attended()) == wan.policies[0].bound(wan.cache.geometries[0]) == (4 + 4 + 4) * 96 + 2 * 12
-        compressed = next(iter(layer.history.stores.values()))
-        assert (set(layer.history.stores), compressed.tokens, compressed.span) == ({"compressed"}, 12, 4)
+        (store,) = layer.history.stores.values()
+        tokens, spans = store.parts()["keys"].shape[3], layer.history.table.data
+        assert spans is not None
+        assert (set(layer.history.stores), tokens, set(spans[:, 2].tolist())) == ({"compressed"}, 12, {4})
 
 
 @pytest.mark.parametrize("positions", ["center", "unit"])
@@ -212,19 +215,23 @@ def test_blocks_of_different_length_are_compressed_and_attended_and_the_first_ma
             assert max(wan.attended()) <= (wan.policies[0].bound(wan.cache.geometries[0]) or 0)
         layer = wan.cache.layers[0].layers()[0]
         assert layer.history.count == 8
-        held = layer.lengths["compressed"]
-        assert held.table.data is not None
-        assert held.table.data[:, 0].tolist() == [n // 2 * 6 for n in lengths[1:9]]
-        assert held.table.data[:, 1].tolist() == [n // 2 if positions == "unit" else n for n in lengths[1:9]]
+        bias, table = layer.history.bias["compressed"].data, layer.history.table.data
+        assert bias is not None
+        assert table is not None
+        own = bias == 0
+        assert ((bias == -torch.inf) == ~own).all()
+        assert (own.sum(-1) == torch.tensor([n // 2 * 6 for n in lengths[1:9]])).all()
+        assert table[:, 1].tolist() == lengths[1:9]
+        assert table[:, 2].tolist() == [n // 2 if positions == "unit" else n for n in lengths[1:9]]
         wan.denoise(clips[3], 500.0, text)
         context = wan.cache.context(0)
-        hidden = ~context.mask if context.mask is not None else torch.zeros(0)
+        assert context.bias is not None
+        hidden = context.bias == -torch.inf
         assert hidden.any()
-        spoiled = layer._buffers()
-        at = slice(layer.window.begin, layer.window.tail)
+        at = layer.window.attended
         want = wan.denoise(clips[4], 500.0, text)
-        for part in (spoiled[0], spoiled[2]):  # whatever stands in the padding, nothing of it is seen
-            part[:, :, at][hidden[:, :, 0]] = 7.0
+        for name in ("rotated", "values"):  # whatever stands in the padding, nothing of it is seen
+            layer.window.view(name, at)[hidden] = 7.0
         assert torch.equal(wan.denoise(clips[4], 500.0, text), want)
 
 
@@ -243,7 +250,7 @@ def test_an_anchor_passes_the_low_resolution_branch_by_which_remembers_its_last_
             wan.commit(clip, text)
             assert not torch.equal(wan.reducer._last, first)
         assert wan.cache is not None
-        assert wan.cache.layers[0].layers()[0].archived == 2
+        assert wan.cache.layers[0].layers()[0].history.count == 2
     with tiered(model, "packforcing", vae=autoencoder, sink=0, recent=2, block_frames=2, even=False, **LOW) as wan:
         with pytest.raises(PolicyError, match="at least 2 frames of 4 x 4 tokens, got 1 frames"):
             wan.commit(clips[0], text)
@@ -255,6 +262,11 @@ def test_an_anchor_passes_the_low_resolution_branch_by_which_remembers_its_last_
 @torch.no_grad()
 def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realigner: str, positions: str) -> None:
     model, text, clips = build(), prompt(), blocks(8, **FRAMES)
+    passes: list[list[Tensor]] = [[], []]  # by layer, the keys that each pass made, before any rotation
+    for block, made in zip(model.blocks, passes, strict=True):
+        block.attn1.norm_k.register_forward_hook(
+            lambda _m, _a, out, made=made: made.append(out.unflatten(2, (2, -1)).transpose(1, 2).clone())
+        )
     with tiered(model, "packforcing", **SMALL, realigner=realigner, **hr(positions=positions)) as wan:
         for clip in clips[:7]:
             wan.commit(clip, text)
@@ -268,10 +280,11 @@ def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realign
             mid = 1 if positions == "unit" else 2
             want = {"original": 32, "contiguous": 4 + 2 * (2 * mid) + 8, "incremental": 32}[realigner]
             assert times.max() == want - 1
-            buffers = layer._buffers()
-            unrotated = buffers[1][:, :, layer.window.begin : layer.window.tail]
-            if realigner != "original":
-                assert (wan.rotary.rotate(unrotated, placed) - context.keys).abs().max() < 1e-5
+            assert layer.history.selection is not None
+            chosen, own = layer.history.selection.chosen[0, 0].tolist(), 4 * 96
+            keys = [passes[number][block + 1][:, :, own:] for block in chosen]  # the first block is an anchor
+            keys = [passes[number][0], *keys, passes[number][6][:, :, :own], passes[number][7]]
+            assert (wan.rotary.rotate(torch.cat(keys, 2), placed) - context.keys).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -286,7 +299,7 @@ def test_the_untrained_compressor_is_the_low_resolution_branch_alone() -> None:
                 flow = wan.commit(clip, text)
             found.append(flow)
             assert wan.cache is not None
-            assert wan.cache.layers[0].layers()[0].archived == 4
+            assert wan.cache.layers[0].layers()[0].history.count == 4
     assert torch.equal(*found)
 
 
@@ -375,7 +388,7 @@ def test_without_being_asked_no_graph_of_a_video_is_kept() -> None:
         assert wan.reducer.network.layers[-1].weight.grad is None
         assert wan.cache is not None
         layer = wan.cache.every_layer()[0]
-        assert not layer.graph
+        assert not isinstance(layer, GraphLayer)
         assert not any(block.keys.requires_grad for block in layer.history.waiting.values())
 
 
@@ -465,9 +478,16 @@ def test_digests_choose_what_the_formula_chooses(
         layer.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
         layer.select(torch.randn(*shape, 12, generator=random).to(dtype))
         small = [torch.randn(rows, heads, cells, 12, generator=random).to(dtype) for _ in range(3)]
-        layer.beside(*small, reduced, frames)
+        layer.commit(
+            Blocks(
+                keys=small[1][:, :, None],
+                values=small[2][:, :, None],
+                offsets=reduced[None, None, None],
+                starts=torch.tensor([layer.committed_steps]),
+                span=frames,
+            )
+        )
         kept.append(small[1])
-        layer.commit()
     query = torch.randn(*shape, 12, generator=random).to(dtype)
     layer.write(*(torch.randn(*shape, 12, generator=random).to(dtype) for _ in range(2)), replace=True)
     layer.select(query)
@@ -588,14 +608,14 @@ def test_weights_survive_being_saved_and_those_of_another_width_are_refused(tmp_
 
 
 def _text_store() -> object:
-    return Layer(
-        kvtiers.policy("packforcing"), Geometry(kv_heads=1, head_dim=8), rotary=kvtiers.Rotary([torch.ones(1)])
-    )
+    turn = kvtiers.Rotary([torch.ones(1)])
+    return Layer(policy=kvtiers.policy("packforcing"), geometry=Geometry(kv_heads=1, head_dim=8), rotary=turn)
 
 
 def _without_reduced() -> object:
     geometry = Geometry(kv_heads=1, head_dim=8, grid=(4, 4), steps_per_commit=2, causal=False)
-    layer = Layer(policy=kvtiers.policy("packforcing", sink=0), geometry=geometry, rotary=kvtiers.Rotary([torch.ones(1)]))
+    found, turn = kvtiers.policy("packforcing", sink=0), kvtiers.Rotary([torch.ones(1)])
+    layer = Layer(policy=found, geometry=geometry, rotary=turn)
     layer.write(torch.zeros(1, 1, 32, 8), torch.zeros(1, 1, 32, 8), replace=True)
     return layer.commit()
 
@@ -604,8 +624,8 @@ def _without_reduced() -> object:
     ("attempt", "error", "message"),
     [
         pytest.param(lambda: CausalWan(build(), "packforcing"), PolicyError, "give vae=", id="no autoencoder"),
-        pytest.param(_text_store, SlotError, "text has none; choose a compressor of keys and values", id="text"),
-        pytest.param(_without_reduced, SlotError, "got no reduced tokens for the block at step 0", id="no reduced K/V"),
+        pytest.param(_text_store, SlotError, "text has none to give; choose a compressor of keys and values", id="text"),
+        pytest.param(_without_reduced, SlotError, "got no compressed form for the block at step 0", id="no reduced K/V"),
         pytest.param(lambda: DualBranch().cells(1, (30, 52)), PolicyError, "commit longer blocks", id="one frame"),
         pytest.param(lambda: DualBranch().cells(4, (3, 52)), PolicyError, "of 3 x 52; commit", id="small frames"),
         pytest.param(
@@ -629,4 +649,4 @@ def test_what_cannot_be_is_refused(attempt: Callable[[], object], error: type[Ex
 
 
 def test_a_pass_without_reduced_tokens_is_the_usual_one() -> None:
-    assert Pass(cache=None, rotary=None, grid=(), text={}).reduced is None  # type: ignore[arg-type]
+    assert Pass(cache=None, rotary=None, grid=(), text={}, compressed=[]).reduced is None  # type: ignore[arg-type]

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvtiers
-from kvtiers import CropError, Geometry, Layer, bytes_in
+from kvtiers import Blocks, CropError, Geometry, Layer, bytes_in
 from kvtiers.events import Event, Recalled, Selected
 from kvtiers.plugins import registry
+from kvtiers.window import Window
 from kvtiers_diffusers import CausalWan, tiered
 from kvtiers_packforcing import DualBranch
 from kvtiers_packforcing.network import HighResolution
@@ -63,14 +64,20 @@ def layers(wan: CausalWan) -> list[Layer]:
     return wan.cache.every_layer()
 
 
+def windows(layer: Layer) -> list[Window]:
+    """What attention reads, and unrotated keys if there are any."""
+    return [window for window in (layer.window, layer.unrotated) if window is not None]
+
+
 def stored(wan: CausalWan) -> list[Tensor]:
     """Every history tensor of every layer: of the tiers, the archive, and the reduced tokens that wait for it."""
     found = []
     for layer in layers(wan):
-        history = slice(layer.window.head, layer.window.tail - layer.current)
-        anchors = slice(layer.window.sink_slot, layer.window.sink_slot + layer.window.sink)
-        found += [part[:, :, where].clone() for part in list(layer.window.planes.values()) for where in (history, anchors)]
-        found += [part.clone() for store in layer.history.stores.values() for part in store.tensors().values()]
+        for window in windows(layer):
+            history = slice(window.head, window.tail - layer.current)
+            anchors = slice(window.sink_slot, window.sink_slot + window.sink)
+            found += [plane[:, :, where].clone() for plane in window.planes.values() for where in (history, anchors)]
+        found += [part.clone() for store in layer.history.stores.values() for part in store.parts().values()]
         found += [part.clone() for block in layer.history.waiting.values() for part in (block.keys, block.values)]
         assert layer.history.digests.data is not None
         found.append(layer.history.digests.data.clone())
@@ -103,16 +110,16 @@ def test_a_video_rolls_back_to_the_end_of_a_block() -> None:
     model, text, clips, others = build(), prompt(), blocks(9, **FRAMES), blocks(2, **FRAMES, seed=9)
     with tiered(model, "packforcing", **small(recent=12)) as wan:
         wanted = video(wan, clips, text)[9:]
-        assert layers(wan)[0].archived == 5
+        assert layers(wan)[0].history.count == 5
     with tiered(model, "packforcing", **small(recent=12)) as wan:
         video(wan, clips[:2], text)
         video(wan, others, text)
         assert wan.cache is not None
-        assert set(layers(wan)[0].reduced) == {4, 8, 12}
+        assert set(layers(wan)[0].history.waiting) == {"4", "8", "12"}
         with pytest.raises(CropError, match="step 6 is inside a block"):
             wan.cache.crop(6)
         wan.cache.crop(8)
-        assert set(layers(wan)[0].reduced) == {4}
+        assert set(layers(wan)[0].history.waiting) == {"4"}
         assert wan.frames == 8
         wan.commit(clips[2], text)
         assert all(torch.equal(a, b) for a, b in zip(video(wan, clips[3:], text), wanted, strict=True))
@@ -281,8 +288,8 @@ def test_of_an_archive_elsewhere_the_selected_blocks_come_back_once_a_block_and_
             flows = video(wan, [clip], text)
             assert all(torch.equal(a, b) for a, b in zip(flows, wanted[3 * number : 3 * number + 3], strict=True))
             archived, recalled = max(0, number - 2), [event for event in events if isinstance(event, Recalled)]
-            count = 2 * 2 * min(2, archived)  # rows and heads
-            want = {(layer, count, 2 * count * BYTES, archive): 1 for layer in (0, 1) if count}
+            count = min(2, archived)  # of each row and head
+            want = {(layer, count, 2 * 2 * 2 * count * BYTES, archive): 1 for layer in (0, 1) if count}
             assert Counter((event.layer, event.blocks, event.bytes, event.location) for event in recalled) == want
             chosen = [event.chosen for event in events if isinstance(event, Selected)]
             selections = [layer.history.selection for layer in layers(wan) if layer.history.selection is not None]
@@ -294,8 +301,7 @@ def test_of_an_archive_elsewhere_the_selected_blocks_come_back_once_a_block_and_
         assert everything <= bytes_in(held, archive) < 2.5 * everything  # type: ignore[arg-type]
         wan.denoise(clips[0], 500.0, text)
         here = {part.tier: part.bytes for part in wan.memory_usage() if part.location == "device"}
-        buffers = 2 if realigner == "original" else 3  # the keys as stored too
-        assert here["mid"] == 2 * 2 * 2 * 2 * buffers * BYTES
+        assert here["mid"] == 2 * 2 * 2 * 2 * 2 * BYTES  # layers, blocks, rows, heads, keys and values as attended
 
 
 @torch.no_grad()
@@ -307,13 +313,14 @@ def test_what_is_not_selected_is_not_looked_at() -> None:
         assert wan.cache is not None
         fork = wan.cache.fork()
         wanted = wan.denoise(clips[8], 500.0, text)
-        chosen = [layer.history.selection.chosen[0, 0].tolist() for layer in layers(wan) if layer.history.selection is not None]
+        selections = [layer.history.selection for layer in layers(wan) if layer.history.selection is not None]
+        chosen = [selection.chosen[0, 0].tolist() for selection in selections]
         assert sorted(map(len, chosen)) == [2, 2]
         for lost, same in (("others", True), ("chosen", False)):
             wan.cache = fork.fork()
             for layer, kept in zip(layers(wan), chosen, strict=True):
                 for name in ("keys", "values"):
-                    part = layer.history.stores["compressed"].tensors()[name]
+                    part = layer.history.stores["compressed"].parts()[name]
                     assert part.shape[2] == 6
                     for number in range(6):
                         if (number in kept) == (lost == "chosen"):
@@ -346,11 +353,8 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
     geometry = Geometry(kv_heads=2, head_dim=width, grid=grid, steps_per_commit=frames, causal=False, batch=rows)
     rotary = kvtiers.Rotary([torch.ones(4), torch.ones(2), torch.ones(2)], layout="interleaved")
     changes = {"retriever": ("affinity", {"form": "compressed"}), "realigner": "original"}
-    layer = Layer(
-        kvtiers.policy("packforcing", **small(sink=0, top_k=top_k, **changes)),
-        geometry,
-        rotary=rotary,
-    )
+    found = kvtiers.policy("packforcing", **small(sink=0, top_k=top_k, **changes))
+    layer = Layer(policy=found, geometry=geometry, rotary=rotary)
     random = torch.Generator().manual_seed(0)
     offsets = DualBranch(branches="hr").offsets(frames, grid)
     full = torch.zeros(rows, 2, frames * 64, width)
@@ -361,8 +365,15 @@ def test_of_blocks_that_score_exactly_alike_the_newer_is_chosen(
         layer.select(query)
         keys = torch.randint(-3, 4, (rows, 2, len(offsets), width), generator=random).float()
         keys[:, :1, -1] = like * direction - keys[:, :1, :-1].sum(2)
-        layer.beside(torch.zeros_like(keys), keys, torch.zeros_like(keys), offsets, frames)
-        layer.commit()
+        layer.commit(
+            Blocks(
+                keys=keys[:, :, None],
+                values=torch.zeros_like(keys)[:, :, None],
+                offsets=offsets[None, None, None],
+                starts=torch.tensor([layer.committed_steps]),
+                span=frames,
+            )
+        )
     layer.write(full, full, replace=True)
     layer.select(query)
     assert layer.history.count == len(likes)

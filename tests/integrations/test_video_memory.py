@@ -340,8 +340,11 @@ def test_a_compressor_that_looks_at_queries_looks_at_those_of_the_clean_pass_alo
                     wan.denoise(clip + 1, 900.0 - step, text)
                 wan.commit(clip, text)
             assert wan.cache is not None
-            states.append(wan.cache.every_layer()[0].state)
-    assert torch.equal(*states)
+            layer = wan.cache.every_layer()[0]
+            assert layer.watched.committed is not None
+            assert layer.watched.fresh is None
+            states.append([layer.watched.committed, *layer.history.stores["compressed"].parts().values()])
+    assert same(*states)
 
 
 # ---------------------------------------------------------------- two videos

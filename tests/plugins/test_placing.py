@@ -5,11 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers.blocks import Extent
+from kvtiers.geometry import Geometry
+from kvtiers.slots import Moment
 from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.first import FirstSteps
 from kvtiers_policies.incremental import Incremental
 from kvtiers_policies.no_sink import NoSink
 from kvtiers_policies.original import Original
+
+
+MOMENT = Moment(layer=0, step=0, geometry=Geometry(kv_heads=1, head_dim=4), device=torch.device("cpu"))
 
 
 @given(start=st.integers(0, 50), steps=st.integers(1, 9), sink=st.integers(0, 50))
@@ -45,6 +50,7 @@ def contexts(draw):
         "spans": torch.tensor(spans, dtype=torch.int64).expand(2, 1, -1),
         "recent": recent,
         "total": sum(spans),
+        "moment": MOMENT,
     }
 
 
@@ -86,7 +92,12 @@ def test_contiguous_and_incremental_agree_up_to_one_common_shift(context):
 def test_the_papers_own_example():
     # S0 S1 M2..M7 R8 R9 with M2 and M6 not selected: after it, S0 S1 M3 M4 M5 M7 R R lie at 2..9
     placed = Incremental().place(
-        sink=2, starts=torch.tensor([3, 4, 5, 7]), spans=torch.ones(4, dtype=torch.int64), recent=8, total=4
+        sink=2,
+        starts=torch.tensor([3, 4, 5, 7]),
+        spans=torch.ones(4, dtype=torch.int64),
+        recent=8,
+        total=4,
+        moment=MOMENT,
     )
     assert placed.sink_shift == 2
     assert placed.mid_starts.tolist() == [4, 5, 6, 7]
