@@ -19,7 +19,7 @@ from kvtiers.policy import Policy
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
 from kvtiers_policies.affinity import Affinity
-from strategies import attend, attend_context, copied, fewer
+from strategies import attend, copied, fewer
 
 GRID, TOKENS = (2, 3), 6
 LONGEST = 4
@@ -63,16 +63,30 @@ def geometry(rows: int = 2, **changes: Any) -> Geometry:
     return Geometry(**settings, batch=rows, steps_per_commit=LONGEST, even=False, causal=False, **changes)
 
 
+def kept(context: Context) -> Context:
+    """`copied`, with its bias: later writes do not change it."""
+    return attrs.evolve(copied(context), bias=None if context.bias is None else context.bias.clone())
+
+
+def seen(context: Context) -> Tensor:
+    """[batch, kv_heads, tokens]: which tokens are there at all; those that only fill a block up are not."""
+    assert context.mask is None
+    if context.bias is None:
+        return torch.ones(context.keys.shape[:3], dtype=torch.bool)
+    assert set(context.bias.unique().tolist()) <= {0.0, -torch.inf}
+    return context.bias == 0
+
+
 def play(layer: Layer, film: Film, numbers: range) -> list[Context]:
     """Denoise once and commit; the context of each block's last draft."""
-    seen = []
+    contexts = []
     for number in numbers:
         for _ in range(2):
             layer.write(film.keys[number], film.values[number], replace=True)
             layer.select(film.query[number])
-        seen.append(copied(layer.context()))
+        contexts.append(kept(layer.context()))
         layer.commit()
-    return seen
+    return contexts
 
 
 def at(film: Film, number: int, first: int | None = None) -> Tensor:
@@ -150,7 +164,8 @@ def test_a_context_is_what_it_would_be_without_padding(
     for number in range(len(lengths)):
         (context,) = play_current(layer, given, number)
         query = layer.place_query(given.query[number])
-        assert (attend_context(query, context) - by_hand(layer, film, number)).abs().max() < 1e-5
+        got = attend(query, context.keys, context.values, seen(context)[:, :, None])
+        assert (got - by_hand(layer, film, number)).abs().max() < 1e-5
         assert context.keys.shape[2] <= (found.bound(geometry()) or 0)
         layer.commit()
     assert bytes_in(memory_usage_of([layer]), "device") <= (found.bound_bytes(geometry(), layer.history.count) or 0)
@@ -187,12 +202,8 @@ def test_padding_is_masked_wherever_blocks_lie_and_a_shorter_block_never_shows_z
     hidden = 0
     for context in play(layer, film, range(10)):
         zeros = (context.values == 0).all(-1)
-        if context.mask is None:
-            assert not zeros.any()
-        else:
-            assert context.mask.shape == (2, 2, 1, context.keys.shape[2])
-            assert torch.equal(zeros, ~context.mask[:, :, 0])
-            hidden += int(zeros.sum())
+        assert torch.equal(zeros, ~seen(context))
+        hidden += int(zeros.sum())
     assert hidden > 0
 
 
@@ -203,7 +214,8 @@ def test_blocks_that_happen_to_be_of_one_length_need_no_mask_and_attend_like_an_
     uneven = Layer(policy=found, geometry=geometry(), rotary=rotary())
     even = Layer(policy=found, geometry=attrs.evolve(geometry(), even=True), rotary=rotary())
     for mine, theirs in zip(play(uneven, film, range(8)), play(even, film, range(8)), strict=True):
-        assert mine.mask is None
+        assert seen(mine).all()
+        assert mine.logit_bias(4, torch.float32) is None
         assert torch.equal(mine.values, theirs.values)
         assert torch.allclose(mine.keys, theirs.keys, atol=1e-6)
 
@@ -215,13 +227,13 @@ def test_a_fork_a_saved_video_and_chosen_rows_go_on_alike(tmp_path: Any) -> None
     cache = TieredCache(found, [geometry()], rotaries=[rotary()])
 
     def go_on(held: TieredCache, numbers: range, rows: Tensor) -> list[Context]:
-        seen = []
+        contexts = []
         for number in numbers:
             held.write(0, film.keys[number][rows], film.values[number][rows], replace=True)
             held.select(0, film.query[number][rows])
-            seen.append(copied(held.context(0)))
+            contexts.append(kept(held.context(0)))
             held.commit()
-        return seen
+        return contexts
 
     both, turned = torch.tensor([0, 1]), torch.tensor([1, 0])
     go_on(cache, range(7), both)
@@ -236,9 +248,10 @@ def test_a_fork_a_saved_video_and_chosen_rows_go_on_alike(tmp_path: Any) -> None
         for mine, theirs in zip(go_on(held, range(7, 10), rows), wanted, strict=True):
             if rows is both:
                 assert torch.equal(mine.keys, theirs.keys)
-            assert mine.mask is not None
-            assert theirs.mask is not None
-            assert torch.equal(mine.mask, theirs.mask[rows])
+            assert mine.bias is not None
+            assert theirs.bias is not None
+            assert not seen(theirs).all()
+            assert torch.equal(mine.bias, theirs.bias[rows])
             assert torch.equal(mine.origins.expand(2, 2, -1, 3), theirs.origins.expand(2, 2, -1, 3)[rows])
 
 
@@ -279,19 +292,21 @@ def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> N
     layer = Layer(policy=found, geometry=geometry(), rotary=rotary())
     play(layer, film, range(6))
     turn, judge = rotary(), found.retriever
-    query = turn.rotate(film.query[5], at(film, 5))
-    got = judge.score(query, layer.history.digests.data, 6)
+    query, moment = turn.rotate(film.query[5], at(film, 5)), layer.moment(torch.device("cpu"))
+    assert moment.blocks_differ
+    got = judge.score(query, layer.history.digests.data, 6, moment)
     for block in range(6):
         if getattr(judge, "normalise", "") == "softmax":
             continue  # there a block's score depends on the others
         keys = turn.rotate(film.keys[block], at(film, block))
         alone = judge.digest(
-            run_of(keys, film.values[block], count=1, positions=at(film, block), first=0, span=film.lengths[block])
+            run_of(keys, film.values[block], count=1, positions=at(film, block), first=0, span=film.lengths[block]),
+            moment,
         )
-        assert torch.allclose(judge.score(query, alone, 1)[..., 0], got[..., block], atol=1e-4)
+        assert torch.allclose(judge.score(query, alone, 1, moment)[..., 0], got[..., block], atol=1e-4)
     assert got.isfinite().all()
     padded = torch.nn.functional.pad(layer.history.digests.data, (0, 0, 0, 3))
-    assert torch.allclose(judge.score(query, padded, 6), got, atol=1e-5)
+    assert torch.allclose(judge.score(query, padded, 6, moment), got, atol=1e-5)
     if getattr(judge, "normalise", "") == "softmax" and getattr(judge, "combine", "") == "sum":
         assert torch.allclose(got.sum(-1), torch.tensor(2.0 * query.shape[2]), atol=1e-3)
 
@@ -300,13 +315,13 @@ def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> N
 def test_a_retriever_that_makes_more_digests_than_it_says_is_refused_and_nothing_is_lost() -> None:
     @attrs.frozen(kw_only=True)
     class Chatty(Affinity):
-        def digest_floats(self, tokens: int, head_dim: int) -> int:
-            return head_dim
+        def digest_bytes(self, tokens: int, geometry: Geometry) -> int:
+            return 4 * geometry.head_dim
 
     film = Film.of([1, 4, 1])
     found = policy("archive", sink=0, recent=0, retriever=Chatty(digest_tokens=6, normalise="softmax"))
     layer = Layer(policy=found, geometry=geometry(), rotary=rotary())
     play(layer, film, range(1))
-    with pytest.raises(GeometryError, match=r"Chatty made 4 digests of a block of 24 tokens, and .* says 1"):
+    with pytest.raises(GeometryError, match=r"Chatty.digest\(\) made 4 digests of a block of 24 tokens, and .* says 1"):
         play(layer, film, range(1, 2))
     assert (layer.history.count, layer.committed_steps, layer.num_steps) == (1, 1, 5)
