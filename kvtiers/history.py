@@ -44,7 +44,7 @@ class History(State):
     spans: tuple[int, ...] = number(())
     """The steps of the blocks of other than the greatest length, ascending, where there are such blocks."""
     compressed_spans: tuple[int, ...] = number(())
-    """The steps at which all blocks in compressed form count, ascending, if a compressor gave any others than its own."""
+    """The steps at which all blocks in compressed form count, ascending, if any count otherwise than in full."""
     table: Growing = part(factory=lambda: Growing(0))
     """[blocks, 3]: the first step of each block, the steps that it spans, and those at which its compressed form counts
     when it is placed."""
@@ -179,9 +179,9 @@ class History(State):
         most = self._most_digests(made, moment) if held is None else held.shape[3]
         if made.shape[3] > most:
             raise GeometryError(
-                f"{what} made {made.shape[3]} digests of a block of {blocks.tokens} tokens, and its digest_bytes() says "
-                f"{most} for the longest, {self.most_tokens[retriever.digests]} tokens; where blocks differ in length "
-                "it must tell the most"
+                f"{what} made {made.shape[3]} digests of a block of {blocks.tokens} tokens, and its digest_bytes() "
+                f"says {most} for the longest, {self.most_tokens[retriever.digests]} tokens; where blocks differ in "
+                "length it must tell the most"
             )
         return pad(made, (0, 0, 0, most - made.shape[3]))
 
@@ -381,9 +381,9 @@ class History(State):
             offsets = self.offsets_at(form, index.to(moment.device))
             wrong = wrong or offsets.dim() != 5 or offsets.shape[3:] != (self.most_tokens[form], axes)
         for held in (*self.waiting.values(), *([self.rewritten] if self.rewritten else [])):
-            tensors = (held.keys, held.values)
-            wrong = wrong or any(x is None or x.dim() != 5 or x.shape[:2] != wide for x in tensors)
-            wrong = wrong or held.offsets is None or held.starts is None
+            tensors: list[Tensor | None] = [held.keys, held.values, held.offsets, held.starts]  # or the file had none
+            wrong = wrong or any(x is None for x in tensors)
+            wrong = wrong or any(x.dim() != 5 or x.shape[:2] != wide for x in (held.keys, held.values))
         if wrong:
             raise SavedCacheError(f"the archive of layer {self.layer} does not fit together: {lengths} blocks, {forms}")
 

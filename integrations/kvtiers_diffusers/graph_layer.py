@@ -1,7 +1,7 @@
 """A layer through whose compressed blocks gradients flow to what made them: for training a compressor."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -62,7 +62,7 @@ class GraphLayer(Layer):
         return keys, values
 
     def select_rows(self, at: Int[Tensor, " rows"]) -> "GraphLayer":
-        other = super().select_rows(at)
+        other = cast(GraphLayer, super().select_rows(at))
         other.graph = {
             start: (keys.index_select(0, at.to(keys.device)), values.index_select(0, at.to(values.device)))
             for start, (keys, values) in self.graph.items()

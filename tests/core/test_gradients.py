@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvtiers.blocks import Blocks
 from kvtiers.geometry import Geometry
-from kvtiers.layer import Layer
 from kvtiers.presets import build, policy
 from kvtiers.rotary import Rotary
 from strategies import (

@@ -1,12 +1,16 @@
 """However long a video becomes: what a denoise step attends, where its tensors lie, and what is held do not change."""
 
+from collections.abc import Iterator, Mapping
+
 import pytest
 import torch
+from torch import Tensor
 
 from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.blocks import Blocks, Context
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
+from kvtiers.planning import Shape, cost
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
 
@@ -91,3 +95,65 @@ def test_past_top_k_nothing_of_a_denoise_step_moves(archive):
     assert {
         h.tier: h.bytes for h in memory_usage_of([layer]) if h.location == "device" and h.tier != "digests"
     } == device
+
+
+def tensors_of(thing: object, seen: set[int], location: str) -> Iterator[Tensor]:
+    """Every tensor that can be reached from a layer, archives elsewhere than on `location` left out."""
+    if id(thing) in seen or isinstance(thing, Rotary | Geometry):  # tables of angles are one for all layers
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, Mapping):
+        for name, value in thing.items():
+            if name != "stores" or location == "device":
+                yield from tensors_of(value, seen, location)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from tensors_of(value, seen, location)
+    elif type(thing).__module__.startswith("kvtiers"):
+        yield from tensors_of(vars(thing) if hasattr(thing, "__dict__") else {}, seen, location)
+
+
+def held(layer: Layer) -> int:
+    """Bytes of the storages that a layer really holds on the device, however they are accounted for."""
+    found = tensors_of(layer, set(), layer.policy.archive.location)
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
+
+
+@pytest.mark.parametrize("realigner", ["contiguous", "original", "incremental", ("incremental", {"rotations": "once"})])
+@pytest.mark.parametrize("archive", ["host", "device"])
+@pytest.mark.parametrize(("sink", "recent"), [(0, 4), (4, 4), (6, 7), (8, 12)])
+@torch.no_grad()
+def test_no_more_is_held_at_any_step_than_the_bound_says(realigner, archive, sink, recent):
+    geometry = Geometry(kv_heads=2, head_dim=12, grid=(8, 8), steps_per_commit=4, causal=False, batch=2)
+    found = policy("packforcing", sink=sink, recent=recent, top_k=3, archive=archive, realigner=realigner)
+    layer, most = Layer(policy=found, geometry=geometry, rotary=wan_rotary(12)), 0
+
+    def check(drawn):
+        nonlocal most
+        now, bound = held(layer), found.bound_bytes(geometry, layer.history.count)
+        assert bytes_in(memory_usage_of([layer]), "device") == now <= bound
+        most = max(most, now)
+        return torch.randn(drawn)
+
+    for _ in range(20):
+        one_block(layer, check)
+        check(())
+    if archive == "host":
+        assert most > 0.8 * found.bound_bytes(geometry, layer.history.count)
+    if layer.unrotated is not None:  # of what stays recent, and of the sink if it is rotated anew
+        frames = found.unrotated_slots(geometry) // 64
+        assert frames == (recent + 3) // 4 * 4
+        anew = found.realigner.sink_moves == "anew"
+        assert layer.unrotated.slots == 64 * (frames + (-(-sink // 4) * 4 if anew else 0))
+
+
+def test_two_minutes_of_the_published_geometry_take_no_more_than_6_gb_on_the_device():
+    geometry = Geometry(
+        kv_heads=12, head_dim=128, grid=(30, 52), steps_per_commit=4, causal=False, dtype=torch.bfloat16
+    )
+    two_minutes = Shape(name="wan", layers=30, geometry=geometry, steps=480, growth_steps=240, growth_unit="minute")
+    found = cost(policy("packforcing"), two_minutes)
+    assert (found.attended, found.device_bytes <= 6.0e9) == (27_872, True)
+    assert found.device_bytes > found.cached_bytes + 30 * 6_240 * geometry.token_bytes  # the current block is counted

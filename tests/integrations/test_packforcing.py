@@ -21,7 +21,7 @@ import kvtiers
 from kvtiers import Blocks, Geometry, Layer, PolicyError, SlotError, UnsupportedModelError
 from kvtiers_diffusers import CausalWan, tiered
 from kvtiers_diffusers.graph_layer import GraphLayer
-from kvtiers_diffusers.processors import Pass
+from kvtiers_diffusers.processors import Pass, TieredSelfAttention
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 from kvtiers_packforcing import DualBranch
 from kvtiers_packforcing.network import HighResolution
@@ -179,6 +179,31 @@ def test_reduced_tokens_change_nothing_of_the_full_ones() -> None:
             wan.commit(clip, text)
         want = wan.denoise(clips[4], 0.0, text)
         assert (wan.commit(clips[4], text) - want).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_after_a_commit_too_what_the_last_pass_attended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the block is history there is less in the window, but nothing has attended that yet."""
+    model, text, seen = build(), prompt(), {0: 0, 1: 0}
+    attend = TieredSelfAttention._attend
+
+    def listen(self: TieredSelfAttention, query: Tensor, keys: Tensor, *others: Any) -> Tensor:
+        seen[self.layer] = max(seen[self.layer], keys.shape[2])
+        return attend(self, query, keys, *others)
+
+    monkeypatch.setattr(TieredSelfAttention, "_attend", listen)
+    told = []
+    with tiered(model, "packforcing", **SMALL, **hr()) as wan:
+        for clip in blocks(6, frames=4, high=8, wide=16):  # 128 tokens, 4 of them reduced
+            for timestep in (900.0, 500.0, None):
+                seen.update({0: 0, 1: 0})
+                wan.commit(clip, text) if timestep is None else wan.denoise(clip, timestep, text)
+                assert wan.attended() == [seen[0], seen[1]]
+            told.append(wan.attended()[0])
+        assert wan.cache is not None
+        layer = wan.cache.every_layer()[0]
+        assert layer.window.tail - layer.window.begin == 256
+    assert told == [128, 256, 384, 388, 392, 392]
 
 
 @torch.no_grad()
@@ -624,8 +649,12 @@ def _without_reduced() -> object:
     ("attempt", "error", "message"),
     [
         pytest.param(lambda: CausalWan(build(), "packforcing"), PolicyError, "give vae=", id="no autoencoder"),
-        pytest.param(_text_store, SlotError, "text has none to give; choose a compressor of keys and values", id="text"),
-        pytest.param(_without_reduced, SlotError, "got no compressed form for the block at step 0", id="no reduced K/V"),
+        pytest.param(
+            _text_store, SlotError, "text has none to give; choose a compressor of keys and values", id="text"
+        ),
+        pytest.param(
+            _without_reduced, SlotError, "got no compressed form for the block at step 0", id="no reduced K/V"
+        ),
         pytest.param(lambda: DualBranch().cells(1, (30, 52)), PolicyError, "commit longer blocks", id="one frame"),
         pytest.param(lambda: DualBranch().cells(4, (3, 52)), PolicyError, "of 3 x 52; commit", id="small frames"),
         pytest.param(

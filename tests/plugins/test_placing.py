@@ -13,7 +13,6 @@ from kvtiers_policies.incremental import Incremental
 from kvtiers_policies.no_sink import NoSink
 from kvtiers_policies.original import Original
 
-
 MOMENT = Moment(layer=0, step=0, geometry=Geometry(kv_heads=1, head_dim=4), device=torch.device("cpu"))
 
 
