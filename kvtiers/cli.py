@@ -6,13 +6,14 @@ with the reason and breaks nothing else.
 """
 
 import json
+import re
 from importlib import metadata
 from typing import Any
 
 import attrs
 import torch
 
-from kvtiers.errors import MissingExtraError, PluginError, PolicyError
+from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError
 from kvtiers.planning import Shape, cost
 from kvtiers.plugins import Plugin, explain, registry
 from kvtiers.policy import SLOTS, Policy
@@ -130,7 +131,14 @@ def plan(model: str, policies: tuple[str, ...], dtype: str, **wanted: Any) -> No
 
     POLICIES are names, or name:setting=value,... (none: every preset).
     """
-    shape = _shape(model, dtype=getattr(torch, dtype), **wanted)
+    try:
+        _plan(_shape(model, dtype=getattr(torch, dtype), **wanted), policies)
+    except OverflowError as error:
+        raise PolicyError(f"what is asked for of {model!r} is too large to be computed; ask for less") from error
+
+
+def _plan(shape: Shape, policies: tuple[str, ...]) -> None:
+    """Print what each policy costs."""
     table = Table(title=shape.name, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("policy", overflow="fold")
     for name in (
@@ -168,6 +176,12 @@ def _shape(model: str, **wanted: Any) -> Shape:
         except MissingExtraError as error:
             reasons.append(str(error))
             continue
+        except (KVTiersError, OverflowError):
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a file that is none, or a plugin at fault
+            origin = registry().provider("shape", name).origin
+            reasons.append(f"{name!r} of plugin {origin} failed: {explain(error)}")
+            continue
         if isinstance(found, Shape):
             return found
     raise PolicyError(
@@ -180,6 +194,17 @@ _NONE = ("recent", "chunk_size", "budget", "retriever.queries", "retriever.diges
 """What may be none; elsewhere `none` is a name."""
 
 
+_WHOLE = re.compile("-?[0-9]+")
+
+
+def _number(value: str, spec: str) -> int:
+    """A whole number in digits."""
+    try:
+        return int(value)
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise PolicyError(f"{spec[:40]!r}...: a number of {len(value):,} digits is too large") from error
+
+
 def parse(spec: str) -> Policy:
     """`name` or `name:setting=value,...`, as in `archive:top_k=8,retriever=affinity,retriever.heads=mean`."""
     name, _, settings = spec.partition(":")
@@ -190,7 +215,7 @@ def parse(spec: str) -> Policy:
         if not equals:
             raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
         slot, dot, option = key.partition(".")
-        meant = int(value) if value.removeprefix("-").isdigit() else None if value == "none" and key in _NONE else value
+        meant = None if value == "none" and key in _NONE else _number(value, spec) if _WHOLE.fullmatch(value) else value
         if dot:
             options.setdefault(slot, {})[option] = meant
         else:

@@ -59,9 +59,15 @@ class Plugin:
     module: str
     provides: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
     observes: bool = False
-    disabled: bool = False
+    disabled_by: str | None = None
+    """The environment variable that says that it is not to be loaded."""
     errors: tuple[Exception, ...] = ()
     failed: frozenset[str] = frozenset()
+
+    @property
+    def disabled(self) -> bool:
+        """Whether it was not loaded because the user says so."""
+        return self.disabled_by is not None
 
     @property
     def error(self) -> Exception | None:
@@ -91,7 +97,8 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 def explain(error: BaseException) -> str:
     """An exception on one line."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 class Registry:
@@ -123,7 +130,8 @@ class Registry:
             seen.add(identity)
             record = Plugin(name=entry.name, distribution=distribution, version=version, module=entry.value)
             names = {entry.name, distribution}
-            found._add(found._load(entry, record, disabled=bool(names & skipped) or bool(only and not names & only)))
+            by = DISABLE if names & skipped else ONLY if only and not names & only else None
+            found._add(found._load(entry, attrs.evolve(record, disabled_by=by)))
         return found
 
     @property
@@ -202,9 +210,9 @@ class Registry:
                 self._observers = tuple(other for other in self._observers if other is not loaded)
                 _log.warning("observer %s failed and is not called again", loaded.plugin.origin, exc_info=True)
 
-    def _load(self, entry: metadata.EntryPoint, record: Plugin, *, disabled: bool) -> _Loaded:
-        if disabled:
-            return _Loaded(plugin=attrs.evolve(record, disabled=True))
+    def _load(self, entry: metadata.EntryPoint, record: Plugin) -> _Loaded:
+        if record.disabled:
+            return _Loaded(plugin=record)
         try:
             module = entry.load()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded, and raised when it is asked for
@@ -255,9 +263,9 @@ class Registry:
             raise self._clash(kind, name, providers)
         known = self.names(kind)
         message = f"unknown {kind} {name!r}; installed: {', '.join(known) or 'none'}.{suggest(name, known)}"
-        disabled = [loaded.plugin.origin for loaded in self._loaded if loaded.plugin.disabled]
-        if disabled:
-            message += f" Disabled by {DISABLE}: {', '.join(disabled)}."
+        for by, why in ((DISABLE, "Disabled by"), (ONLY, "Left out by")):
+            out = [loaded.plugin.origin for loaded in self._loaded if loaded.plugin.disabled_by == by]
+            message += f" {why} {by}: {', '.join(out)}." if out else ""
         broken = [loaded.plugin for loaded in self._loaded if kind in loaded.plugin.failed]
         if not broken:
             raise UnknownPolicyError(message)

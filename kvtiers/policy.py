@@ -30,15 +30,23 @@ def _slot(kind: type) -> Any:
     return attrs.field(validator=check)
 
 
+def _shown(value: object) -> str:
+    """`value` for a message: a number may have more digits than Python writes out."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
+
+
 def _count(default: Any, minimum: int, *, optional: bool = False) -> Any:
     def check(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
         if optional and value is None:
             return
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MOST:
             also = " or None" if optional else ""
+            large = isinstance(value, int) and value > _MOST
             raise PolicyError(
                 f"{field.name} must be a whole number of at least {minimum}{also}"
-                f"{f' and at most {_MOST}' if isinstance(value, int) and value > _MOST else ''}, got {value!r}"
+                f"{f' and at most {_MOST}' if large else ''}, got {_shown(value)}"
             )
 
     return attrs.field(default=default, validator=check)
@@ -82,7 +90,9 @@ class Policy(Bounds):
     @refresh.validator
     def _check_refresh(self, _: object, value: object) -> None:
         if value not in ("block", "chunk") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise PolicyError(f"refresh must be 'block', 'chunk' or a number of steps of at least 1, got {value!r}")
+            raise PolicyError(
+                f"refresh must be 'block', 'chunk' or a number of steps of at least 1, got {_shown(value)}"
+            )
 
     def __attrs_post_init__(self) -> None:
         digests = self.retriever.digests if self.retriever.needs_digests else "full"

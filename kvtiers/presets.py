@@ -27,7 +27,7 @@ KINDS: Mapping[str, type] = {
 _FIELDS = tuple(field.name for field in attrs.fields(Policy))
 
 
-def policy(name: str | Policy, **changes: Any) -> Policy:
+def policy(name: str | Policy, /, **changes: Any) -> Policy:
     """The preset `name` (or a policy at hand), with some settings or slots changed.
 
     A slot is changed by name (`retriever="recency"`), by name with options (`retriever={"name": "affinity", "heads":
@@ -64,8 +64,8 @@ def load_policy(path: str | PathLike[str]) -> Policy:
         settings = tomllib.loads(where.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"policy file {str(where)!r} cannot be read: {explain(error)}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise PolicyError(f"policy file {str(where)!r} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError of its own
+        raise PolicyError(f"policy file {str(where)!r} is not valid TOML: {explain(error)}") from error
     name = settings.pop("policy", None)
     if not isinstance(name, str):
         raise PolicyError(
@@ -75,6 +75,8 @@ def load_policy(path: str | PathLike[str]) -> Policy:
     optional = {key: None for key, value in settings.items() if key not in SLOTS and value == "none"}
     try:
         return policy(name, **settings | optional)
+    except RecursionError as error:
+        raise PolicyError(f"policy file {str(where)!r} is nested too deeply; no option of a slot is a table") from error
     except (PolicyError, PluginError, SlotError) as error:
         raise type(error)(f"policy file {str(where)!r}: {error}") from error
 
@@ -135,6 +137,7 @@ def _with_options(made: Policy, options: Mapping[str, Any], what: str) -> Policy
             )
         of_slot.setdefault(slots[0], {})[key] = value
     changed = {}
+    _refuse_enormous(what, options)
     for slot, values in of_slot.items():
         try:
             changed[slot] = attrs.evolve(getattr(made, slot), **values)
@@ -154,6 +157,13 @@ def _refuse_unknown(settings: Mapping[str, Any], what: str) -> None:
             raise PolicyError(f"{what} has no setting {key!r}; settings: {', '.join(_FIELDS)}.{suggest(key, _FIELDS)}")
 
 
+def _refuse_enormous(what: str, options: Mapping[str, Any]) -> None:
+    """Raise `PolicyError` for a number that no tensor could be measured in, before something overflows far away."""
+    for key, value in options.items():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise PolicyError(f"{what}: {key} must be less than 2**63, got a number of {value.bit_length()} bits")
+
+
 def _build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     """Call the factory of `name`; blame options on the user and everything else on the plugin."""
     factory = registry().factory(kind, name)
@@ -164,6 +174,7 @@ def _build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
                 f"{kind} {name!r} has no option {key!r}; "
                 f"options: {', '.join(allowed) or 'none'}.{suggest(key, allowed)}"
             )
+    _refuse_enormous(f"{kind} {name!r}", options)
     try:
         made = factory(**options)
     except (TypeError, ValueError) as error:
@@ -172,7 +183,9 @@ def _build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
         choices = f"; options: {', '.join(allowed)}" if allowed else ""
         message = _first(error).rstrip(".")
         raise PolicyError(f"{kind} {name!r} with {dict(options)}: {message}{choices}") from error
-    except Exception as error:
+    except RecursionError:
+        raise  # of options that are nested too deeply
+    except (Exception, SystemExit) as error:
         raise _fault(kind, name, f"failed: {explain(error)}") from error
     if not isinstance(made, KINDS[kind]):
         raise _fault(kind, name, f"made a {type(made).__name__}, which is no {KINDS[kind].__name__}")

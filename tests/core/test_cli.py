@@ -1,6 +1,8 @@
 """The command `kvtiers`."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -14,6 +16,7 @@ from kvtiers.errors import PolicyError
 from kvtiers.hookspecs import hookimpl
 from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS
+from kvtiers.presets import policy
 
 
 def run(*arguments: str):
@@ -143,6 +146,134 @@ def test_a_policy_is_written_in_one_word_with_settings_and_options_of_slots():
     for wrong in ("archive:retriever.heads=mean", "archive:top_k.x=1", "archive:retriever"):
         with pytest.raises(PolicyError, match=r"an option of a slot follows its name|written key=value"):
             parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("archive:recent=²", "recent must be a whole number of at least 0 or None, got '²'"),
+        ("archive:recent=--3", "got '--3'"),
+        (f"archive:recent={'9' * 400}", "at most 2147483647, got a number of"),
+        (f"archive:recent={'9' * 5_000}", "a number of 5,000 digits is too large"),
+        ("archive:name=mine", "no setting 'name'"),
+        ("archive:", None),
+    ],
+)
+def test_a_wrong_number_on_the_line_is_one_clear_line(spec, message):
+    if message is None:
+        assert parse(spec) == policy("archive")
+        return
+    with pytest.raises(PolicyError, match=message) as refused:
+        parse(spec)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 300
+
+
+def planned(*arguments: str) -> str:
+    """What `kvtiers plan` says, in a process, with the model shapes of an object and of this repository."""
+    code = (
+        "import sys, runpy\n"
+        "from kvtiers import plugins\n"
+        "import kvtiers_models\n"
+        "names = [plugin.module for plugin in plugins.registry().plugins]\n"
+        "'kvtiers_models' in names or plugins.register(kvtiers_models, 'models')\n"
+        f"sys.argv = ['kvtiers', 'plan', *{list(arguments)!r}]\n"
+        "runpy.run_module('kvtiers', run_name='__main__')"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.returncode != 0, ran.stdout
+    return ran.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "wan2.1-t2v-1.3b", "--seconds", "1e308"], "too large to be computed"),
+        (["--model", "wan2.1-t2v-1.3b", "--seconds", "1e300"], "too large to be computed"),
+        (["--model", "wan2.1-t2v-1.3b", "--seconds", "nan"], "seconds must be a finite number"),
+        (["--model", "wan2.1-t2v-1.3b", "--size", f"{'16' * 200}x16"], "multiples of|too large to be computed"),
+        (["--model", "wan2.1-t2v-1.3b", "archive:recent=²"], "recent must be a whole number"),
+        (["--model", "FOLDER"], "no installed plugin knows a model"),
+    ],
+    ids=["1e308 seconds", "1e300 seconds", "nan seconds", "400 digits of width", "superscript", "malformed config"],
+)
+def test_what_cannot_be_planned_is_said_in_one_line(arguments, said, tmp_path):
+    pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
+    pytest.importorskip("transformers", reason="needs the extra 'transformers'")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", ')
+    given = [str(tmp_path) if word == "FOLDER" else word for word in arguments]
+    lines = [line for line in planned(*given).splitlines() if line.strip()]
+    assert lines[-1].startswith("kvtiers: ")
+    assert re.search(said, lines[-1]), lines
+    assert not any("Traceback" in line for line in lines)
+    assert len(lines[-1]) < 1_000
+
+
+def test_a_model_that_one_plugin_trips_over_is_asked_of_the_next():
+    def trips(model, **_):
+        raise ZeroDivisionError("a\nmodel")
+
+    def leaves(model, **_):
+        raise SystemExit(3)
+
+    class Odd:
+        @hookimpl
+        def kvtiers_shapes(self):
+            return {"0 trips": trips, "0 leaves": leaves}
+
+    with registry().registered(Odd(), "odd"):
+        shown = run("plan", "--model", "/nowhere/at/all")
+    assert isinstance(shown.exception, PolicyError)
+    assert "'0 trips' of plugin 'odd' of (given) failed: ZeroDivisionError: a model" in str(shown.exception)
+    assert "'0 leaves' of plugin 'odd' of (given) failed: SystemExit: 3" in str(shown.exception)
+
+
+EXITS = """
+import sys
+from kvtiers.hookspecs import hookimpl
+
+class Leaves:
+    @hookimpl
+    def kvtiers_sinks(self):
+        sys.exit("no licence")
+
+    @hookimpl
+    def kvtiers_policies(self):
+        return {"leaves": lambda: sys.exit("no licence")}
+
+    @hookimpl
+    def kvtiers_retrievers(self):
+        return {"fine": dict}
+"""
+
+
+def test_a_plugin_that_wants_to_end_the_process_does_not_get_to(tmp_path, monkeypatch):
+    """Neither on import, nor in a hook, nor when a preset of it is built."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "kvtt_quits.py").write_text("import sys\nsys.exit('no licence')")
+    (tmp_path / "kvtt_leaves.py").write_text(EXITS + "\nsys.modules[__name__] = Leaves()")
+    for name in ("quits", "leaves"):
+        info = tmp_path / f"kvtt_{name}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kvtt-{name}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[kvtiers]\n{name} = kvtt_{name}\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for command in ("plugins", "policies"):
+        ran = subprocess.run(
+            [sys.executable, "-m", "kvtiers", command, "--json"], capture_output=True, text=True, env=environment
+        )
+        assert ran.returncode == 0, ran.stderr
+        said = json.loads(ran.stdout)
+        if command == "plugins":
+            rows = {row["name"]: row for row in said}
+            why = ["PluginError: it raised SystemExit: no licence"]
+            assert rows["quits"]["errors"] == rows["leaves"]["errors"] == why
+            assert rows["leaves"]["provides"] == {"policy": ["leaves"], "retriever": ["fine"]}
+        else:
+            presets = {preset["name"]: preset for preset in said["policies"]}
+            assert "failed: SystemExit: no licence" in presets["leaves"]["error"]
+            assert presets["full"]["error"] == ""
 
 
 def test_none_is_a_name_where_it_is_one():

@@ -231,6 +231,28 @@ def test_a_plugin_is_skipped_by_entry_point_name_or_distribution(install, monkey
         found.factory("sinks", "what")
 
 
+@pytest.mark.parametrize("only", ["one", "kvtt-one", " kvtt-one , kvtt-absent"])
+def test_only_the_plugins_that_are_named_are_loaded(install, monkeypatch, only):
+    install("kvtt-one", "one", SINK.replace("NAME", "'mine'"))
+    install("kvtt-two", "two", "raise RuntimeError('imported')")
+    monkeypatch.setenv("KVTIERS_PLUGINS", only)
+    found = Registry.installed()
+    assert [plugin.name for plugin in found.plugins if not plugin.disabled] == ["one"]
+    assert found.names("sinks") == ("mine",)
+    assert all(plugin.error is None for plugin in found.plugins)
+    with pytest.raises(UnknownPolicyError, match=r"Left out by KVTIERS_PLUGINS: .*'two' of kvtt-two 1\.2") as got:
+        found.factory("sinks", "first")
+    assert not isinstance(got.value, PluginError)
+
+
+def test_of_the_plugins_that_are_named_those_disabled_are_not_loaded(install, monkeypatch):
+    install("kvtt-one", "one", SINK.replace("NAME", "'mine'"))
+    install("kvtt-two", "two", SINK.replace("NAME", "'other'"))
+    monkeypatch.setenv("KVTIERS_PLUGINS", "one,two")
+    monkeypatch.setenv("KVTIERS_DISABLE_PLUGINS", "kvtt-two")
+    assert Registry.installed().names("sinks") == ("mine",)
+
+
 def test_registering_a_name_that_another_plugin_provides_is_refused():
     found = Registry([("good", Good())])
     with pytest.raises(PluginError, match="provides the sinks 'mine', as 'good'"):

@@ -1,14 +1,19 @@
 """Policies by name, from TOML, and written down."""
 
 import json
+import sys
+import time
 
 import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtiers.cache import TieredCache
 from kvtiers.errors import BudgetError, PluginError, PolicyError, SlotError, UnknownPolicyError
+from kvtiers.geometry import Geometry
 from kvtiers.hookspecs import hookimpl
+from kvtiers.layered import resolve
 from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS, Policy, Sink
 from kvtiers.presets import describe, from_description, load_policy, policy
@@ -31,7 +36,7 @@ class Odd:
 
     @hookimpl
     def kvtiers_sinks(self):
-        return {"every": lambda nth=3: Every(nth=nth), "crashes": self.crash, "no-sink": dict}
+        return {"every": lambda nth=3: Every(nth=nth), "crashes": self.crash, "no-sink": dict, "exits": sys.exit}
 
     @hookimpl
     def kvtiers_policies(self):
@@ -136,6 +141,7 @@ def test_a_wrong_name_setting_or_slot_is_refused_with_what_would_be_right(name, 
     ("name", "changes", "message"),
     [
         ("full", {"sinks": "crashes"}, "sinks 'crashes' of plugin 'odd' .*failed: RuntimeError: GPU on fire"),
+        ("full", {"sinks": "exits"}, "sinks 'exits' of plugin 'odd' .*failed: SystemExit"),
         ("full", {"sinks": "no-sink"}, "made a dict, which is no Sink"),
         ("bad-preset", {}, "policy 'bad-preset' of plugin 'odd' .*failed: PolicyError: recent"),
         ("no-preset", {}, "made a dict, which is no Policy"),
@@ -197,13 +203,77 @@ def test_a_toml_file_changes_a_preset(tmp_path):
         ('policy = "full"\nretriever = 3', SlotError, "takes a Retriever"),
         ('policy = "full"\nsink = "none"', PolicyError, "sink must be"),
         ('policy = "full"\n[retriever]\nname = "affinity"\nheds = "mean"', PolicyError, "Did you mean 'heads'"),
+        ('policy = "full"\nname = "mine"', PolicyError, "no setting 'name'"),
+        (f'policy = "full"\nx = {"[" * 9_999}', PolicyError, "is not valid TOML: RecursionError"),
+        (f'policy = "full"\n[retriever]\nname = "affinity"\n[retriever.heads{".x" * 9_999}]', PolicyError, "too deep"),
+        (f'policy = "full"\nrecent = 1{"0" * 400}', PolicyError, "at most 2147483647, got a number of 1329 bits"),
+        (f'policy = "full"\nrecent = 1{"0" * 5_000}', PolicyError, "is not valid TOML: ValueError: Exceeds the limit"),
+        (f'policy = "full"\nrecent = 0x1{"0" * 5_000}', PolicyError, "got a number of 20001 bits"),
+        (f'policy = "full"\nretriever = {{name = "affinity", digest_tokens = 1{"0" * 400}}}', PolicyError, "1329 bits"),
+        (f'policy = "archive"\ndigest_tokens = 1{"0" * 400}', PolicyError, r"digest_tokens must be less than 2\*\*63"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else None,
 )
-def test_a_wrong_toml_file_is_refused_with_its_name(tmp_path, text, error, message):
+def test_a_wrong_toml_file_is_refused_with_its_name_in_one_line(tmp_path, text, error, message):
     path = tmp_path / "mine.toml"
     path.write_text(text)
-    with pytest.raises(error, match=rf"(?s)mine\.toml.*{message}"):
+    with pytest.raises(error, match=rf"(?s)mine\.toml.*{message}") as refused:
         load_policy(path)
+    assert len(str(refused.value)) < 1_000
+
+
+def test_a_number_of_any_size_is_named_without_writing_it_out():
+    for name in ("sink", "recent", "top_k", "refresh"):
+        with pytest.raises(PolicyError, match=f"{name} must be .*got a number of 33220 bits"):
+            policy("full", **{name: -(10**10_000)})
+
+
+def test_a_sink_of_a_billion_steps_is_no_work():
+    """Counting them one by one took minutes."""
+    started = time.perf_counter()
+    found = policy("streaming", sink=10**9)
+    assert found.sink_steps == 10**9
+    assert found.timeline(Geometry(kv_heads=1, head_dim=4)).sink == 10**9
+    assert found.bound(Geometry(kv_heads=1, head_dim=4)) > 10**9
+    assert time.perf_counter() - started < 1
+
+
+def test_settings_and_slots_differ_by_layer():
+    found = resolve(
+        "archive",
+        layers=[3, 4, 5],
+        recent={3: 64, "*": 128},
+        top_k=lambda layer: layer,
+        retriever={4: "recency", "*": ("page-bounds", {"digest_tokens": 4})},
+        compressor={3: {"name": "mean-pool", "ratio": 2}},
+        attend={3: "compressed"},
+    )
+    assert [one.recent for one in found] == [64, 128, 128]
+    assert [one.top_k for one in found] == [3, 4, 5]
+    assert [type(one.retriever).__name__ for one in found] == ["PageBounds", "Recency", "PageBounds"]
+    assert found[0].retriever.digest_tokens == 4
+    assert [type(one.compressor).__name__ for one in found] == ["MeanPool", "Keep", "Keep"]
+    assert [one.attend for one in found] == ["compressed", "full", "full"]
+    cache = TieredCache(found, [Geometry(kv_heads=1, head_dim=4)] * 3)
+    for index, one in enumerate(found):
+        assert cache.new_layer(index, 1).policy is one
+    same = resolve("archive", layers=[0, 1], archive={"name": "host", "limit_bytes": 9})
+    assert same[0] is same[1]
+    assert same[0].archive.limit_bytes == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"retriever": {7: "recency"}}, "retriever is set for layer 7, which is not tiered; layers: 0, 1"),
+        ({"recent": {"all": 3}}, "recent is set for layer 'all'"),
+        ({"heads": {0: "mean"}}, "heads is no slot or setting of a policy"),
+        ({"retriever": {0: "recensy"}}, "Did you mean 'recency'"),
+    ],
+)
+def test_a_wrong_choice_by_layer_is_refused(changes, message):
+    with pytest.raises(PolicyError, match=message):
+        resolve("archive", layers=[0, 1], **changes)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "not text"])
