@@ -257,7 +257,7 @@ class DiskBlockStore(BlockStore):
         sizes = torch.tensor([entry.file.blocks for entry in self._entries])
         rows = torch.stack([entry.rows for entry in self._entries])
         batch, heads, _ = chosen.shape
-        number = torch.bucketize(chosen, counts.cumsum(0), right=True)
+        number = torch.bucketize(chosen.contiguous(), counts.cumsum(0), right=True)
         row = rows[number, torch.arange(batch)[:, None, None]]
         block = chosen - (counts.cumsum(0) - counts)[number]
         at = (row * heads + torch.arange(heads)[:, None]) * sizes[number] + block
