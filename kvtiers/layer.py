@@ -285,10 +285,7 @@ class Layer(Placing):
             if compressor.drops:
                 self.assemble(None)
             return
-        got, done, window = self._attention(tokens), 0, self.window
-        mid_got = None
-        if self.watched.counts and window.mid and not self.stale:
-            mid_got = window.view("attention", slice(window.head - window.mid, window.head))[..., 0].clone()
+        (mid_got, got), done, window = self._attention(tokens), 0, self.window
         for _, alike in groupby(blocks, key=lambda block: block.start if compressor.given else block.steps):
             run = list(alike)
             span = run[0].steps
@@ -306,8 +303,8 @@ class Layer(Placing):
         if compressor.rewrites:
             self.assemble(ageing.rewritten(self.history))
 
-    def _attention(self, tokens: int) -> Tensor | None:
-        """What attention the oldest `tokens` recent tokens got, if it is watched."""
+    def _attention(self, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        """What attention mid and the oldest `tokens` recent tokens got, if it is watched."""
         queries, placed = self.watched.latest, None
         if self.watched.kind == "latest" and queries is not None:
             first = self.num_steps - queries.shape[2] // self.geometry.tokens_per_step + self.window.recent_shift

@@ -77,26 +77,27 @@ class Watched(State):
             window.write("attention", window.attended, seen[..., None])
             self.got = None
 
-    def of_leaving(self, window: Window, placed: Tensor | None, tokens: int, *, stop: int | None) -> Got | None:
-        """What attention the oldest `tokens` recent tokens got; `placed`: the latest queries at their place.
+    def of_leaving(
+        self, window: Window, placed: Tensor | None, tokens: int, *, stop: int | None
+    ) -> tuple[Float[Tensor, "batch query_heads mid"] | None, Got | None]:
+        """What attention mid (if there is any) and the oldest `tokens` recent tokens got; None, None if not watched.
 
-        stop: the step after the latest query, where queries see no later token; None where they see all (video).
+        placed: the latest queries at their place. stop: the step after the latest query, where queries see no later
+        token; None where they see all (video).
         """
         if self.kind is None:
-            return None
+            return None, None
+        first, where = window.mid, slice(window.head - window.mid, window.head + tokens)
         if self.counts:
-            return window.view("attention", slice(window.head, window.head + tokens))[..., 0].clone()
-        if placed is None:
-            return window.planes["rotated"].new_zeros(*self._shape(window), tokens)
-        parts = [slice(window.sink_slot, window.sink_slot + window.sink)]
-        parts.append(slice(window.head - window.mid, window.tail))
-        shares = attention(placed, window, parts, None if stop is None else _later(window, placed, stop)).sum(2)
-        first = window.sink + window.mid
-        return shares[:, :, first : first + tokens]
-
-    def _shape(self, window: Window) -> tuple[int, int]:
-        keys = window.planes["rotated"]
-        return keys.shape[0], keys.shape[1]
+            got = window.view("attention", where)[..., 0].clone()
+        elif placed is None:
+            keys = window.planes["rotated"]
+            return None, keys.new_zeros(keys.shape[0], keys.shape[1], tokens, dtype=torch.float32)
+        else:
+            parts = [slice(window.sink_slot, window.sink_slot + window.sink), slice(window.head - first, window.tail)]
+            shares = attention(placed, window, parts, None if stop is None else _later(window, placed, stop)).sum(2)
+            got = shares[:, :, window.sink : window.sink + first + tokens]
+        return (got[:, :, :first] if first else None), got[:, :, first:]
 
 
 def attention(

@@ -244,6 +244,31 @@ class TransformersCache(Cache):
             else:
                 own.crop(tokens_to_remove)
 
+    def compact(self, *, recent: int) -> None:
+        """Age now what is older than the newest `recent` tokens, whatever the policy's `recent` is.
+
+        With `recent=None` in the policy, a prompt of any length is read in full, and compressed when all of it is
+        known. The model's own sliding layers stay as they are.
+        """
+        self._check_whole()
+        self.core.compact(recent=recent)
+
+    def rewind_recent(self) -> int:
+        """Forget the recent tokens of every row; returns how many columns must be fed again.
+
+        Rows must have come equally far, and the model must have no layers of its own.
+        """
+        self._check_whole()
+        own = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
+        lengths = {layer.num_steps for layer in self.core.every_layer()}
+        if own or len(lengths) > 1:
+            what = f"{len(own)} layers keep transformers' own cache" if own else f"rows hold {sorted(lengths)} tokens"
+            raise CropError(f"recent cannot be rewound: {what}; fork() the cache before what may have to be fed again")
+        steps = self.core.rewind_recent()
+        for layer in self.tiered_layers:
+            layer.columns -= steps
+        return steps
+
     def fork(self) -> "TransformersCache":
         """An independent copy that continues exactly from here; `copy.deepcopy` does the same."""
         own = {i: copy.deepcopy(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}

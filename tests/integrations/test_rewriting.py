@@ -1,0 +1,232 @@
+"""Methods that decide over the whole past, or weigh tokens, against references that know nothing of kvtiers.
+
+The references run the unmodified model with its own cache and a mask for every layer and KV head, or plain attention.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+from transformers import DynamicCache
+
+import kvtiers
+from kvtiers_transformers import tiered
+from rewriting import H2O, TOVA, AdaKV, Merge, Rewriting, SnapKV, Streaming
+from strategies import attend, rotary
+from tiny_models import attentions, build, distance, feed, masked, plain, tokens
+
+PROMPT, TOKENS, RECENT, MOST = 40, 72, 8, 12
+LAYERS, KV_HEADS, GROUP = 2, 2, 2
+CLOSE = 1e-5
+
+
+def policy(compressor: Any, **changes: Any) -> kvtiers.Policy:
+    settings = {"sink": 0, "recent": RECENT, "block_size": 1, "chunk_size": None, "attend": "compressed"}
+    return kvtiers.policy("archive", compressor=compressor, retriever="recency", **settings | changes)
+
+
+def ours(model: Any, ids: Tensor, chosen: kvtiers.Policy) -> Tensor:
+    with tiered(model, chosen) as cache:
+        return feed(model, ids, cache, [PROMPT, *range(PROMPT + 1, TOKENS)])
+
+
+@contextmanager
+def watched(model: Any, mask_of: Callable[[int, int, int], Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Run `model` under `mask_of(layer, queries, tokens)`, [KV heads, tokens]; gives the attention of each layer."""
+    seen: dict[int, Tensor] = {}
+    handles = []
+
+    def before(layer: int) -> Callable[..., Any]:
+        def hook(_module: Any, args: Any, kwargs: Any) -> Any:
+            queries, past = kwargs["hidden_states"].shape[1], kwargs["past_key_values"].get_seq_length(layer)
+            order = torch.ones(queries, past + queries, dtype=torch.bool).tril(past)
+            allowed = order & mask_of(layer, queries, past + queries).repeat_interleave(GROUP, 0)[None, :, None]
+            lowest = torch.finfo(torch.float32).min
+            return args, {**kwargs, "attention_mask": torch.zeros(allowed.shape).masked_fill(~allowed, lowest)}
+
+        return hook
+
+    def after(layer: int) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, _kwargs: Any, out: Any) -> None:
+            seen[layer] = out[1][0].unflatten(0, (KV_HEADS, GROUP)).sum(1)
+
+        return hook
+
+    for module in attentions(model):
+        handles.append(module.register_forward_pre_hook(before(module.layer_idx), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(module.layer_idx), with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def evicting(model: Any, ids: Tensor, kind: str) -> Tensor:
+    """Tokens older than recent are evicted before every forward, per layer and KV head, by what attention they got."""
+    live = torch.ones(LAYERS, KV_HEADS, TOKENS, dtype=torch.bool)
+    mass = torch.zeros(LAYERS, KV_HEADS, TOKENS)
+    cache, logits = DynamicCache(config=model.config), []
+    with torch.no_grad(), watched(model, lambda layer, _, n: live[layer, :, :n]) as seen:
+        for start, stop in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, TOKENS))]:
+            for layer in range(LAYERS):
+                _evict(live[layer], mass[layer], start - RECENT, kind)
+            logits.append(model(ids[:, start:stop], past_key_values=cache).logits)
+            for layer, got in seen.items():
+                if kind == "tova":
+                    mass[layer, :, :stop] = got[:, -1]
+                else:
+                    mass[layer, :, :stop] += got.sum(1)
+    return torch.cat(logits, 1)
+
+
+def _evict(live: Tensor, mass: Tensor, old: int, kind: str) -> None:
+    old = max(0, old)
+    score = mass[:, :old].masked_fill(~live[:, :old], -torch.inf)
+    if kind == "adakv":
+        kept = score.flatten().topk(min(24, int(live[:, :old].sum()))).indices
+        live[:, :old] = torch.zeros(score.numel(), dtype=torch.bool).scatter(0, kept, True).view_as(score)
+        return
+    score = score.mean(0, keepdim=True).expand_as(score) if kind == "tova" else score
+    kept = score.topk(min(MOST, int(live[0, :old].sum())), -1).indices
+    live[:, :old] = torch.zeros_like(live[:, :old]).scatter(-1, kept, True)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("kind", "compressor"),
+    [("h2o", H2O(most=MOST)), ("tova", TOVA(most=MOST)), ("adakv", AdaKV(budget=24))],
+    ids=["H2O", "TOVA", "a budget shared by heads"],
+)
+def test_eviction_over_the_whole_past_is_that_of_a_reference(kind: str, compressor: Rewriting, attention: str) -> None:
+    model, ids = build("llama"), tokens(TOKENS)
+    wanted = evicting(model, ids, kind)
+    got = ours(build("llama", attention=attention), ids, policy(compressor))
+    assert distance(got, wanted) < CLOSE
+    others = {"h2o": "tova", "tova": "h2o", "adakv": "h2o"}
+    assert distance(evicting(model, ids, others[kind]), wanted) > 1e-3, "the control is no control"
+
+
+@pytest.mark.parametrize("cut", [None, 16, 7])
+def test_snapkv_compresses_a_prompt_of_any_length_once_it_is_read(cut: int | None) -> None:
+    """The prompt is read whole or in chunks; then everything but the last `window` tokens is compacted."""
+    model, ids, window = build("llama"), tokens(TOKENS), 16
+    masks = _snapkv_masks(model, ids, window)
+    chosen = policy(SnapKV(most=MOST, window=window), recent=None, chunk_size=cut)
+    with tiered(model, chosen) as cache:
+        first = feed(model, ids[:, :PROMPT], cache, ())
+        cache.compact(recent=window)
+        rest = feed(model, ids[:, PROMPT:], cache, range(1, TOKENS - PROMPT))
+        assert max(cache.attended()) == MOST + window + TOKENS - PROMPT
+    wanted = masked(model, ids, masks)
+    assert distance(torch.cat([first, rest], 1), wanted) < CLOSE
+    assert distance(plain(model, ids), wanted) > 1e-3
+
+
+def _snapkv_masks(model: Any, ids: Tensor, window: int) -> dict[int, Tensor]:
+    order = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    masks = {}
+    with torch.no_grad(), watched(model, lambda _, __, n: torch.ones(KV_HEADS, n, dtype=torch.bool)) as seen:
+        model(ids[:, :PROMPT], past_key_values=DynamicCache(config=model.config))
+    for layer, got in seen.items():
+        mass = got[:, -window:, : PROMPT - window].sum(1)
+        best = avg_pool1d(mass[None], 5, 1, 2)[0].topk(MOST, -1).indices
+        keep = torch.zeros(KV_HEADS, TOKENS, dtype=torch.bool).scatter(-1, best, True)
+        keep[:, PROMPT - window :] = True
+        mask = order.expand(1, KV_HEADS * GROUP, -1, -1).clone()
+        mask[:, :, PROMPT:] &= keep.repeat_interleave(GROUP, 0)[:, None]
+        masks[layer] = mask
+    return masks
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_head_may_attend_no_mid_at_all(attention: str) -> None:
+    model, ids = build("llama"), tokens(TOKENS)
+    steps = torch.arange(TOKENS)
+    recent = steps[None] >= torch.where(steps < PROMPT, 0, steps - RECENT)[:, None]
+    order = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    mask = torch.stack([order, order & recent]).repeat_interleave(GROUP, 0)[None]
+    got = ours(build("llama", attention=attention), ids, policy(Streaming(retrieval_heads=(0,))))
+    assert distance(got, masked(model, ids, mask)) < CLOSE
+    assert distance(got, plain(model, ids)) > 1e-3
+
+
+@pytest.mark.parametrize("realigner", ["original", "contiguous"])
+def test_a_rewritten_mid_is_placed_and_rotated_once(realigner: str) -> None:
+    """H2O on one layer, replayed by hand: which tokens stay, where they are placed, and what attention gives."""
+    g, turn = torch.Generator().manual_seed(1), rotary(8)
+    query, keys, values = (torch.randn(1, heads, 40, 8, generator=g) for heads in (4, 2, 2))
+    geometry = kvtiers.Geometry(kv_heads=2, query_heads=4, head_dim=8)
+    close_up = realigner == "contiguous"
+    chosen = policy(H2O(most=6, close_up=close_up), recent=4, realigner=realigner, sink=2)
+    layer = kvtiers.Layer(policy=chosen, geometry=geometry, rotary=turn)
+    held = [list(range(2)) for _ in range(2)]  # per head: sink, then mid
+    mid: list[list[int]] = [[], []]
+    mass = torch.zeros(2, 40)
+    for now in range(40):
+        here = slice(now, now + 1)
+        for head in range(2):
+            if now - 4 > 2:  # at the commit of the token before, one step leaves recent
+                mid[head].append(now - 5)
+                mid[head] = sorted(sorted(mid[head], key=lambda step: -float(mass[head, step]))[:6])
+        layer.write(keys[:, :, here], values[:, :, here])
+        layer.select(query[:, :, here])
+        context = layer.context()
+        first = max(2, now - 4)
+        out = []
+        for head in range(2):
+            steps = [*held[head][: now + 1], *mid[head], *range(min(first, now + 1), now + 1)]
+            steps = sorted(set(steps))
+            places = torch.tensor(steps, dtype=torch.float64)
+            if close_up:
+                places = torch.arange(len(steps), dtype=torch.float64)
+            key, value = keys[:, head : head + 1, steps], values[:, head : head + 1, steps]
+            asked, place = query[:, 2 * head : 2 * head + 2, here], places[-1:]
+            if close_up:
+                key, asked = turn.rotate(key, places[:, None]), turn.rotate(asked, place[:, None])
+            logits = asked.double() @ key.double().mT / 8**0.5
+            mass[head, steps] += logits.softmax(-1).sum((0, 1, 2)).float()
+            out.append(attend(asked, key, value, torch.ones(1, len(steps), dtype=torch.bool)))
+        seen = torch.ones(1, context.keys.shape[2], dtype=torch.bool)
+        got = attend(layer.place_query(query[:, :, here]), context.keys, context.values, seen)
+        assert (got - torch.cat(out, 1)).abs().max() < CLOSE, f"step {now}"
+
+
+def test_log_n_brings_merged_tokens_nearer_to_what_they_were() -> None:
+    """A merged token that stands for n counts n times; without the bias the error is larger. Exact where all are equal."""
+    g = torch.Generator().manual_seed(0)
+    geometry = kvtiers.Geometry(kv_heads=2, query_heads=4, head_dim=8)
+    base = torch.randn(1, 2, 8, 8, generator=g)
+    for noise, limit in ((0.0, CLOSE), (0.3, None)):
+        keys = base.repeat_interleave(4, 2) + noise * torch.randn(1, 2, 32, 8, generator=g)
+        values = torch.randn(1, 2, 8, 8, generator=g).repeat_interleave(4, 2)
+        keys, values = (torch.cat([x, torch.randn(1, 2, 4, 8, generator=g)], 2) for x in (keys, values))
+        query = torch.randn(1, 4, 1, 8, generator=g)
+        wanted = attend(query, keys, values, torch.ones(1, 36, dtype=torch.bool))
+        errors = []
+        for proportional in (True, False):
+            chosen = policy(Merge(ratio=4, proportional=proportional), recent=3, block_size=4, top_k=100)
+            layer = kvtiers.Layer(policy=chosen, geometry=geometry)
+            for step in range(36):
+                layer.write(keys[:, :, step : step + 1], values[:, :, step : step + 1])
+            layer.select(query)
+            context = layer.context()
+            logits = query.double() @ context.keys.double().repeat_interleave(2, 1).mT / 8**0.5
+            if context.bias is not None:
+                logits = logits + context.bias.double().repeat_interleave(2, 1)[:, :, None]
+            got = logits.softmax(-1) @ context.values.double().repeat_interleave(2, 1)
+            errors.append(float((got - wanted).abs().max()))
+        assert errors[0] < errors[1]
+        assert limit is None or errors[0] < limit
+
+
+def test_what_a_compressor_looked_at_cannot_be_rolled_back() -> None:
+    model, ids = build("llama"), tokens(TOKENS)
+    with tiered(model, policy(H2O(most=MOST))) as cache:
+        feed(model, ids, cache, [PROMPT])
+        with pytest.raises(kvtiers.CropError, match="H2O has already looked at the later queries"):
+            cache.crop(-1)
