@@ -39,7 +39,7 @@ class Bounds:
     def in_place(self) -> bool:
         """Whether history stays where it is because every block is kept exactly, attended, and on the device."""
         keeps = self.compressor.keeps and self.archive.location == "device" and self.codec.exact
-        return self.recent is None or (keeps and self.retriever.attends_all)
+        return keeps and self.retriever.attends_all
 
     @property
     def archives(self) -> bool:

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers import testing
-from kvtiers.archive import Archive, TensorBlockStore
-from kvtiers.blocks import Blocks, Location
+from kvtiers.archive import Archive, BlockStore, ByteBudget, Parts
+from kvtiers.blocks import Location
 from kvtiers.errors import ArchiveFullError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
+from kvtiers_policies.memory import MemoryBlockStore
 from strategies import Setting, copied, cuts, feed, policies, rotary, settings_of
 
 
@@ -27,17 +28,17 @@ class Switch:
         self.refused = 0
 
 
-class Unreliable(TensorBlockStore):
-    def __init__(self, switch: Switch) -> None:
-        super().__init__("device")
+class Unreliable(MemoryBlockStore):
+    def __init__(self, switch: Switch, budget: ByteBudget) -> None:
+        super().__init__("device", budget)
         self.switch, self.number = switch, switch.opened
         switch.opened += 1
 
-    def write(self, blocks: Blocks) -> None:
+    def write(self, parts: Parts) -> None:
         if self.switch.broken and self.switch.only in (None, self.number):
             self.switch.refused += 1
             raise ArchiveFullError("no space is left; nothing was lost")
-        super().write(blocks)
+        super().write(parts)
 
 
 @attrs.frozen
@@ -45,8 +46,8 @@ class UnreliableArchive(Archive):
     location: ClassVar[Location] = "device"
     switch: Switch = attrs.field(factory=Switch, eq=False)
 
-    def open(self) -> Unreliable:
-        return Unreliable(self.switch)
+    def open(self, budget: ByteBudget) -> BlockStore:
+        return Unreliable(self.switch, budget)
 
 
 def archiving() -> st.SearchStrategy:

@@ -36,7 +36,7 @@ def test_several_layers_hold_the_sum_of_what_each_may(data):
         for layer in range(len(each)):
             cache.write(layer, now.keys, now.values)
             cache.select(layer, now.query)
-    limits = [p.bound_bytes(geometry, s.archived) for p, s in zip(each, cache.every_layer(), strict=True)]
+    limits = [p.bound_bytes(geometry, s.history.count) for p, s in zip(each, cache.every_layer(), strict=True)]
     held = cache.memory_usage()
     if None not in limits:
         assert bytes_in(held, "device") <= sum(limits)
@@ -102,7 +102,7 @@ def test_a_buffer_that_is_full_is_as_large_as_its_bound_says(data):
     assert slots is not None
     layer = setting.layer()
     for _ in feed(layer, setting.tokens, data.draw(cuts(setting.policy, most=20))):
-        assert layer.rotated.shape[2] == layer.values.shape[2] == slots
+        assert {plane.shape[2] for plane in layer.window.planes.values()} == {slots}
 
 
 @fewer

@@ -103,7 +103,7 @@ def test_the_kit_notices_a_step_that_went_missing():
     with pytest.raises(AssertionError, match=r"invariant 1 \(conservation\)"):
         testing.conservation(trial)
     trial.layer.dropped -= 1
-    trial.layer.history.stores["full"]._keys.buffer[0, 0, 1, 0, 0] += 1
+    trial.layer.history.stores["full"].parts()["keys"][0, 0, 1, 0, 0] += 1
     with pytest.raises(AssertionError, match="the full block of step 3 has other keys"):
         testing.conservation(trial)
 
@@ -122,14 +122,16 @@ def test_the_kit_notices_one_token_that_is_off(off):
     testing.contents(trial, context)
     layer = trial.layer
     if off == "value":
-        layer.values[0, 1, layer.window.head] += 1e-3
+        layer.window.planes["values"][0, 1, layer.window.head] += 1e-3
     elif off == "place":
-        at = slice(layer.window.head, layer.window.head + 1)
-        layer.rotated[:, :, at] = layer._turn(layer.unrotated[:, :, at], layer.recent_start + layer.window.recent_shift + 1)
+        plain = layer.unrotated.view("unrotated", slice(layer.unrotated.head, layer.unrotated.head + 1))
+        turned = layer.turned(plain, layer.recent_start + layer.window.recent_shift + 1)
+        layer.window.write("rotated", slice(layer.window.head, layer.window.head + 1), turned)
     elif off == "origin":
         layer.recent_start += 1
     else:
-        layer.rotated[0, 0, [layer.window.head, layer.window.head + 1]] = layer.rotated[0, 0, [layer.window.head + 1, layer.window.head]]
+        keys, first = layer.window.planes["rotated"], layer.window.head
+        keys[0, 0, [first, first + 1]] = keys[0, 0, [first + 1, first]]
     with pytest.raises(AssertionError, match="invariant"):
         testing.contents(trial, layer.context())
     assert trial.num_steps == 12
@@ -193,6 +195,7 @@ def test_a_video_layer_holds_every_token_of_every_step(geometry, commits, base):
         retriever=base.retriever,
         realigner=policy("archive").realigner,
         archive=base.archive,
+        codec=base.codec,
         sink=commit,
         recent=2 * commit,
         top_k=base.top_k,

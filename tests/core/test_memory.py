@@ -17,8 +17,7 @@ from kvtiers import testing
 from kvtiers.cache import TieredCache
 from kvtiers.errors import CropError, SavedCacheError
 from kvtiers.geometry import Geometry
-from kvtiers.policy import Compressor
-from kvtiers.presets import policy
+from kvtiers.presets import build, policy
 from kvtiers.rows import PaddingPattern
 from strategies import Setting, Stream, copied, cuts, policies, rotary, settings_of, small_presets
 
@@ -218,13 +217,13 @@ def rewritten(path: Path, change) -> None:
 
 
 def one_tensor_missing(path: Path) -> None:
-    rewritten(path, lambda tensors, _: tensors.pop("0.0.values"))
+    rewritten(path, lambda tensors, _: tensors.pop("0.0.window.planes.values"))
 
 
 def numbers_changed(path: Path) -> None:
     def change(_, metadata):
         about = json.loads(metadata["about"])
-        about["layers"][0][0]["numbers"]["num_steps"] += 1
+        about["layers"][0][0]["state"]["num_steps"] += 1
         metadata["about"] = json.dumps(about, sort_keys=True)
 
     rewritten(path, change)
@@ -334,7 +333,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):
     setting, cache, path = saved(tmp_path)
     secret = 12345.0
-    cache.every_layer()[0].rotated[:, :, cache.every_layer()[0].window.tail :] = secret  # a spare slot
+    window = cache.every_layer()[0].window
+    assert window.tail < window.slots
+    for plane in window.planes.values():
+        plane[:, :, window.tail :] = secret  # spare slots
     cache.save(path)
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
@@ -342,29 +344,22 @@ def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):
     assert setting.cache().load(path) == {}
 
 
-@attrs.frozen(kw_only=True)
-class Counting(Compressor):
-    """A compressor whose state, how many blocks it has seen, is a mapping."""
-
-    def age(self, blocks, state):
-        return blocks, {"blocks": (state or {"blocks": 0})["blocks"] + blocks.count}
-
-    def compressed_tokens(self, tokens):
-        return tokens
-
-
-def test_a_state_that_is_no_tensor_is_forked_but_cannot_be_saved(tmp_path):
-    found = policy("archive", retriever="recency", sink=0, recent=2, block_size=2, top_k=1)
-    found = attrs.evolve(found, compressor=Counting(), attend="compressed")
+def test_what_a_layer_watches_is_forked_saved_and_rolled_back_with_it(tmp_path):
+    """The latest queries, and what attention every token got."""
+    found = policy("archive", retriever="recency", sink=0, recent=4, block_size=2, top_k=1, attend="compressed")
+    found = attrs.evolve(found, compressor=build("compressor", ("top-tokens", {"by": "attention", "window": 3})))
     setting = Setting(policy=found, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0)
-    cache = setting.cache()
+    cache, loaded = setting.cache(), setting.cache()
     go_on(cache, setting.tokens, [4, 4, 4], 0)
-    fork = cache.fork()
-    assert fork.every_layer()[0].state == {"blocks": 3}
-    assert fork.every_layer()[0].state is not cache.every_layer()[0].state
-    with pytest.raises(SavedCacheError, match="the state of Counting is a dict; only tensors can be saved"):
-        cache.save(tmp_path / "cache")
-    assert list(tmp_path.iterdir()) == []
+    latest = cache.every_layer()[0].watched.latest
+    assert torch.equal(latest, setting.tokens.query[:, :, 9:12])
+    cache.save(tmp_path / "cache")
+    loaded.load(tmp_path / "cache")
+    for other in (loaded, cache.fork()):
+        held = other.every_layer()[0].watched.latest
+        assert torch.equal(held, latest)
+        assert held.data_ptr() != latest.data_ptr()
+        assert_same_future(other, cache.fork(), setting.tokens, [4, 1], 12)
 
 
 def test_a_loaded_cache_does_not_look_at_its_file_again(tmp_path):

@@ -11,8 +11,9 @@ from kvtiers import testing
 from kvtiers.blocks import Blocks
 from kvtiers.errors import SelectionError
 from kvtiers.geometry import Geometry
-from kvtiers.policy import Policy, Retriever, choose
+from kvtiers.policy import Policy, choose
 from kvtiers.presets import build, policy
+from kvtiers.slots import Moment, Retriever
 from strategies import Setting, copied, cuts, feed, per_head, policies, rotary, settings_of, stream
 
 SCORED = ("affinity", "page-bounds")
@@ -168,13 +169,13 @@ class Forgotten(Retriever):
 
     asked: list = attrs.field(factory=list, eq=False)
 
-    def digest(self, blocks: Blocks) -> Tensor:
+    def digest(self, blocks: Blocks, moment: Moment) -> Tensor:
         return blocks.rotated.float().sum(3, keepdim=True)
 
-    def digest_floats(self, tokens: int, head_dim: int) -> int:
-        return head_dim
+    def digest_bytes(self, tokens: int, geometry: Geometry) -> int:
+        return 4 * geometry.head_dim
 
-    def score(self, query, digests, archived):
+    def score(self, query, digests, archived, moment):
         self.asked.append(archived)
         return digests.sum((-1, -2))
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers import testing
+from kvtiers.changes import check_policy
 from kvtiers.errors import ArchiveFullError, BudgetError, SwapError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
@@ -69,10 +70,8 @@ def test_a_swapped_cache_is_what_it_would_be_under_the_new_policy_from_the_start
     done = sum(lengths[:split])
     list(feed(swapped, setting.tokens, lengths[:split]))
     list(feed(fresh, setting.tokens, lengths[:split]))
-    from kvtiers import swap  # the module; `TieredCache.swap` is tested above
-
-    swap.check(swapped, changed)
-    swap.apply(swapped, changed)
+    check_policy(swapped, changed)
+    swapped.set_policy(changed)
     for (_, a), (_, b) in zip(
         feed(swapped, setting.tokens, lengths[split:], done),
         feed(fresh, setting.tokens, lengths[split:], done),
@@ -102,7 +101,7 @@ def filled(**changes):
         pytest.param({"compressor": "keep"}, "compressor cannot change any more", id="compressor"),
         pytest.param({"archive": "device"}, "archive cannot change any more", id="archive"),
         pytest.param({"attend": "compressed"}, "attend cannot change any more", id="attend"),
-        pytest.param({"realigner": "original"}, "stores keys unrotated for Contiguous", id="keys stored otherwise"),
+        pytest.param({"realigner": "original"}, "cannot replace one another|stores keys as Contiguous needs them", id="keys stored otherwise"),
         pytest.param(
             {"top_k_compressed": 1}, "archived no compressed form for top_k_compressed=1", id="a form that was not kept"
         ),
@@ -130,7 +129,7 @@ def test_a_full_archive_goes_on_with_a_larger_limit(archive, limit):
         context = trial.feed(1)
         testing.conservation(trial)
         testing.contents(trial, context)
-    assert trial.policy.archive._byte_budget.nbytes > limit
+    assert trial.cache.budget(trial.policy.archive).nbytes > limit
 
 
 @pytest.mark.parametrize("given", ["archive", ["archive"], None, [None]], ids=str)
@@ -150,12 +149,14 @@ def test_a_limit_below_what_is_held_is_refused(archive):
 
 def test_a_fork_that_moved_to_another_limit_is_not_counted_any_more():
     trial = filled(archive=("host", {"limit_bytes": 100_000}))
-    archive = trial.policy.archive
-    before = archive._byte_budget.nbytes
+    archive, larger = trial.policy.archive, build("archive", ("host", {"limit_bytes": 200_000}))
+    before = trial.cache.budget(archive).nbytes
+    assert before > 0
     fork = trial.cache.fork()
-    assert archive._byte_budget.nbytes == 2 * before
-    fork.swap(attrs.evolve(trial.policy, archive=build("archive", ("host", {"limit_bytes": 200_000}))))
-    assert archive._byte_budget.nbytes == before
+    assert trial.cache.budget(archive).nbytes == fork.budget(archive).nbytes == before
+    fork.swap(attrs.evolve(trial.policy, archive=larger))
+    assert trial.cache.budget(archive).nbytes == before
+    assert (fork.budget(archive).nbytes, fork.budget(larger).nbytes) == (0, before)
 
 
 def test_an_empty_cache_takes_any_policy_that_rotates_alike():
