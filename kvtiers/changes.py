@@ -50,7 +50,8 @@ def check_policy(layer: Layer, policy: Policy) -> None:
             f"these can: {', '.join(sorted(_FREE))}, and an archive's limit_bytes (to no less than it holds). "
             "Otherwise start a new cache"
         )
-    if old.realigner.rotates != policy.realigner.rotates or old.realigner.sink_moves != policy.realigner.sink_moves:
+    moves = {old.realigner.sink_moves, policy.realigner.sink_moves}
+    if old.realigner.rotates != policy.realigner.rotates or (len(moves) > 1 and "anew" in moves):
         raise SwapError(
             f"layer {number} stores keys as {type(old.realigner).__name__} needs them, and "
             f"{type(policy.realigner).__name__} needs others; start a new cache"

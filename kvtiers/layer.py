@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvtiers import ageing, events
 from kvtiers.archive import ByteBudget
-from kvtiers.blocks import Blocks, Extent, run_of
+from kvtiers.blocks import Blocks, Extent, Form, run_of
 from kvtiers.checks import admit, check_finite, check_layer
 from kvtiers.errors import SavedCacheError, SlotError
 from kvtiers.history import History
@@ -61,19 +61,23 @@ class Layer(Placing):
             kept = anchors * per_step if policy.realigner.sink_moves == "anew" else 0
             slots = policy.unrotated_slots(geometry)
             self.unrotated = Window(capacity=slots + kept if slots else None, front=kept)
-        forms = {*policy.forms, policy.retriever.digests} if policy.archives else set()
         self.history = History(
             policy=policy,
             batch=geometry.batch,
             kv_heads=geometry.kv_heads,
             even=geometry.even,
             dtype=geometry.dtype,
-            most_tokens={form: policy.block_tokens(geometry, form) for form in forms},
+            most_tokens=self._most_tokens(policy),
             longest=policy.block_steps(geometry),
             layer=self.layer,
             budget=self.budget or ByteBudget(None),
         )
         self.watched = Watched.of(policy.compressor)
+
+    def _most_tokens(self, policy: Policy) -> dict[Form, int]:
+        """Tokens of the longest block in each form that `policy` archives or digests."""
+        forms = {*policy.forms, policy.retriever.digests} if policy.archives else set()
+        return {form: policy.block_tokens(self.geometry, form) for form in forms}
 
     def _front(self, policy: Policy) -> int | None:
         """Slots before recent that sink and mid may come to need; None if there is no limit."""
@@ -380,6 +384,7 @@ class Layer(Placing):
             if policy.retriever != old.retriever:
                 history.digests = history.digest_again(policy, self.moment(self.window.planes["rotated"].device))
             self.policy = history.policy = policy
+            history.most_tokens = self._most_tokens(policy)
             self.window.capacity = policy.slots(self.geometry)
             self.window.front = self._front(policy)
             history.keep(policy.forms)

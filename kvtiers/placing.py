@@ -72,12 +72,12 @@ class Placing(Reading):
         if plain is not None and rotary is not None:
             sink = slice(window.begin, window.begin + window.sink)
             if placement.sink_shift != window.sink_shift and window.sink:
-                if self.policy.realigner.sink_moves == "again":
-                    further = placement.sink_shift - window.sink_shift
-                    window.write("rotated", sink, rotary.advance(window.view("rotated", sink), further))
-                else:
+                if self.policy.realigner.sink_moves == "anew":
                     anchors = plain.view("unrotated", slice(plain.sink_slot, plain.sink_slot + plain.sink))
                     window.write("rotated", sink, self.turned(anchors, placement.sink_shift))
+                else:  # "never" moves them once, after a swap
+                    further = placement.sink_shift - window.sink_shift
+                    window.write("rotated", sink, rotary.advance(window.view("rotated", sink), further))
             late = self.current if self.unplaced else 0
             first, stop = self.recent_start + placement.recent_shift, window.tail - late
             if placement.recent_shift != window.recent_shift and window.recent > late:

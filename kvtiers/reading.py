@@ -201,9 +201,10 @@ class Reading(Undoable):
         geometry, per_step, window = self.geometry, self.geometry.tokens_per_step, self.window
         line = self.timeline
         anchors = min(line.sink, self.num_steps)
-        recent = self.num_steps - max(self.recent_start, anchors)
+        recent = max(0, self.num_steps - max(self.recent_start, anchors))
         numbers = (0, self.committed_steps, self.num_steps)
-        wrong = sorted(numbers) != list(numbers) or min(self.dropped, self.pending, recent) < 0
+        wrong = sorted(numbers) != list(numbers) or min(self.dropped, self.pending) < 0
+        wrong = wrong or self.recent_start > max(self.num_steps, line.sink)
         wrong = wrong or window.sink != anchors * per_step or window.recent != recent * per_step
         wrong = wrong or (self.num_steps > 0) != bool(window.planes)
         if line.cuts is not None:

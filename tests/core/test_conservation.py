@@ -1,5 +1,6 @@
 """Invariants 1, 5 and 7: every step is somewhere, in order; reading changes nothing. Over all installed policies."""
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,35 @@ from kvtiers.presets import policy
 from strategies import STEPS, Setting, cuts, feed, policies, settings_of, stream
 
 
+def archive_holds(trial: testing.Trial) -> None:
+    """Every block that left recent is in the archive, in full form as it was fed, wherever it is not compressed."""
+    layer, policy, block = trial.layer, trial.policy, trial.policy.block_size
+    timeline, history = layer.timeline, layer.history
+    tiers = [timeline.tier(step, layer.committed_steps) for step in range(trial.num_steps)]
+    counts = layer.tier_counts()
+    assert [counts[name] for name in ("sink", "recent", "current")] == [
+        tiers.count(n) for n in ("sink", "recent", "current")
+    ]
+    assert counts["mid"] + counts["dropped"] == tiers.count("mid")
+    if not policy.archives:
+        assert history.count == 0
+        return
+    starts = [] if history.starts is None else history.starts.tolist()
+    assert starts == list(range(timeline.sink, layer.recent_start, block))
+    assert len(starts) * block == counts["mid"]
+    for form, store in history.stores.items():
+        assert store.count == len(starts)
+        index = torch.arange(len(starts)).expand(trial.geometry.batch, trial.geometry.kv_heads, -1)
+        if starts and (form == "full" or policy.compressor.keeps) and policy.codec.exact:
+            keys, values = history.parts(form, index)
+            for at, start in enumerate(starts):
+                now = slice(start, start + block)
+                assert torch.equal(keys[:, :, at], trial.keys[:, :, now]), (
+                    f"the {form} block of step {start} has other keys"
+                )
+                assert torch.equal(values[:, :, at], trial.values[:, :, now])
+
+
 def trial_of(setting: Setting) -> testing.Trial:
     return testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps)
 
@@ -24,6 +54,7 @@ def test_every_step_is_in_exactly_one_tier_and_the_archive_holds_what_left_recen
     for steps in data.draw(cuts(trial.policy)):
         trial.feed(steps)
         testing.conservation(trial)
+        archive_holds(trial)
 
 
 @given(data=st.data())
@@ -99,13 +130,14 @@ def test_the_kit_notices_a_step_that_went_missing():
     for _ in range(6):
         trial.feed(2)
     testing.conservation(trial)
+    archive_holds(trial)
     trial.layer.dropped += 1
     with pytest.raises(AssertionError, match=r"invariant 1 \(conservation\)"):
         testing.conservation(trial)
     trial.layer.dropped -= 1
     trial.layer.history.stores["full"].parts()["keys"][0, 0, 1, 0, 0] += 1
     with pytest.raises(AssertionError, match="the full block of step 3 has other keys"):
-        testing.conservation(trial)
+        archive_holds(trial)
 
 
 @pytest.mark.parametrize("off", ["origin", "value", "place", "order"])
@@ -127,13 +159,16 @@ def test_the_kit_notices_one_token_that_is_off(off):
         plain = layer.unrotated.view("unrotated", slice(layer.unrotated.head, layer.unrotated.head + 1))
         turned = layer.turned(plain, layer.recent_start + layer.window.recent_shift + 1)
         layer.window.write("rotated", slice(layer.window.head, layer.window.head + 1), turned)
-    elif off == "origin":
-        layer.recent_start += 1
-    else:
+    elif off == "order":
         keys, first = layer.window.planes["rotated"], layer.window.head
         keys[0, 0, [first, first + 1]] = keys[0, 0, [first + 1, first]]
+    context = layer.context()
+    if off == "origin":
+        origins, placed = context.locate()
+        origins[..., -1, 0] += 1
+        context = attrs.evolve(context, locate=lambda: (origins, placed))
     with pytest.raises(AssertionError, match="invariant"):
-        testing.contents(trial, layer.context())
+        testing.contents(trial, context)
     assert trial.num_steps == 12
 
 
@@ -150,7 +185,9 @@ def test_observers_are_told_what_happened_to_every_step():
     assert sum(event.steps for event in told if isinstance(event, Committed)) == 18
     full, compressed = layer.history.stores["full"], layer.history.stores["compressed"]
     assert sum(event.blocks for event in told if isinstance(event, Archived)) == full.count + compressed.count
-    assert sum(event.blocks for event in told if isinstance(event, Compressed)) == full.count == layer.history.count == 3
+    assert (
+        sum(event.blocks for event in told if isinstance(event, Compressed)) == full.count == layer.history.count == 3
+    )
     selections = [event for event in told if isinstance(event, Selected)]
     assert all(event.chosen.shape[-1] <= 2 for event in selections)
     assert sum(isinstance(event, Recalled) for event in told) == len(selections)

@@ -324,7 +324,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("kvtiers.saving.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SavedCacheError, match=r"cannot be written: .*No space left on device; is the disk full\?"):
         cache.save(path)
     assert path.read_bytes() == old
     assert [found.name for found in tmp_path.iterdir()] == [path.name]

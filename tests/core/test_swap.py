@@ -101,7 +101,11 @@ def filled(**changes):
         pytest.param({"compressor": "keep"}, "compressor cannot change any more", id="compressor"),
         pytest.param({"archive": "device"}, "archive cannot change any more", id="archive"),
         pytest.param({"attend": "compressed"}, "attend cannot change any more", id="attend"),
-        pytest.param({"realigner": "original"}, "cannot replace one another|stores keys as Contiguous needs them", id="keys stored otherwise"),
+        pytest.param(
+            {"realigner": "original"},
+            "cannot replace one another|stores keys as Contiguous needs them",
+            id="keys stored otherwise",
+        ),
         pytest.param(
             {"top_k_compressed": 1}, "archived no compressed form for top_k_compressed=1", id="a form that was not kept"
         ),
@@ -143,7 +147,7 @@ def test_what_is_no_policy_is_refused(given):
 @pytest.mark.parametrize("archive", ["device", "host", "disk"])
 def test_a_limit_below_what_is_held_is_refused(archive):
     trial = filled(archive=archive)
-    with pytest.raises(SwapError, match="to no less than it holds"):
+    with pytest.raises(SwapError, match="give it no less than it holds"):
         trial.cache.swap(attrs.evolve(trial.policy, archive=build("archive", (archive, {"limit_bytes": 100}))))
 
 
