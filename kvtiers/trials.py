@@ -118,7 +118,7 @@ class Watch:
             getattr(self, f"_{method}")(slot, who, made, *args, **named)
             self.tried.append(method)
             if self.tried.count(method) < 4:
-                if method not in ("place", "encode"):
+                if method != "place":
                     self._alone(lambda *a: original(slot, *a), who, method, made, args)
                 self._elsewhere(original, slot, who, args, named)
 
@@ -175,9 +175,7 @@ class Watch:
         shape = Geometry(kv_heads=heads, head_dim=width, value_dim=value_dim, batch=batch, dtype=keys.dtype)
         got, declared = sum(x.nbytes for x in made.values()), slot.block_bytes(tokens, shape) * count
         require(got == declared, 12, f"{who} made {got} bytes of {count} blocks, block_bytes() says {declared}")
-        back, alone = slot.decode(made, keys.dtype), slot.encode(keys[:1, :1, :1], values[:1, :1, :1])
-        apart = {name: x[:1, :1, :1] for name, x in made.items()}
-        require(all(map(torch.equal, alone.values(), apart.values())), 12, f"{who} mixes blocks, heads or rows")
+        back = slot.decode(made, keys.dtype)
         for x, y, most in zip((keys, values), back, slot.tolerance(keys, values), strict=True):
             said = f"{type(slot).__name__}.decode() gave {[*y.shape]} in {y.dtype}; due is {[*x.shape]} in {x.dtype}"
             require(y.shape == x.shape and y.dtype == x.dtype, 12, said)
@@ -194,18 +192,20 @@ class Watch:
             return mapped(value, lambda x: x[n : n + 1] if x.dim() > 2 and x.shape[0] > 1 else x)
 
         def block(value: Any) -> Any:
+            if isinstance(value, Moment):
+                return value
             return mapped(value, lambda x: x[n : n + 1] if x.dim() == 1 else x[:, :, n : n + 1] if x.shape[2] > 1 else x)
 
         def same(a: Any, b: Any, number: int, said: str) -> None:
             agree = (a is None) == (b is None) and all(map(close, tensors(a), tensors(b)))
             require(agree, number, f"{who} makes something else {said}")
 
-        index = method in ("digest", "score")
-        same(call(*args), made, 8 if index else 1, "of the same when asked again")
+        number = {"digest": 8, "score": 8, "encode": 12}.get(method, 1)
+        same(call(*args), made, number, "of the same when asked again")
         for n in range(max((x.shape[0] for x in tensors(args) if x.dim() > 3), default=1) if self.rows else 0):
-            same(call(*map(row, args)), row(made), 8 if index else 9, f"of row {n} alone than beside others")
-        for n in range(args[0].count if method in ("age", "digest") else 0):
-            same(call(block(args[0]), args[1]), block(made), 8 if index else 1, f"of block {n} alone than in a run")
+            same(call(*map(row, args)), row(made), 9 if number == 1 else number, f"of row {n} alone than beside others")
+        for n in range(0 if method in ("rewrite", "score") else max(x.shape[2] for x in tensors(args) if x.dim() > 4)):
+            same(call(*map(block, args)), block(made), number, f"of block {n} alone than in a run")
 
     def _elsewhere(self, original: Any, slot: Any, who: str, args: Any, named: Any) -> None:
         """What is made of tensors on another device is there too; on `meta` they have no values to look at."""
@@ -242,11 +242,11 @@ class Trial:
 
     policy: Policy
     geometry: Geometry
-    rotary: Rotary
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    cache: TieredCache
+    rotary: Rotary = attrs.field(repr=False)
+    query: Tensor = attrs.field(repr=False)
+    keys: Tensor = attrs.field(repr=False)
+    values: Tensor = attrs.field(repr=False)
+    cache: TieredCache = attrs.field(repr=False)
 
     @classmethod
     def start(cls, policy: Policy, geometry: Geometry, rotary: Rotary, *, seed: int, steps: int) -> "Trial":
@@ -294,12 +294,13 @@ def difference(a: Context, b: Context) -> str | None:
     """The first field in which two contexts differ bitwise, or none."""
     for name in ("current", "causal", "banded", "mask", "bias", "keys", "values", "origins", "placed"):
         x, y = getattr(a, name), getattr(b, name)
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape[-2:] != y.shape[-2:]:
-            same = x is y or (isinstance(x, int) and x == y)
-        else:
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape[-2:] == y.shape[-2:]:
             same = torch.equal(*(torch.broadcast_tensors(x, y) if name in ("origins", "placed") else (x, y)))
+        else:
+            same = x is y or (isinstance(x, int) and x == y)
         if not same:
-            return f"{name} is {x} in one and {y} in the other"
+            x, y = (tuple(z.shape) if isinstance(z, Tensor) and name != "mask" else z for z in (x, y))
+            return f"{name} differ: {x} in one and {y} in the other"
     return None
 
 
@@ -312,7 +313,7 @@ def conservation(trial: Trial) -> None:
     whole = sum(counts.values()) == trial.num_steps and min(counts.values()) >= 0
     require(whole, 1, f"{counts} does not add up to {trial.num_steps} steps")
     if trial.policy.archives and not counts["dropped"] and layer.history.table.data is not None:
-        blocks = layer.history.table.data[: layer.history.count].tolist()
+        blocks = layer.history.table.data[: layer.history.count, :2].tolist()
         ends = [layer.timeline.sink, *(start + span for start, span in blocks)]
         tiled = [start for start, _ in blocks] == ends[:-1] and ends[-1] - ends[0] == counts["mid"]
         require(tiled, 1, f"archived are (first step, steps) {blocks}, and tiers count {counts}")
@@ -330,7 +331,7 @@ def contents(trial: Trial, context: Context) -> None:
     require(ordered(origins, there), 5, f"origins are not in order: {origins.tolist()}")
     require(ordered(placed, there), 5, f"placed positions are not in order: {placed.tolist()}")
     sink = min(layer.timeline.sink, steps)
-    first = max(layer.recent_start, sink) if not policy.in_place else sink
+    first = sink if policy.in_place else min(max(layer.recent_start, sink), steps)
     outer = (at < sink) | (at >= shape[2] - (steps - first))
     due = torch.cat([torch.arange(sink), torch.arange(first, steps)]).to(origins.dtype)
     number = 2 if policy.in_place else 3 if policy.compressor.drops else 1
@@ -362,7 +363,8 @@ def bounded(trial: Trial, context: Context) -> None:
     require(most is None or tokens <= most, 6, f"{tokens} tokens are attended, bound() says {most}")
     held, real = trial.cache.memory_usage(), storages(trial.layer)
     told = {where: sum(one.bytes for one in held if one.location == where) for where in ("device", "host")}
-    require(limit is None or told["device"] <= limit, 6, f"{told} bytes are held, bound_bytes() says {limit}")
+    cut = trial.layer.timeline.origin is not None  # a compacted block that was cut short needs more
+    require(cut or limit is None or told["device"] <= limit, 6, f"{told} bytes are held, bound_bytes() says {limit}")
     require(all(real[where] == told[where] for where in told), 6, f"{told} bytes are reported, and held are {real}")
 
 
