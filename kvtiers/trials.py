@@ -312,11 +312,12 @@ def conservation(trial: Trial) -> None:
     layer, counts = trial.layer, trial.layer.tier_counts()
     whole = sum(counts.values()) == trial.num_steps and min(counts.values()) >= 0
     require(whole, 1, f"{counts} does not add up to {trial.num_steps} steps")
-    if trial.policy.archives and not counts["dropped"] and layer.history.table.data is not None:
+    if trial.policy.archives and layer.history.table.data is not None:
         blocks = layer.history.table.data[: layer.history.count, :2].tolist()
         ends = [layer.timeline.sink, *(start + span for start, span in blocks)]
-        tiled = [start for start, _ in blocks] == ends[:-1] and ends[-1] - ends[0] == counts["mid"]
-        require(tiled, 1, f"archived are (first step, steps) {blocks}, and tiers count {counts}")
+        tiled = counts["dropped"] or [start for start, _ in blocks] == ends[:-1]
+        whole = sum(span for _, span in blocks) == counts["mid"]
+        require(bool(tiled) and whole, 1, f"archived are (first step, steps) {blocks}, and tiers count {counts}")
 
 
 def contents(trial: Trial, context: Context) -> None:

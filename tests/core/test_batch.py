@@ -114,10 +114,9 @@ def test_a_padded_row_is_the_same_row_alone(data):
     """Pads anywhere: left, right, in between, whole rows, in the first forward and in later ones."""
     setting = data.draw(settings_of(policies() | small_presets(), max_heads=2))
     geometry, tokens = setting.geometry, setting.tokens
-    together = setting.cache().layers[0]
-    alone = [
-        attrs.evolve(setting, geometry=attrs.evolve(geometry, batch=1)).cache().layers[0] for _ in range(geometry.batch)
-    ]
+    of_all, alone = setting.cache(), attrs.evolve(setting, geometry=attrs.evolve(geometry, batch=1))
+    of_one = [alone.cache() for _ in range(geometry.batch)]
+    together = of_all.layers[0]
     start = 0
     for length in data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=4), label="forwards"):
         bits = st.lists(st.booleans(), min_size=length, max_size=length)
@@ -127,12 +126,12 @@ def test_a_padded_row_is_the_same_row_alone(data):
         now = tokens.part(start, start + length)
         start += length
         got = attended(together, now, valid)
-        for row, layer in enumerate(alone):
+        for row, cache in enumerate(of_one):
             columns = valid[row].nonzero()[:, 0]
             if not len(columns):
                 continue
             own = Stream(*(x[row : row + 1][:, :, columns] for x in (now.query, now.keys, now.values)))
-            want = attended(layer, own, None)
+            want = attended(cache.layers[0], own, None)
             assert torch.allclose(got[row, :, columns], want[0], rtol=1e-5, atol=1e-5)
         assert together.batch == geometry.batch
 
@@ -149,12 +148,10 @@ def test_what_is_at_a_pad_does_not_matter():
     other = Stream(*(x.clone() for x in (one.query, one.keys, one.values)))
     for x in (other.query, other.keys, other.values):
         x[0, :, :5] = 1e6
-    assert torch.equal(
-        attended(setting.cache().layers[0], one, valid), attended(setting.cache().layers[0], other, valid)
-    )
-    assert not torch.equal(
-        attended(setting.cache().layers[0], one, None), attended(setting.cache().layers[0], other, None)
-    )
+    for mask, same in ((valid, True), (None, False)):
+        caches = setting.cache(), setting.cache()
+        a, b = (attended(cache.layers[0], part, mask) for cache, part in zip(caches, (one, other), strict=True))
+        assert torch.equal(a, b) == same
 
 
 @fewer
@@ -165,7 +162,8 @@ def test_rows_that_parted_ways_are_taken_like_any_others(data):
     pads = torch.tensor(data.draw(st.lists(st.integers(0, 6), min_size=batch, max_size=batch)))
     rows = torch.tensor(data.draw(rows_of(batch)))
     valid = torch.arange(8) >= pads[:, None]
-    after, before = setting.cache().layers[0], setting.cache().layers[0]
+    caches = setting.cache(), setting.cache()
+    after, before = (cache.layers[0] for cache in caches)
     attended(after, tokens.part(0, 8), valid)
     after.select_rows(rows)
     attended(before, tokens.select_rows(rows).part(0, 8), valid[rows])

@@ -78,14 +78,16 @@ def test_what_drops_holds_the_same_bytes_from_its_first_token_to_its_last(name):
 
 @pytest.mark.parametrize("where", ["host", "disk"])
 def test_an_archive_elsewhere_without_digests_keeps_the_device_flat(where):
-    """Eight bytes a block remain there: the step at which it began."""
+    """24 bytes a block remain there: the step at which it began, and how many it is, whole and compressed."""
     found = policy("archive", retriever="recency", archive=where, sink=2, recent=9, block_size=2, top_k=2, chunk_size=4)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0, steps=120)
     layer, grown = setting.layer(), []
     for _ in feed(layer, setting.tokens, [4] * 20 + [1] * 40):
         # on a machine without an accelerator both locations are the same memory; the store's own is left out
         device = bytes_in_device(layer)
-        grown.append(device - 16 * layer.history.count)
+        table = layer.history.table.nbytes
+        assert table <= 2 * 24 * layer.history.count
+        grown.append(device - table)
     assert max(grown[10:]) <= max(grown[:10])
     assert layer.history.count > 30
 
