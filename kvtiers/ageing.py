@@ -36,7 +36,7 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
             made = history.waiting[str(first)].blocks
         elif not compressor.keeps:
             made = compressor.age(blocks, moment)
-        if made is not blocks:
+        if not compressor.keeps:
             after = 0 if made is None else made.count * made.tokens
             before = blocks.count * blocks.tokens
             tell(events.Compressed, blocks=blocks.count, tokens_before=before, tokens_after=after)

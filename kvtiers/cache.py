@@ -272,7 +272,7 @@ class TieredCache:
             self.geometries,
             rotaries=self.rotaries,
             numbers=self.numbers,
-            observe=self.observe,
+            observe=self.tell.own,
             check=self.check,
             layer=self.layer_class,
         )
