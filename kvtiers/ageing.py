@@ -36,13 +36,15 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
             made = history.waiting[str(first)].blocks
         elif not compressor.keeps:
             made = compressor.age(blocks, moment)
+        if made is not None:
+            tokens = compressor.block_tokens(span, moment.geometry)
+            _check(history, made, blocks.count, tokens, "age", moment)
         if not compressor.keeps:
             after = 0 if made is None else made.count * made.tokens
             before = blocks.count * blocks.tokens
             tell(events.Compressed, blocks=blocks.count, tokens_before=before, tokens_after=after)
         if made is None:
             return False
-        _check(history, made, blocks.count, policy.compressor.block_tokens(span, moment.geometry), "age")
         # `rotated` was of the tokens that these were made of
         kept["compressed"] = made if made is blocks else attrs.evolve(made, rotated=None)
     digested = kept["compressed"] if policy.retriever.digests == "compressed" else blocks
@@ -60,8 +62,17 @@ def rewrite(history: History, leaving: Blocks, attention: Tensor | None, moment:
         mid = attrs.evolve(mid, attention=attention[:, :, None])
     made = history.policy.compressor.rewrite(leaving, mid, moment)
     if made is not None:
-        _check(history, made, 1, history.policy.compressor.mid_tokens(moment.geometry), "rewrite", at_most=True)
-        made = attrs.evolve(made, starts=made.starts.reshape(-1)[:1], rotated=None)
+        _check(
+            history,
+            made,
+            1,
+            history.policy.compressor.mid_tokens(moment.geometry),
+            "rewrite",
+            moment,
+            at_most=True,
+        )
+        own = {"keys": made.keys.clone(), "values": made.values.clone()}  # they may be views of what leaves
+        made = attrs.evolve(made, **own, starts=made.starts.reshape(-1)[:1], rotated=None)
     history.rewritten = None if made is None else HeldBlocks.of(made)
 
 
@@ -82,7 +93,9 @@ def rewritten(history: History) -> Fetched | None:
     )
 
 
-def _check(history: History, made: Any, count: int, tokens: int, method: str, *, at_most: bool = False) -> None:
+def _check(
+    history: History, made: Any, count: int, tokens: int, method: str, moment: Moment, *, at_most: bool = False
+) -> None:
     """Raise `SlotError` unless a compressor made what is due. Looks at shapes, dtype and device alone."""
     compressor = history.policy.compressor
     who = f"layer {history.layer}: {type(compressor).__name__}.{method}()"
@@ -99,9 +112,18 @@ def _check(history: History, made: Any, count: int, tokens: int, method: str, *,
             f"{who} made keys {tuple(keys.shape)} and values {tuple(values.shape)}; due is [batch, kv_heads, blocks, "
             f"tokens, width] with {due} and {most}{tokens} tokens, as {declared} says"
         )
+    if (keys.shape[4], values.shape[4]) != history.widths:
+        got = (keys.shape[4], values.shape[4])
+        raise SlotError(f"{who} made keys and values of widths {got}; due are {history.widths}")
     if {keys.dtype, values.dtype} != {history.dtype}:
         raise SlotError(f"{who} made keys of {keys.dtype} and values of {values.dtype}; due is {history.dtype}")
-    lead = (*due, keys.shape[3])
+    if {keys.device, values.device} != {moment.device}:
+        raise SlotError(f"{who} made keys on {keys.device} and values on {values.device}; due is {moment.device}")
+    if not isinstance(made.span, int) or made.span < 1:
+        raise SlotError(f"{who} made blocks of span {made.span!r}; due is a whole number of steps of at least 1")
+    axes, lead = 1 + len(moment.geometry.grid), (*due, keys.shape[3])
+    if made.offsets.dim() == 5 and made.offsets.shape[4] != axes:
+        raise SlotError(f"{who} made offsets of {made.offsets.shape[4]} axes; due are {axes}: time, then the grid's")
     for name, part, ends in (("offsets", made.offsets, 1), ("bias", made.bias, 0)):
         if part is None:
             continue
@@ -114,3 +136,5 @@ def _check(history: History, made: Any, count: int, tokens: int, method: str, *,
             raise SlotError(f"{who} made {name} {tuple(part.shape)}; due is {lead}, where the first three may be 1")
         if part.device != keys.device:
             raise SlotError(f"{who} made {name} on {part.device}; due is {keys.device}, as keys are")
+        if not part.is_floating_point():
+            raise SlotError(f"{who} made {name} of {part.dtype}; due is a floating dtype")

@@ -304,7 +304,8 @@ class TieredCache:
             held, limit = self.budget(old).nbytes, new.limit_bytes
             if limit is not None and held > limit:
                 raise SwapError(
-                    f"the archive holds {held:,} bytes, more than limit_bytes = {limit:,}; give it no less than it holds"
+                    f"the archive holds {held:,} bytes, more than limit_bytes = {limit:,}; "
+                    "give it no less than it holds"
                 )
         with self.all_or_nothing():
             for rows, policy in zip(self.layers, each, strict=True):

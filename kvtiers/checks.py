@@ -1,5 +1,7 @@
 """What a layer refuses before it changes anything: policies that do not fit it, and tokens that do not."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,46 @@ def admit(
             f"layer {layer} holds tensors on {held or 'nothing yet'}, got keys on {keys.device} and values on "
             f"{values.device}; keep a layer on one device"
         )
+
+
+def check_returned(
+    who: str, made: object, due: str, shape: Sequence[int | None], *, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Raise `SlotError` unless a policy returned a tensor of `shape` (None: any size) on `device`.
+
+    due: the shape in words. dtype: None for any that floats. Waits for nothing.
+    """
+    if not isinstance(made, Tensor):
+        raise SlotError(f"{who} returned a {type(made).__name__}; due is a tensor {due}")
+    if made.dim() != len(shape) or any(n not in (None, got) for got, n in zip(made.shape, shape, strict=True)):
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise SlotError(f"{who} returned {tuple(made.shape)}; due is {due} = ({sizes})")
+    if made.dtype != dtype and (dtype is not None or not made.is_floating_point()):
+        raise SlotError(f"{who} returned {made.dtype}; due is {dtype or 'a floating dtype'}")
+    if made.device != device:
+        raise SlotError(f"{who} returned a tensor on {made.device}; due is {device}, as Moment.device says")
+
+
+def check_encoded(who: str, parts: object, lead: tuple[int, ...]) -> None:
+    """Raise `SlotError` unless a codec made named tensors of `lead` = (rows, kv_heads, blocks)."""
+    if not isinstance(parts, Mapping) or not parts:
+        raise SlotError(f"{who} returned a {type(parts).__name__}; due are tensors by name")
+    for name, part in parts.items():
+        if not isinstance(part, Tensor) or part.shape[:3] != lead:
+            got = tuple(part.shape) if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            raise SlotError(f"{who} made {name!r} {got}; due is [batch, kv_heads, blocks, ...] = {lead} and more")
+
+
+def check_decoded(
+    who: str, made: object, lead: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Keys and values as a codec returned them; `SlotError` unless they are what is due."""
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise SlotError(f"{who} returned a {type(made).__name__}; due are keys and values, a tuple of two tensors")
+    for name, part, width in zip(("keys", "values"), made, widths, strict=True):
+        due = f"[batch, kv_heads, chosen, tokens, width] of {name}"
+        check_returned(who, part, due, (*lead, width), dtype=dtype, device=device)
+    return made
 
 
 def check_finite(keys: Tensor, values: Tensor, *, layer: int, step: int, per_step: int) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from kvtiers.archive import BlockStore, ByteBudget
 from kvtiers.blocks import Blocks, Form, Selection
+from kvtiers.checks import check_decoded, check_encoded, check_returned
 from kvtiers.errors import GeometryError, SavedCacheError, SelectionError, SlotError
 from kvtiers.growing import Growing
 from kvtiers.mid import Fetched, HeldBlocks, MidTokens, entries, merged
@@ -33,6 +34,8 @@ class History(State):
     kv_heads: int
     even: bool
     dtype: torch.dtype
+    widths: tuple[int, int]
+    """Of a key and of a value."""
     most_tokens: Mapping[Form, int]
     """Tokens of the longest block in each form that is archived."""
     longest: int
@@ -77,6 +80,9 @@ class History(State):
         forms = {form: self._lengthened(form, blocks) for form, blocks in kept.items()}
         codec = self.policy.codec
         encoded = {form: codec.encode(blocks.keys.detach(), blocks.values.detach()) for form, blocks in forms.items()}
+        for parts in encoded.values():
+            who, lead = f"layer {self.layer}: {type(codec).__name__}.encode()", (self.batch, self.kv_heads)
+            check_encoded(who, parts, (*lead, digested.count))
         count, placed = next(iter(forms.values())).count, kept["compressed"].span if "compressed" in kept else span
         digest = self._digested(digested, moment)
         starts = first + span * torch.arange(count, device=moment.device)
@@ -102,7 +108,12 @@ class History(State):
         return {form: sum(x.nbytes for x in parts.values()) for form, parts in encoded.items()}
 
     def _opened(self) -> BlockStore:
-        return self.policy.archive.open(self.budget)
+        archive = self.policy.archive
+        made = archive.open(self.budget)
+        if not isinstance(made, BlockStore):
+            who = f"layer {self.layer}: {type(archive).__name__}.open()"
+            raise SlotError(f"{who} returned a {type(made).__name__}; due is a BlockStore")
+        return made
 
     def _truncate(self) -> None:
         """Forget what a failed `add` left behind."""
@@ -168,14 +179,13 @@ class History(State):
             return None
         if blocks.rotated is None:
             blocks = attrs.evolve(blocks, rotated=_rotated(blocks, moment))
-        made = retriever.digest(blocks, moment).detach()
+        made, held = retriever.digest(blocks, moment), self.digests.data
         what = f"layer {self.layer}: {type(retriever).__name__}.digest()"
-        if made.dim() != 5 or made.shape[:3] != (self.batch, self.kv_heads, blocks.count):
-            raise SlotError(
-                f"{what} returned {tuple(made.shape)}; due is [batch, kv_heads, blocks, digests, width] = "
-                f"{(self.batch, self.kv_heads, blocks.count)} and two more"
-            )
-        held = self.digests.data
+        dtype = getattr(made, "dtype", None) if held is None else held.dtype
+        shape = (self.batch, self.kv_heads, blocks.count, None, None if held is None else held.shape[4])
+        due = "[batch, kv_heads, blocks, digests, width]"
+        check_returned(what, made, due, shape, dtype=dtype, device=moment.device)
+        made = made.detach()
         most = self._most_digests(made, moment) if held is None else held.shape[3]
         if made.shape[3] > most:
             raise GeometryError(
@@ -239,17 +249,15 @@ class History(State):
         digests = self.digests.data
         scores = retriever.score(query, None if digests is None else digests[:, :, : self.count], self.count, moment)
         wide = (self.batch, self.kv_heads)
-        fits = scores.dim() == 3 and scores.shape[2] == self.count
-        if not fits or scores.shape[0] not in (1, wide[0]) or scores.shape[1] not in (1, wide[1]):
-            raise SlotError(
-                f"layer {self.layer}: {type(retriever).__name__}.score() returned {tuple(scores.shape)}; due is "
-                f"[batch, kv_heads, archived] = {(*wide, self.count)}, where the first two may be 1"
-            )
-        if scores.device != moment.device:
-            raise SlotError(
-                f"layer {self.layer}: {type(retriever).__name__}.score() returned scores on {scores.device}; due is "
-                f"{moment.device}, as Moment.device says"
-            )
+        lead = tuple(1 if n == 1 else due for n, due in zip(getattr(scores, "shape", ()), wide, strict=False))
+        check_returned(
+            f"layer {self.layer}: {type(retriever).__name__}.score()",
+            scores,
+            "[batch, kv_heads, archived], where the first two may be 1,",
+            (*(lead if len(lead) == 2 else wide), self.count),
+            dtype=None,
+            device=moment.device,
+        )
         ranked = choose(scores, count + more)
         best, next_best = ranked[..., :count].sort(-1).values, ranked[..., count:].sort(-1).values
         return Selection(
@@ -289,7 +297,12 @@ class History(State):
 
     def parts(self, form: Form, index: Int[Tensor, "batch kv_heads chosen"]) -> tuple[Tensor, Tensor]:
         """Keys and values of some blocks as the codec reads them back, [batch, kv_heads, chosen, tokens, width]."""
-        return self.policy.codec.decode(self.stores[form].read(index), self.dtype)
+        made = self.policy.codec.decode(self.stores[form].read(index), self.dtype)
+        who, lead = (
+            f"layer {self.layer}: {type(self.policy.codec).__name__}.decode()",
+            (*index.shape, self.most_tokens[form]),
+        )
+        return check_decoded(who, made, lead, self.widths, self.dtype, index.device)
 
     def offsets_at(self, form: Form, index: Int[Tensor, "#batch #kv_heads chosen"]) -> Tensor:
         """Where the tokens of some blocks lie, [#batch, #kv_heads, #chosen, tokens, axes]."""

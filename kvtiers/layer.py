@@ -67,6 +67,7 @@ class Layer(Placing):
             kv_heads=geometry.kv_heads,
             even=geometry.even,
             dtype=geometry.dtype,
+            widths=(geometry.head_dim, geometry.value_dim),
             most_tokens=self._most_tokens(policy),
             longest=policy.block_steps(geometry),
             layer=self.layer,

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from kvtiers import events
-from kvtiers.errors import SelectionError
+from kvtiers.checks import check_returned
+from kvtiers.errors import SelectionError, SlotError
 from kvtiers.mid import Fetched, MidTokens
 from kvtiers.reading import Reading
 from kvtiers.slots import Placement
@@ -44,6 +45,7 @@ class Placing(Reading):
             recent=self.recent_start,
             moment=self.moment(device),
         )
+        self._check_placement(placement, nothing if mid is None else mid.where.starts)
         where, parts = None, None
         if mid is not None:
             where = attrs.evolve(mid.where, placed=placement.mid_starts)
@@ -57,6 +59,18 @@ class Placing(Reading):
         window.insert(parts)
         self.mid, self.stale = where, False
         self._shift(placement)
+
+    def _check_placement(self, made: object, starts: Tensor) -> None:
+        """Raise `SlotError` unless a realigner placed the blocks that begin at `starts`."""
+        who = f"layer {self.layer}: {type(self.policy.realigner).__name__}.place()"
+        if not isinstance(made, Placement):
+            raise SlotError(f"{who} returned a {type(made).__name__}; due is a Placement")
+        for name in ("sink_shift", "recent_shift", "mid_from"):
+            value = getattr(made, name)
+            if not isinstance(value, int) and not (name == "mid_from" and value is None):
+                raise SlotError(f"{who} gave {name} as a {type(value).__name__}; due is a whole number")
+        due, shape = "mid_starts [..., chosen], as starts are,", tuple(starts.shape)
+        check_returned(f"{who}, mid_starts,", made.mid_starts, due, shape, dtype=None, device=starts.device)
 
     def _placed_mid(self, mid: Fetched, where: MidTokens, placement: Placement) -> Tensor:
         """The keys of mid, rotated once to where they are placed."""
