@@ -71,8 +71,8 @@ def rewrite(history: History, leaving: Blocks, attention: Tensor | None, moment:
             moment,
             at_most=True,
         )
-        own = {"keys": made.keys.clone(), "values": made.values.clone()}  # they may be views of what leaves
-        made = attrs.evolve(made, **own, starts=made.starts.reshape(-1)[:1], rotated=None)
+        keys, values = made.keys.clone(), made.values.clone()  # they may be views of what leaves
+        made = attrs.evolve(made, keys=keys, values=values, starts=made.starts.reshape(-1)[:1], rotated=None)
     history.rewritten = None if made is None else HeldBlocks.of(made)
 
 
@@ -119,8 +119,9 @@ def _check(
         raise SlotError(f"{who} made keys of {keys.dtype} and values of {values.dtype}; due is {history.dtype}")
     if {keys.device, values.device} != {moment.device}:
         raise SlotError(f"{who} made keys on {keys.device} and values on {values.device}; due is {moment.device}")
-    if not isinstance(made.span, int) or made.span < 1:
-        raise SlotError(f"{who} made blocks of span {made.span!r}; due is a whole number of steps of at least 1")
+    span: object = made.span
+    if not isinstance(span, int) or span < 1:
+        raise SlotError(f"{who} made blocks of span {span!r}; due is a whole number of steps of at least 1")
     axes, lead = 1 + len(moment.geometry.grid), (*due, keys.shape[3])
     if made.offsets.dim() == 5 and made.offsets.shape[4] != axes:
         raise SlotError(f"{who} made offsets of {made.offsets.shape[4]} axes; due are {axes}: time, then the grid's")

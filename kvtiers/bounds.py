@@ -137,11 +137,14 @@ class Bounds:
             held += self.anchors(geometry) * geometry.tokens_per_step * geometry.key_bytes
         queries = geometry.batch * geometry.query_heads * geometry.head_dim * geometry.dtype.itemsize
         held += 2 * self.compressor.window * queries
-        uneven = 0 if geometry.even else 4 * rows
-        held += slots * uneven
+        if not geometry.even or self.compressor.rewrites:  # a bias for every slot, where tokens may have one
+            held += slots * 4 * rows
         if self.compressor.rewrites:
-            return held + self.compressor.mid_tokens(geometry) * (
-                self.token_bytes(geometry) + 4 * geometry.batch * geometry.query_heads + rows * (4 + 16 * axes)
+            return (
+                held
+                + 3 * 8
+                + self.compressor.mid_tokens(geometry)
+                * (self.token_bytes(geometry) + 4 * geometry.batch * geometry.query_heads + rows * (4 + 16 * axes))
             )
         if self.compressor.given and self.recent is not None:
             waiting = -(-self.recent // self.block_steps(geometry)) + 1

@@ -109,7 +109,7 @@ class History(State):
 
     def _opened(self) -> BlockStore:
         archive = self.policy.archive
-        made = archive.open(self.budget)
+        made: object = archive.open(self.budget)
         if not isinstance(made, BlockStore):
             who = f"layer {self.layer}: {type(archive).__name__}.open()"
             raise SlotError(f"{who} returned a {type(made).__name__}; due is a BlockStore")

@@ -172,6 +172,9 @@ class Layer(Placing):
         if steps == 0:
             self.clear()
             return
+        if steps == self.num_steps:  # nothing goes, nor what is noted of the current tokens
+            self.check_whole()
+            return
         with self.changing():
             if self.policy.in_place:
                 first = min(max(self.timeline.recent_start_at(steps), self.timeline.sink), self.recent_start)

@@ -70,7 +70,8 @@ class Watched(State):
     def commit(self, window: Window) -> None:
         """The current tokens become history."""
         if self.fresh is not None:
-            self.committed, self.fresh = self.latest, None
+            latest = self.latest
+            self.committed, self.fresh = None if latest is None else latest.clone(), None  # no view of more than these
         if self.got is not None:
             held = window.view("attention", window.attended)[..., 0]
             seen = held + self.got if self.kind == "sum" else torch.maximum(held, self.got)

@@ -19,6 +19,7 @@ from kvtiers.errors import CropError, SavedCacheError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
 from kvtiers.rows import PaddingPattern
+from kvtiers.slots import Compressor
 from strategies import Setting, Stream, copied, cuts, policies, rotary, settings_of, small_presets
 
 
@@ -360,6 +361,39 @@ def test_what_a_layer_watches_is_forked_saved_and_rolled_back_with_it(tmp_path):
         assert torch.equal(held, latest)
         assert held.data_ptr() != latest.data_ptr()
         assert_same_future(other, cache.fork(), setting.tokens, [4, 1], 12)
+
+
+@attrs.frozen
+class Weighed(Compressor):
+    """Values times the attention that their tokens got."""
+
+    @property
+    def attention(self):
+        return "sum"
+
+    def age(self, blocks, moment):
+        weights = blocks.attention.mean(1, keepdim=True)[..., None]
+        return attrs.evolve(blocks, values=blocks.values * weights, attention=None)
+
+    def compressed_tokens(self, tokens):
+        return tokens
+
+
+def test_a_roll_back_by_nothing_forgets_nothing():
+    """Not even what attention the current tokens gave."""
+    found = policy("archive", retriever="recency", sink=0, recent=2, block_size=1, top_k=3, attend="compressed")
+    setting = Setting(
+        policy=attrs.evolve(found, compressor=Weighed()),
+        geometry=Geometry(kv_heads=1, head_dim=4),
+        rotary=rotary(4),
+        seed=0,
+    )
+    cache, untouched = setting.cache(), setting.cache()
+    for one in (cache, untouched):
+        go_on(one, setting.tokens, [2, 1, 1], 0)
+    cache.crop(4)
+    cache.crop_by(0)
+    assert_same_future(cache, untouched, setting.tokens, [1, 1, 2], 4)
 
 
 def test_a_loaded_cache_does_not_look_at_its_file_again(tmp_path):

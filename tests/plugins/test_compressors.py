@@ -172,6 +172,11 @@ def test_the_kept_queries_do_not_keep_a_long_forward_alive_or_follow_its_changes
     held = [part.untyped_storage().nbytes() for part in layer.watched.tensors()]
     assert held == [2 * 3 * 4 * 4]
     assert not layer.watched.latest.any()
+    for count in (50, 2, 1, 50, 2):
+        part = torch.zeros(1, 2, count, 4)
+        layer.write(part[:, :1], part[:, :1])
+        layer.select(part)
+        assert sum(part.untyped_storage().nbytes() for part in layer.watched.tensors()) <= 2 * held[0]
 
 
 def test_only_attention_asks_for_queries():
