@@ -114,8 +114,9 @@ def attention(
     if "bias" in window.planes:
         logits = logits + torch.cat([window.view("bias", part) for part in parts], 2)[:, :, None, None, :, 0]
     if hidden is None:
-        return logits.softmax(-1).flatten(1, 2)
-    shares: Tensor = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
+        shares: Tensor = logits.softmax(-1)
+    else:
+        shares = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
     return shares.flatten(1, 2)
 
 
