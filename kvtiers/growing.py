@@ -1,5 +1,6 @@
 """A tensor that grows by doubling, shared by forks until one of them writes: what tables and archives are made of."""
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ class Growing(State):
 
     def nbytes_after(self, rows: Tensor) -> int:
         """Bytes that will be held once `rows` are appended."""
-        return rows.element_size() * (rows.numel() // rows.shape[self.axis]) * self._slots_after(rows)
+        of_one = math.prod(rows.shape[: self.axis]) * math.prod(rows.shape[self.axis + 1 :])
+        return rows.element_size() * of_one * self._slots_after(rows)
 
     def append(self, rows: Tensor) -> None:
         """Append `rows` along the axis. An error leaves what is held as it was."""

@@ -139,12 +139,7 @@ def test_a_write_that_is_undone_by_a_snapshot_never_was(kind):
     assert same(store, blocks_of(parts(1)))
 
 
-NO_BLOCKS = pytest.mark.xfail(raises=ZeroDivisionError, reason="Growing.nbytes_after divides by the blocks appended")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(DeviceArchive, marks=NO_BLOCKS), pytest.param(HostArchive, marks=NO_BLOCKS), DiskArchive]
-)
+@archives
 def test_a_store_that_was_emptied_is_restored_as_an_empty_one(kind):
     store, loaded = (kind().open(ByteBudget(None)) for _ in range(2))
     store.write(parts(2))
