@@ -246,9 +246,7 @@ class TieredCache:
         with self.all_or_nothing():
             steps = {layer.rewind_recent() for layer in self.every_layer()}
             if len(steps) > 1:
-                raise CropError(
-                    f"rows and layers would have to be fed {sorted(steps)} steps again; rewind rows alone"
-                )
+                raise CropError(f"rows and layers would have to be fed {sorted(steps)} steps again; rewind rows alone")
         return next(iter(steps), 0)
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:

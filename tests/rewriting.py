@@ -27,7 +27,9 @@ def joined(leaving: Blocks, mid: Blocks | None) -> dict[str, Tensor]:
 
 def kept(leaving: Blocks, all_of: dict[str, Tensor], at: Tensor, *, close_up: bool, **changes: Any) -> Blocks:
     """Tokens `at` [batch, kv_heads, n] of what `joined` gave, as one block from step 0."""
-    keys, values, offsets = (all_of[name].take_along_dim(at[..., None], 2)[:, :, None] for name in ("keys", "values", "offsets"))
+    keys, values, offsets = (
+        all_of[name].take_along_dim(at[..., None], 2)[:, :, None] for name in ("keys", "values", "offsets")
+    )
     attention = None
     if "attention" in all_of:
         group = all_of["attention"].shape[1] // at.shape[1]

@@ -14,11 +14,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from strategies import Stream, copied, rotary, same, stream
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvtiers
 from kvtiers import Geometry, InterruptedForwardError, Policy, TieredCache
+from strategies import Stream, copied, rotary, same, stream
 
 GEOMETRY = Geometry(kv_heads=2, query_heads=4, head_dim=8, batch=2)
 LENGTHS = (6, 1, 1, 4, 1, 1, 1, 5, 1, 1, 1, 1)

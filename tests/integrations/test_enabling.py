@@ -556,7 +556,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bound beyond the budget": ({"sink": 4, "recent": 80, "budget": 100}, BudgetError, "attends up to"),
     "one layer beyond the budget": ({"recent": {0: 8, "*": 4000}, "budget": 500}, BudgetError, "more than"),
     "a negative layer": ({"recent": {0: -3, "*": 8}}, PolicyError, "recent must be .*got -3"),
-    "a retriever by layer": ({"retriever": lambda layer: "recency"}, SlotError, "no function of the layer"),
+    "a retriever of a layer that is none": (
+        {"retriever": {0: 3}},
+        SlotError,
+        r"slot 'retriever' takes a Retriever, got int",
+    ),
     "a layer that gets nonsense": ({"recent": lambda layer: "many"}, PolicyError, "recent must be .*got 'many'"),
 }
 

@@ -62,7 +62,7 @@ def test_greedy_generation_under_full_gives_the_same_tokens(family: str, attenti
 
 @pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
 def test_a_model_without_rotary_embedding_refuses_to_be_realigned(realigner: str) -> None:
-    with pytest.raises(RotaryError, match="no rotary embedding; use realigner='original'"):
+    with pytest.raises(RotaryError, match="no rotary embedding; use a realigner that leaves positions alone"):
         tiered(build("gpt2"), "streaming", realigner=realigner).__enter__()
 
 

@@ -182,7 +182,7 @@ def _worst(
 
 
 def _chosen(cache: TransformersCache, layer: int, head: int) -> list[int]:
-    selection = cache.core.every_layer()[layer].selection
+    selection = cache.core.every_layer()[layer].history.selection
     return [] if selection is None else selection.chosen[0, head].tolist()
 
 
