@@ -232,7 +232,7 @@ class TieredCache:
 
     def compact(self, *, recent: int) -> None:
         """Age now, in every layer, what is older than the newest `recent` steps, whatever the policy's `recent` is."""
-        if isinstance(recent, bool) or not isinstance(recent, int) or recent < 0:
+        if type(recent) is not int or recent < 0:
             raise GeometryError(f"compact() keeps a whole number of recent steps of at least 0, got recent={recent!r}")
         with self.all_or_nothing():
             for layer in self.every_layer():

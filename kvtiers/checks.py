@@ -17,12 +17,12 @@ def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer
     if policy.realigner.rotates and rotary is None:
         raise RotaryError(
             f"realigner {type(policy.realigner).__name__} rotates keys to their placed positions, but layer "
-            f"{layer} has no rotary embedding; use a realigner that leaves positions alone, such as 'original'"
+            f"{layer} has no rotary embedding; use a realigner that leaves positions alone"
         )
     if geometry.causal and compressor.given:
         raise SlotError(
             f"compressor {type(compressor).__name__} is given the compressed form of a block when it is committed, and "
-            "text has none to give; choose a compressor of keys and values, such as 'mean-pool'"
+            "text has none to give; choose a compressor of keys and values"
         )
     if not geometry.causal and geometry.even and 0 < (policy.recent or 0) < geometry.steps_per_commit:
         raise GeometryError(

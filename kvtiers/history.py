@@ -92,7 +92,7 @@ class History(State):
                 stores[form].write(parts)
             self.stores = stores
             for form, blocks in forms.items():
-                self._lay(form, blocks)
+                self._lay(form, blocks, cut_short=span != self.longest)
             if digest is not None:
                 self.digests.append(digest)
             steps = (torch.full_like(starts, span), torch.full_like(starts, placed))
@@ -148,11 +148,11 @@ class History(State):
             offsets_differ=True,
         )
 
-    def _lay(self, form: Form, blocks: Blocks) -> None:
+    def _lay(self, form: Form, blocks: Blocks, *, cut_short: bool) -> None:
         """Note where the tokens of blocks lie, and their bias."""
         wide = (self.batch, self.kv_heads)
         offsets, known = blocks.offsets.float(), self.offsets.get(form)
-        if known is None and blocks.alike and self.even:
+        if known is None and blocks.alike and self.even and not cut_short:
             if form not in self.constant:
                 self.constant = {**self.constant, form: offsets.clone()}
         else:

@@ -1,4 +1,4 @@
-"""Published methods in a few lines each, written against the interface, for tests: they rewrite mid, or weigh tokens."""
+"""Published methods in a few lines each, for tests of the interface: they rewrite mid, or weigh tokens."""
 
 from typing import Any, ClassVar
 
@@ -146,7 +146,7 @@ class Streaming(Rewriting):
 
 @attrs.frozen(kw_only=True)
 class Merge(Compressor):
-    """Tokens of a block join the most alike of every `ratio`-th; log n weighs the mean of n (ToMe, arXiv 2210.09461)."""
+    """Tokens join the most alike of every `ratio`-th; log n weighs a mean of n (ToMe, arXiv 2210.09461)."""
 
     ratio: int = 4
     proportional: bool = True

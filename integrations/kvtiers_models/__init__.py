@@ -1,4 +1,4 @@
-"""What the integrations know of models, for `kvtiers plan`. The model libraries are imported when a model is asked for."""
+"""What the integrations know of models, for `kvtiers plan`. A model library is imported when it is asked for."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -135,7 +135,7 @@ def _end(decoder: nn.Module) -> None:
 
 
 def _padding(valid: Tensor, cache: TransformersCache) -> PaddingPattern | None:
-    """Which columns are real; None if all are. While decoding on a GPU that is looked at later, so that nobody waits."""
+    """Which columns are real; None if all are. While decoding on a GPU nobody waits to know: it is looked at later."""
     if valid.shape[1] == 1 and valid.device.type != "cpu":
         cache.check_later(valid.all())
         return None

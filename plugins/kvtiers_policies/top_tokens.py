@@ -78,7 +78,8 @@ def _keys(blocks: Blocks) -> _Keys:
 
 
 def _low_norm(blocks: Blocks) -> _Scores:
-    return -_keys(blocks).norm(dim=-1)
+    norms: _Scores = _keys(blocks).norm(dim=-1)
+    return -norms
 
 
 def _unlike_the_mean(blocks: Blocks) -> _Scores:

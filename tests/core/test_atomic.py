@@ -118,10 +118,18 @@ def equal(a: list[Any], b: list[Any]) -> bool:
     return a[0] == b[0] and all(same(x, y) for x, y in zip(a[1:], b[1:], strict=True))
 
 
-@pytest.mark.parametrize("how", ["operation", "line"])
+SWEEPS = [
+    pytest.param("operation", 7, id="operations"),
+    pytest.param("line", 89, id="lines"),
+    pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
+    pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("how", "step"), SWEEPS)
 @pytest.mark.parametrize("name", policies())
 def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(
-    name: str, how: str, record_property: Callable[[str, object], None]
+    name: str, how: str, step: int, record_property: Callable[[str, object], None]
 ) -> None:
     policy, tokens = policies()[name], stream(GEOMETRY, sum(LENGTHS) + 3)
     every = list(verbs(tokens))
@@ -131,7 +139,6 @@ def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(
         verb(cache)
     right = outcome(cache, tokens)
     tried = refused = 0
-    step = 1 if how == "operation" else 7
     for at, (said, verb) in enumerate(every):
         number = 1 + at % step
         while True:
@@ -156,5 +163,4 @@ def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(
                 refused += 1
             number += step
     record_property("points", f"{tried} tried, {refused} refused")
-    print(f"{name}, {how}: {tried} points tried, the cache refused to go on at {refused}")
-    assert tried > 50
+    assert tried > 10

@@ -197,7 +197,7 @@ def test_a_rewritten_mid_is_placed_and_rotated_once(realigner: str) -> None:
 
 
 def test_log_n_brings_merged_tokens_nearer_to_what_they_were() -> None:
-    """A merged token that stands for n counts n times; without the bias the error is larger. Exact where all are equal."""
+    """A merged token that stands for n counts n times; without that the error is larger. Exact where all are equal."""
     g = torch.Generator().manual_seed(0)
     geometry = kvtiers.Geometry(kv_heads=2, query_heads=4, head_dim=8)
     base = torch.randn(1, 2, 8, 8, generator=g)
