@@ -118,7 +118,7 @@ def policies(as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--model", required=True, help="A Wan (wan2.1-t2v-1.3b, a folder) or a language model (hub id, folder).")
+@click.option("--model", required=True, help="A name, hub id or folder that an installed plugin knows.")
 @click.option("--size", default="832x480", show_default=True, help="Video: width x height, in pixels.")
 @click.option("--seconds", default=120.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--fps", default=16, show_default=True, type=click.IntRange(min=1), help="Video: frames a second.")
@@ -184,10 +184,9 @@ def _shape(model: str, **wanted: Any) -> Shape:
             continue
         if isinstance(found, Shape):
             return found
-    raise PolicyError(
-        f"no installed plugin knows a model {model!r}; give one that `kvtiers plan --help` names, or a folder with a "
-        f"config.json. {' '.join(reasons)}".rstrip()
-    )
+    factories = [registry().factory("shape", name) for name in registry().names("shape")]
+    known = " ".join(line for each in factories for line in (each.__doc__ or "").strip().splitlines()[:1])
+    raise PolicyError(f"no installed plugin knows a model {model!r}; known are: {known} {' '.join(reasons)}".rstrip())
 
 
 _NONE = ("recent", "chunk_size", "budget", "retriever.queries", "retriever.digest_tokens", "retriever.digest_bits")

@@ -86,8 +86,12 @@ def test_the_autoencoder_beside_a_wan_tells_its_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--model", "/nowhere/wan"], "give wan2.1-t2v-1.3b, the hub id of a language model, or", id="hub"),
-        pytest.param(["--model", "/nowhere/wan"], "no installed integration knows a model '/nowhere/wan'", id="name"),
+        pytest.param(
+            ["--model", "/nowhere/wan"],
+            "wan2.1-t2v-1.3b, wan2.1-t2v-14b, or a folder. A language model: a hub id",
+            id="hub",
+        ),
+        pytest.param(["--model", "/nowhere/wan"], "no installed plugin knows a model '/nowhere/wan'", id="name"),
         pytest.param(["--model", "wan2.1-t2v-1.3b", "--size", "832"], "such as 832x480, got '832'", id="size"),
         pytest.param(
             ["--model", "wan2.1-t2v-1.3b", "--size", "830x480"], "multiples of 16 and 16 pixels", id="odd size"
