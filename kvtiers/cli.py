@@ -177,7 +177,7 @@ def _shape(model: str, **wanted: Any) -> Shape:
     )
 
 
-_NONE = ("recent", "chunk_size", "budget", "retriever.queries", "retriever.digest_tokens")
+_NONE = ("recent", "chunk_size", "budget", "retriever.queries", "retriever.digest_tokens", "retriever.digest_bits")
 """What may be none; elsewhere `none` is a name."""
 
 

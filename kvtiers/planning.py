@@ -90,7 +90,7 @@ def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:
     held = slots * (geometry.token_bytes + (geometry.key_bytes if policy.realigner.rotates else 0))
     rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
     full = policy.block_tokens(geometry, "full")
-    digest = policy.retriever.digest_floats(full, geometry.head_dim) * 4 * rows + 8
+    digest = policy.retriever.digest_bytes(full, geometry.head_dim) * rows + 8
     chosen = rows * (3 * 8 + full * 8 * (axes + 1))
     archived = sum(policy.block_tokens(geometry, form) for form in policy.forms) * (
         geometry.token_bytes + 4 * rows * axes

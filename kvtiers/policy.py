@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import attrs
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from kvtiers.archive import Archive
@@ -167,7 +167,7 @@ class Retriever(ABC):
         """How many of `archived` blocks are attended."""
         return min(top_k, archived)
 
-    def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests width"]:
+    def digest(self, blocks: Blocks) -> Num[Tensor, "batch kv_heads blocks digests width"]:
         """The small tensors that are kept hot for `blocks` (of the form that `digests` names), made of `rotated`.
 
         Where blocks differ in length, those that a shorter one has fewer of are zeros when `score` is given them.
@@ -178,11 +178,15 @@ class Retriever(ABC):
         """Digest numbers per block of `tokens` tokens and KV head, for `Policy.bound_bytes`."""
         return 0
 
+    def digest_bytes(self, tokens: int, head_dim: int) -> int:
+        """Bytes of the digests of a block of `tokens` tokens, per row and KV head; 4 a number unless said otherwise."""
+        return 4 * self.digest_floats(tokens, head_dim)
+
     @abstractmethod
     def score(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"] | None,
-        digests: Float[Tensor, "batch kv_heads blocks digests width"] | None,
+        digests: Num[Tensor, "batch kv_heads blocks digests width"] | None,
         archived: int,
     ) -> Float[Tensor, "#batch #kv_heads archived"]:
         """How much each archived block matters to `query` (rotated at its origin); the highest are attended."""
@@ -416,7 +420,7 @@ class Policy:
             waiting = -(-self.recent // self.block_steps(geometry)) + 1
             held += waiting * self.block_tokens(geometry, "compressed") * (geometry.token_bytes + 8 * 4)
         full = self.block_tokens(geometry, "full")
-        digest = self.retriever.digest_floats(full, geometry.head_dim) * 4 * geometry.batch * geometry.kv_heads
+        digest = self.retriever.digest_bytes(full, geometry.head_dim) * geometry.batch * geometry.kv_heads
         length = 0 if geometry.even else 16 * len(self.forms)
         hot = archived_blocks * (digest + 8 + length)
         if not self.compressor.drops:

@@ -12,13 +12,13 @@ from typing import Literal
 import attrs
 import torch
 from attrs import validators as v
-from jaxtyping import Float
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
 from kvtiers.blocks import Blocks, Form
 from kvtiers.errors import SlotError
 from kvtiers.policy import Retriever
-from kvtiers_policies.digests import absent, groups, query_groups, spread
+from kvtiers_policies.digests import Packing, absent, groups, query_groups, spread
 
 _OPTIONAL_COUNT = v.optional([v.instance_of(int), v.ge(1)])
 
@@ -34,6 +34,7 @@ class Affinity(Retriever):
     combine: `sum` adds up what a block got from all queries and digests (and heads); `max` takes the largest, so that a
         block which one query needs is not outvoted by blocks that many queries like a little.
     digest_tokens: keys that one digest covers; none: the whole block.
+    digest_bits: bits per channel of a digest, 1, 2, 4 or 8 (`digests.Packing`); none: digests are float32.
     rows: `each` row of a batch chooses for itself, or by the `mean` over the batch (the paper's).
     form: whether the `full` or the `compressed` keys of a block are digested (the paper's: compressed).
     queries: how many evenly spaced queries are looked at; none: all. A query of zeros (a pad) changes no ranking.
@@ -43,6 +44,7 @@ class Affinity(Retriever):
     normalise: Literal["none", "softmax"] = attrs.field(default="none", validator=v.in_(("none", "softmax")))
     combine: Literal["sum", "max"] = attrs.field(default="sum", validator=v.in_(("sum", "max")))
     digest_tokens: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
+    digest_bits: int | None = attrs.field(default=None, validator=v.optional(v.in_((1, 2, 4, 8))))
     rows: Literal["each", "mean"] = attrs.field(default="each", validator=v.in_(("each", "mean")))
     form: Form = attrs.field(default="full", validator=v.in_(("full", "compressed")))
     queries: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
@@ -51,19 +53,31 @@ class Affinity(Retriever):
     def digests(self) -> Form:
         return self.form
 
-    def digest(self, blocks: Blocks) -> Float[Tensor, "batch kv_heads blocks digests head_dim"]:
-        """The float32 sum of each group's keys; their mean for `softmax`, where the last group may be smaller."""
+    @property
+    def packing(self) -> Packing | None:
+        """How digests are written; none: as they are."""
+        return None if self.digest_bits is None else Packing(self.digest_bits)
+
+    def digest(
+        self, blocks: Blocks
+    ) -> Float[Tensor, "batch kv_heads blocks digests head_dim"] | UInt8[Tensor, "batch kv_heads blocks digests width"]:
+        """The sum of each group's keys; their mean for `softmax`, where the last group may be smaller."""
         softmax = self.normalise == "softmax"
         parts = [g.mean(-2) if softmax else g.sum(-2) for g in groups(blocks, self.digest_tokens)]
-        return torch.stack(parts, dim=-2)
+        digests = torch.stack(parts, dim=-2)
+        return digests if self.packing is None else self.packing.pack(digests)
 
     def digest_floats(self, tokens: int, head_dim: int) -> int:
-        return head_dim * -(-tokens // (self.digest_tokens or tokens))
+        width = head_dim if self.packing is None else self.packing.width(head_dim)
+        return width * -(-tokens // (self.digest_tokens or tokens))
+
+    def digest_bytes(self, tokens: int, head_dim: int) -> int:
+        return self.digest_floats(tokens, head_dim) * (4 if self.packing is None else 1)
 
     def score(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"] | None,
-        digests: Float[Tensor, "batch kv_heads blocks digests head_dim"] | None,
+        digests: Num[Tensor, "batch kv_heads blocks digests width"] | None,
         archived: int,
     ) -> Float[Tensor, "#batch #kv_heads archived"]:
         if query is None or digests is None:
@@ -81,16 +95,29 @@ class Affinity(Retriever):
     def _per_head(
         self,
         query: Float[Tensor, "batch query_heads queries head_dim"],
-        digests: Float[Tensor, "batch kv_heads blocks digests head_dim"],
+        digests: Num[Tensor, "batch kv_heads blocks digests width"],
     ) -> Float[Tensor, "batch kv_heads group blocks"]:
         """The score of every block for every query head, over all queries."""
         grouped = query_groups(query, digests.shape[1]) / query.shape[-1] ** 0.5
         if self.normalise == "none" and self.combine == "sum":
-            return torch.einsum("bkhd,bknd->bkhn", grouped.sum(3), digests.sum(3))
-        logits = torch.einsum("bkhqd,bkmd->bkhqm", grouped, digests.flatten(2, 3))
+            grouped = grouped.sum(3, keepdim=True)
+            if self.packing is None:
+                return torch.einsum("bkhd,bknd->bkhn", grouped.squeeze(3), digests.sum(3))
+        logits = self._logits(grouped, digests.flatten(2, 3))
         if self.normalise == "softmax" or self.combine == "max":
-            logits = logits.masked_fill(absent(digests).flatten(2)[:, :, None, None], -torch.inf)
+            none = absent(digests).flatten(2)[:, :, None, None]
+            logits += torch.zeros_like(none, dtype=logits.dtype).masked_fill(none, -torch.inf)
         shares: Tensor = logits.softmax(-1) if self.normalise == "softmax" else logits
         of_block = (shares.amax(3) if self.combine == "max" else shares.sum(3)).unflatten(-1, digests.shape[2:4])
         scores: Tensor = of_block.amax(-1) if self.combine == "max" else of_block.sum(-1)
         return scores
+
+    def _logits(
+        self,
+        grouped: Float[Tensor, "batch kv_heads group queries head_dim"],
+        digests: Num[Tensor, "batch kv_heads digests width"],
+    ) -> Float[Tensor, "batch kv_heads group queries digests"]:
+        if self.packing is None:
+            return torch.einsum("bkhqd,bkmd->bkhqm", grouped, digests)
+        logits: Tensor = self.packing.products(grouped.flatten(2, 3), digests).unflatten(2, grouped.shape[2:4])
+        return logits

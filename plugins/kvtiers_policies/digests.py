@@ -1,11 +1,21 @@
-"""What the retrievers that score by digests share: cutting a block's keys into groups, and queries into KV heads."""
+"""What the retrievers that score by digests share: groups of keys, queries by KV head, and digests of few bits."""
 
 from collections.abc import Sequence
 
-from jaxtyping import Bool, Float
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvtiers.blocks import Blocks
+
+_STEPS = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
+"""The step, by bits, that quantises normally distributed numbers of size 1 with the least error (Max 1960)."""
+_SCALE_BYTES = 2
+_UNPACKED_AT_ONCE = 2**22
+"""Numbers; 16 MiB in float32."""
 
 
 def groups(blocks: Blocks, size: int | None) -> Sequence[Float[Tensor, "batch kv_heads blocks group head_dim"]]:
@@ -16,7 +26,7 @@ def groups(blocks: Blocks, size: int | None) -> Sequence[Float[Tensor, "batch kv
 
 
 def absent(
-    digests: Float[Tensor, "batch kv_heads blocks digests width"],
+    digests: Shaped[Tensor, "batch kv_heads blocks digests width"],
 ) -> Bool[Tensor, "batch kv_heads blocks digests"]:
     """Which digests are none: a block that is shorter than others may have fewer, and zeros in their place."""
     return (digests == 0).all(-1)
@@ -33,3 +43,93 @@ def query_groups(
 def spread(count: int, of: int) -> list[int]:
     """`count` evenly spaced numbers below `of` (the middles of equal parts), or all of them if there are no more."""
     return list(range(of)) if count >= of else [(2 * i + 1) * of // (2 * count) for i in range(count)]
+
+
+@attrs.frozen
+class Packing:
+    """Vectors in rows of bytes, at 1, 2, 4 or 8 bits per channel, which queries are multiplied with piece by piece.
+
+    Each vector is first turned by a fixed orthogonal matrix, so that no channel is much larger than the others. Then
+    its channels are rounded to equal steps around zero. A row is the step (bfloat16, two bytes) and the codes; a code
+    stands for (code - (2**bits - 1) / 2) * step. With n bytes of codes, byte j holds the channels j, j + n, j + 2n,
+    ..., the first in its lowest bits. A vector of zeros is a row of zeros. A row does not depend on the rows beside it.
+    """
+
+    bits: int = attrs.field(validator=v.in_(tuple(_STEPS)))
+
+    def width(self, channels: int) -> int:
+        """Bytes of one row."""
+        return _SCALE_BYTES + self._code_bytes(channels)
+
+    def pack(self, vectors: Float[Tensor, "*rows channels"]) -> UInt8[Tensor, "*rows width"]:
+        """`vectors` as rows of bytes."""
+        flat = turned(vectors.float())
+        scale = (flat.square().mean(-1, keepdim=True).sqrt() * _STEPS[self.bits]).to(torch.bfloat16)
+        step, top = scale.float(), 2**self.bits - 1
+        codes = torch.where(step > 0, flat / step + (top + 1) / 2, 0.0).floor().clamp(0, top).to(torch.uint8)
+        channels, per_byte = codes.shape[-1], 8 // self.bits
+        size = self._code_bytes(channels)
+        planes = pad(codes, (0, size * per_byte - channels)).unflatten(-1, (per_byte, size))
+        packed = planes[..., 0, :]
+        for plane in range(1, per_byte):
+            packed = packed | planes[..., plane, :] << plane * self.bits
+        return torch.cat([scale.view(torch.uint8), packed], dim=-1)
+
+    def unpack(self, rows: UInt8[Tensor, "*rows width"], channels: int) -> Float[Tensor, "*rows channels"]:
+        """The vectors that `rows` stand for, in float32."""
+        return turned_back(self._turned(rows)[..., :channels])
+
+    def products(
+        self,
+        query: Float[Tensor, "*heads queries channels"],
+        rows: UInt8[Tensor, "*heads rows width"],
+    ) -> Float[Tensor, "*heads queries rows"]:
+        """query . vector for every row, in float32. No more than 16 MiB are unpacked at a time."""
+        query = turned(query.float())
+        query = pad(query, (0, self._code_bytes(query.shape[-1]) * (8 // self.bits) - query.shape[-1]))
+        at_once = max(1, _UNPACKED_AT_ONCE // (rows.shape[:-2].numel() * query.shape[-1]))
+        parts = [query @ self._turned(part).mT for part in rows.split(at_once, dim=-2)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _code_bytes(self, channels: int) -> int:
+        return -(-channels * self.bits // 8)
+
+    def _turned(self, rows: UInt8[Tensor, "*rows width"]) -> Float[Tensor, "*rows padded"]:
+        """What `rows` stand for, still turned; behind the channels there may be some that mean nothing."""
+        packed, top = rows[..., _SCALE_BYTES:], 2**self.bits - 1
+        planes = [packed >> shift & top for shift in range(0, 8, self.bits)]
+        step = rows[..., :_SCALE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+        return torch.addcmul(step * (-top / 2), torch.cat(planes, dim=-1).float(), step)
+
+
+def turned(vectors: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+    """`vectors` turned by a fixed orthogonal matrix: signs, then a Hadamard matrix. Products of two vectors stay.
+
+    The Hadamard matrix is as large as the greatest power of two that divides the number of channels. Source: QuIP#
+    (arXiv 2402.04396) section 3. Deviation: the signs are the same for all.
+    """
+    return _hadamard(vectors * _signs(vectors))
+
+
+def turned_back(vectors: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+    """The inverse of `turned`."""
+    return _hadamard(vectors) * _signs(vectors)
+
+
+def _signs(like: Tensor) -> Tensor:
+    """One sign per channel, without pattern: a bit of its square times the golden ratio. Made on the device."""
+    channel = torch.arange(1, like.shape[-1] + 1, device=like.device)
+    signs: Tensor = 1.0 - 2.0 * ((channel * channel * 2_654_435_769 >> 24) & 1)
+    return signs
+
+
+def _hadamard(vectors: Tensor) -> Tensor:
+    """By sums and differences of pairs, and not as one product: so a row does not depend on the rows beside it."""
+    channels = vectors.shape[-1]
+    size, half = channels & -channels, 1
+    while half < size:
+        first, second = vectors.unflatten(-1, (-1, 2, half)).unbind(-2)
+        vectors = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        half *= 2
+    scaled: Tensor = vectors / size**0.5
+    return scaled

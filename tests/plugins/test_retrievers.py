@@ -53,8 +53,10 @@ def make(*, seed, batch=2, kv_heads=2, group=2, count=4, tokens=6, queries=3, wi
 
 def score(retriever, blocks, keys, query):
     digests = retriever.digest(attrs.evolve(blocks, rotated=keys))
-    assert digests.dtype == torch.float32
-    assert digests.shape[3] * digests.shape[4] == retriever.digest_floats(keys.shape[3], keys.shape[4])
+    tokens, head_dim = keys.shape[3:]
+    assert digests.dtype == (torch.float32 if getattr(retriever, "digest_bits", None) is None else torch.uint8)
+    assert digests.shape[3] * digests.shape[4] == retriever.digest_floats(tokens, head_dim)
+    assert digests[0, 0, 0].nbytes == retriever.digest_bytes(tokens, head_dim)
     return retriever.score(query, digests, keys.shape[2])
 
 
@@ -157,6 +159,23 @@ def test_affinity_digests_are_summed_in_float32():
     assert torch.allclose(digest.double(), low.double().sum(-2), atol=1e-3)
 
 
+@given(
+    shape=shapes,
+    size=digest_tokens,
+    bits=st.sampled_from([1, 2, 4, 8]),
+    heads=st.sampled_from(["mean", "per-kv"]),
+    normalise=st.sampled_from(["none", "softmax"]),
+    combine=st.sampled_from(["sum", "max"]),
+)
+def test_affinity_scores_packed_digests_as_it_would_score_what_they_stand_for(shape, size, bits, **options):
+    blocks, keys, query = make(**shape)
+    packed = Affinity(digest_tokens=size, digest_bits=bits, **options)
+    plain = Affinity(digest_tokens=size, **options)
+    stand_for = packed.packing.unpack(packed.digest(attrs.evolve(blocks, rotated=keys)), keys.shape[4])
+    expected = plain.score(query, stand_for, keys.shape[2])
+    assert torch.allclose(score(packed, blocks, keys, query), expected, atol=1e-4)
+
+
 @given(shape=shapes, size=digest_tokens)
 def test_page_bounds_is_quests_bound_and_no_key_exceeds_it(shape, size):
     blocks, keys, query = make(**shape)
@@ -182,6 +201,8 @@ ALL = [
     Affinity(heads="per-kv"),
     Affinity(normalise="softmax"),
     Affinity(heads="per-kv", normalise="softmax", digest_tokens=4),
+    Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=2),
+    Affinity(heads="per-kv", digest_bits=8),
     PageBounds(digest_tokens=4),
 ]
 
@@ -275,6 +296,7 @@ def test_retrievers_that_ignore_the_query_say_so_and_keep_no_digests(retriever):
         {"normalise": "sigmoid"},
         {"rows": "all"},
         {"digest_tokens": 0},
+        {"digest_bits": 3},
         {"queries": 0},
         {"queries": 1.5},
     ],
