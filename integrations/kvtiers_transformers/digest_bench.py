@@ -30,7 +30,7 @@ from kvtiers_transformers.reading import Needle, answer, encoder, narrow_table, 
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import tiered
 
-DIGESTS = ("8x32", "4x32", "2x32", "2x8", "2x4", "1x32", "1x8", "1x4", "1x2", "1x1")
+DIGESTS = ("8x32", "4x32", "2x32", "2x8", "2x4", "1x32", "1x8", "1x4", "1x3", "1x2", "1x1")
 _TIMED_TOKENS = 16_384
 
 
@@ -76,7 +76,7 @@ def digests(
 ) -> None:
     """Keys found by digests of growing size, what they weigh, and how long a choice takes.
 
-    DIGESTS are written `keys x bits`, as in 1x2: a digest for each key, of two bits per channel; 32 bits are float32.
+    DIGESTS are written `keys x bits`, as in 1x3: a digest for each key, of three bits per channel; 32 bits are float32.
     """
     console = Console()
     policy, kinds = parse(spec), list(digests or DIGESTS)

@@ -34,7 +34,7 @@ class Affinity(Retriever):
     combine: `sum` adds up what a block got from all queries and digests (and heads); `max` takes the largest, so that a
         block which one query needs is not outvoted by blocks that many queries like a little.
     digest_tokens: keys that one digest covers; none: the whole block.
-    digest_bits: bits per channel of a digest, 1, 2, 4 or 8 (`digests.Packing`); none: digests are float32.
+    digest_bits: bits per channel of a digest, 1, 2, 3, 4 or 8 (`digests.Packing`); none: digests are float32.
     rows: `each` row of a batch chooses for itself, or by the `mean` over the batch (the paper's).
     form: whether the `full` or the `compressed` keys of a block are digested (the paper's: compressed).
     queries: how many evenly spaced queries are looked at; none: all. A query of zeros (a pad) changes no ranking.
@@ -44,7 +44,7 @@ class Affinity(Retriever):
     normalise: Literal["none", "softmax"] = attrs.field(default="none", validator=v.in_(("none", "softmax")))
     combine: Literal["sum", "max"] = attrs.field(default="sum", validator=v.in_(("sum", "max")))
     digest_tokens: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)
-    digest_bits: int | None = attrs.field(default=None, validator=v.optional(v.in_((1, 2, 4, 8))))
+    digest_bits: int | None = attrs.field(default=None, validator=v.optional(v.in_((1, 2, 3, 4, 8))))
     rows: Literal["each", "mean"] = attrs.field(default="each", validator=v.in_(("each", "mean")))
     form: Form = attrs.field(default="full", validator=v.in_(("full", "compressed")))
     queries: int | None = attrs.field(default=None, validator=_OPTIONAL_COUNT)

@@ -11,8 +11,10 @@ from torch.nn.functional import pad
 
 from kvtiers.blocks import Blocks
 
-_STEPS = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
+_STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352, 8: 0.0308}
 """The step, by bits, that quantises normally distributed numbers of size 1 with the least error (Max 1960)."""
+_PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""How the bits of a code are divided, the lowest first, so that every part fills bytes evenly."""
 _SCALE_BYTES = 2
 _UNPACKED_AT_ONCE = 2**22
 """Numbers; 16 MiB in float32."""
@@ -47,19 +49,20 @@ def spread(count: int, of: int) -> list[int]:
 
 @attrs.frozen
 class Packing:
-    """Vectors in rows of bytes, at 1, 2, 4 or 8 bits per channel, which queries are multiplied with piece by piece.
+    """Vectors in rows of bytes, at 1, 2, 3, 4 or 8 bits per channel, which queries are multiplied with piece by piece.
 
     Each vector is first turned by a fixed orthogonal matrix, so that no channel is much larger than the others. Then
     its channels are rounded to equal steps around zero. A row is the step (bfloat16, two bytes) and the codes; a code
     stands for (code - (2**bits - 1) / 2) * step. With n bytes of codes, byte j holds the channels j, j + n, j + 2n,
-    ..., the first in its lowest bits. A vector of zeros is a row of zeros. A row does not depend on the rows beside it.
+    ..., the first in its lowest bits. At 3 bits, the lower two bits of all channels come first, then the third.
+    A vector of zeros is a row of zeros. A row does not depend on the rows beside it.
     """
 
     bits: int = attrs.field(validator=v.in_(tuple(_STEPS)))
 
     def width(self, channels: int) -> int:
         """Bytes of one row."""
-        return _SCALE_BYTES + self._code_bytes(channels)
+        return _SCALE_BYTES + sum(_bytes(channels, part) for part in _PARTS[self.bits])
 
     def pack(self, vectors: Float[Tensor, "*rows channels"]) -> UInt8[Tensor, "*rows width"]:
         """`vectors` as rows of bytes."""
@@ -67,17 +70,15 @@ class Packing:
         scale = (flat.square().mean(-1, keepdim=True).sqrt() * _STEPS[self.bits]).to(torch.bfloat16)
         step, top = scale.float(), 2**self.bits - 1
         codes = torch.where(step > 0, flat / step + (top + 1) / 2, 0.0).floor().clamp(0, top).to(torch.uint8)
-        channels, per_byte = codes.shape[-1], 8 // self.bits
-        size = self._code_bytes(channels)
-        planes = pad(codes, (0, size * per_byte - channels)).unflatten(-1, (per_byte, size))
-        packed = planes[..., 0, :]
-        for plane in range(1, per_byte):
-            packed = packed | planes[..., plane, :] << plane * self.bits
-        return torch.cat([scale.view(torch.uint8), packed], dim=-1)
+        packed, low = [scale.view(torch.uint8)], 0
+        for part in _PARTS[self.bits]:
+            packed.append(_joined(codes >> low & 2**part - 1, part))
+            low += part
+        return torch.cat(packed, dim=-1)
 
     def unpack(self, rows: UInt8[Tensor, "*rows width"], channels: int) -> Float[Tensor, "*rows channels"]:
         """The vectors that `rows` stand for, in float32."""
-        return turned_back(self._turned(rows)[..., :channels])
+        return turned_back(self._turned(rows, channels))
 
     def products(
         self,
@@ -85,21 +86,35 @@ class Packing:
         rows: UInt8[Tensor, "*heads rows width"],
     ) -> Float[Tensor, "*heads queries rows"]:
         """query . vector for every row, in float32. No more than 16 MiB are unpacked at a time."""
-        query = turned(query.float())
-        query = pad(query, (0, self._code_bytes(query.shape[-1]) * (8 // self.bits) - query.shape[-1]))
-        at_once = max(1, _UNPACKED_AT_ONCE // (rows.shape[:-2].numel() * query.shape[-1]))
-        parts = [query @ self._turned(part).mT for part in rows.split(at_once, dim=-2)]
+        query, channels = turned(query.float()), query.shape[-1]
+        at_once = max(1, _UNPACKED_AT_ONCE // (rows.shape[:-2].numel() * channels))
+        parts = [query @ self._turned(part, channels).mT for part in rows.split(at_once, dim=-2)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def _code_bytes(self, channels: int) -> int:
-        return -(-channels * self.bits // 8)
+    def _turned(self, rows: UInt8[Tensor, "*rows width"], channels: int) -> Float[Tensor, "*rows channels"]:
+        """What `rows` stand for, still turned."""
+        step, *parts = rows.split([_SCALE_BYTES, *(_bytes(channels, part) for part in _PARTS[self.bits])], dim=-1)
+        codes, low = torch.zeros((), dtype=torch.uint8, device=rows.device), 0
+        for packed, part in zip(parts, _PARTS[self.bits], strict=True):
+            planes = [packed >> shift & 2**part - 1 for shift in range(0, 8, part)]
+            codes = codes | torch.cat(planes, dim=-1)[..., :channels] << low
+            low += part
+        step = step.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+        return torch.addcmul(step * (0.5 - 2 ** (self.bits - 1)), codes.float(), step)
 
-    def _turned(self, rows: UInt8[Tensor, "*rows width"]) -> Float[Tensor, "*rows padded"]:
-        """What `rows` stand for, still turned; behind the channels there may be some that mean nothing."""
-        packed, top = rows[..., _SCALE_BYTES:], 2**self.bits - 1
-        planes = [packed >> shift & top for shift in range(0, 8, self.bits)]
-        step = rows[..., :_SCALE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
-        return torch.addcmul(step * (-top / 2), torch.cat(planes, dim=-1).float(), step)
+
+def _bytes(channels: int, bits: int) -> int:
+    return -(-channels * bits // 8)
+
+
+def _joined(codes: UInt8[Tensor, "*rows channels"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
+    """Codes of `bits` bits, as many to a byte as it holds."""
+    per_byte, size = 8 // bits, _bytes(codes.shape[-1], bits)
+    planes = pad(codes, (0, size * per_byte - codes.shape[-1])).unflatten(-1, (per_byte, size))
+    packed = planes[..., 0, :]
+    for plane in range(1, per_byte):
+        packed = packed | planes[..., plane, :] << plane * bits
+    return packed
 
 
 def turned(vectors: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:

@@ -33,7 +33,7 @@ OPTIONS = {
         {},
         {"heads": "per-kv", "normalise": "softmax", "digest_tokens": 2},
         {"rows": "mean", "queries": 1},
-        {"heads": "per-kv", "normalise": "softmax", "combine": "max", "digest_tokens": 1, "digest_bits": 2},
+        {"heads": "per-kv", "normalise": "softmax", "combine": "max", "digest_tokens": 1, "digest_bits": 3},
     ],
     "page-bounds": [{}, {"digest_tokens": 2}],
 }

@@ -268,10 +268,10 @@ def test_another_retriever_digests_every_block_at_its_own_length() -> None:
         ("affinity", {"heads": "per-kv", "normalise": "softmax", "digest_tokens": 4}),
         ("affinity", {"heads": "per-kv", "combine": "max", "digest_tokens": 4}),
         ("affinity", {"heads": "per-kv", "digest_tokens": 4}),
-        ("affinity", {"heads": "per-kv", "combine": "max", "digest_tokens": 4, "digest_bits": 2}),
+        ("affinity", {"heads": "per-kv", "combine": "max", "digest_tokens": 4, "digest_bits": 3}),
         ("page-bounds", {"digest_tokens": 4}),
     ],
-    ids=["best share", "shares", "best", "sum", "best of two bits", "bounds"],
+    ids=["best share", "shares", "best", "sum", "best of three bits", "bounds"],
 )
 @torch.no_grad()
 def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> None:

@@ -162,7 +162,7 @@ def test_affinity_digests_are_summed_in_float32():
 @given(
     shape=shapes,
     size=digest_tokens,
-    bits=st.sampled_from([1, 2, 4, 8]),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
     heads=st.sampled_from(["mean", "per-kv"]),
     normalise=st.sampled_from(["none", "softmax"]),
     combine=st.sampled_from(["sum", "max"]),
@@ -201,7 +201,7 @@ ALL = [
     Affinity(heads="per-kv"),
     Affinity(normalise="softmax"),
     Affinity(heads="per-kv", normalise="softmax", digest_tokens=4),
-    Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=2),
+    Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=3),
     Affinity(heads="per-kv", digest_bits=8),
     PageBounds(digest_tokens=4),
 ]
@@ -296,7 +296,7 @@ def test_retrievers_that_ignore_the_query_say_so_and_keep_no_digests(retriever):
         {"normalise": "sigmoid"},
         {"rows": "all"},
         {"digest_tokens": 0},
-        {"digest_bits": 3},
+        {"digest_bits": 5},
         {"queries": 0},
         {"queries": 1.5},
     ],
