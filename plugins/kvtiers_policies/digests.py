@@ -111,7 +111,7 @@ def _joined(codes: UInt8[Tensor, "*rows channels"], bits: int) -> UInt8[Tensor, 
     """Codes of `bits` bits, as many to a byte as it holds."""
     per_byte, size = 8 // bits, _bytes(codes.shape[-1], bits)
     planes = pad(codes, (0, size * per_byte - codes.shape[-1])).unflatten(-1, (per_byte, size))
-    packed = planes[..., 0, :]
+    packed: Tensor = planes[..., 0, :]
     for plane in range(1, per_byte):
         packed = packed | planes[..., plane, :] << plane * bits
     return packed
