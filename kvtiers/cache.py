@@ -140,6 +140,12 @@ class TieredCache:
                 for one in rows.layers():
                     one.commit(None if compressed is None else compressed[index])
 
+    def commit_due(self) -> None:
+        """Make current tokens history in those layers alone in which blocks thereby leave recent (text)."""
+        for layer in self.every_layer():
+            if layer.due:
+                layer.commit()
+
     def reselect(self) -> None:
         """Let every layer choose anew at its next `select`, whatever its policy's refresh says."""
         for layer in self.every_layer():

@@ -38,12 +38,12 @@ def admit(
     """Raise `GeometryError` unless a layer on device `held` (None: on none yet) can take these tokens."""
     want = (geometry.batch, geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype)
     got = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-    if got[:4] == want[:4] and {keys.dtype, values.dtype} != {geometry.dtype}:
+    if got[:4] == want[:4] and not keys.dtype == values.dtype == geometry.dtype:
         raise GeometryError(
             f"layer {layer} holds {geometry.dtype}, got keys of {keys.dtype} and values of {values.dtype}; "
             "load the model in one dtype, and instead of torch.autocast in the dtype it would cast to"
         )
-    if got != want or values.shape[:3] != keys.shape[:3]:
+    if got != want or values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
         raise GeometryError(
             f"layer {layer} holds (rows, kv_heads, head_dim, value_dim, dtype) = {want}, got keys "
             f"{tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype}; "

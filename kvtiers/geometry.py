@@ -1,6 +1,7 @@
 """The shape of one layer's keys and values, and where a step's tokens lie."""
 
 import math
+from functools import cached_property
 
 import attrs
 import torch
@@ -49,7 +50,7 @@ class Geometry:
                 "every key/value head serves the same number of query heads"
             )
 
-    @property
+    @cached_property
     def tokens_per_step(self) -> int:
         """Tokens of one step: 1 for text, height x width for a latent frame."""
         return math.prod(self.grid)

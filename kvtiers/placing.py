@@ -35,21 +35,11 @@ class Placing(Reading):
 
     def assemble(self, mid: Fetched | None) -> None:
         """Write the sink and mid right before recent, and place everything."""
-        window, device = self.window, self.window.planes["rotated"].device
-        nothing = torch.zeros(1, 1, 0, dtype=torch.long, device=device)
-        placement = self.policy.realigner.place(
-            sink=min(self.timeline.sink, self.num_steps),
-            starts=nothing if mid is None else mid.where.starts,
-            spans=nothing if mid is None else mid.spans,
-            total=0 if mid is None else mid.total,
-            recent=self.recent_start,
-            moment=self.moment(device),
-        )
-        self._check_placement(placement, nothing if mid is None else mid.where.starts)
-        where, parts = None, None
+        window, where, parts, placement = self.window, None, None, self._placement(mid)
         if mid is not None:
-            where = attrs.evolve(mid.where, placed=placement.mid_starts)
-            parts = {"rotated": self._placed_mid(mid, where, placement), "values": mid.values}
+            where = mid.where if placement is None else attrs.evolve(mid.where, placed=placement.mid_starts)
+            keys = mid.keys if placement is None else self._placed_mid(mid, where, placement)
+            parts = {"rotated": keys, "values": mid.values}
             if mid.bias is not None:
                 if "bias" not in window.planes:
                     window.add_plane("bias", window.planes["rotated"])
@@ -58,7 +48,26 @@ class Placing(Reading):
                 parts["attention"] = mid.attention[..., None]
         window.insert(parts)
         self.mid, self.stale = where, False
-        self._shift(placement)
+        if placement is not None:
+            self._shift(placement)
+
+    def _placement(self, mid: Fetched | None) -> Placement | None:
+        """Where the realigner puts the context's blocks; None if it leaves every key as it is."""
+        realigner, device = self.policy.realigner, self.window.planes["rotated"].device
+        if not realigner.rotates:
+            return None
+        nothing = torch.zeros(1, 1, 0, dtype=torch.long, device=device)
+        starts = nothing if mid is None else mid.where.starts
+        placement = realigner.place(
+            sink=min(self.timeline.sink, self.num_steps),
+            starts=starts,
+            spans=nothing if mid is None else mid.spans,
+            total=0 if mid is None else mid.total,
+            recent=self.recent_start,
+            moment=self.moment(device),
+        )
+        self._check_placement(placement, starts)
+        return placement
 
     def _check_placement(self, made: object, starts: Tensor) -> None:
         """Raise `SlotError` unless a realigner placed the blocks that begin at `starts`."""
@@ -74,7 +83,7 @@ class Placing(Reading):
 
     def _placed_mid(self, mid: Fetched, where: MidTokens, placement: Placement) -> Tensor:
         """The keys of mid, rotated once to where they are placed."""
-        if not self.policy.realigner.rotates or self.rotary is None:
+        if self.rotary is None:
             return mid.keys
         if mid.whole and placement.mid_from is not None:
             return self.turned(mid.keys, placement.mid_from)

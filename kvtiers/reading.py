@@ -98,6 +98,11 @@ class Reading(Undoable):
         """How many current tokens there are."""
         return (self.num_steps - self.committed_steps) * self.geometry.tokens_per_step
 
+    @property
+    def due(self) -> bool:
+        """Whether blocks leave recent once the current tokens are history."""
+        return self.timeline.recent_start_at(self.num_steps) > self.recent_start
+
     def context(self) -> Context:
         """What attention sees now. Pure: the same tensors until the next write or select; nothing is fetched."""
         self.check_whole()

@@ -141,14 +141,15 @@ class LayerRows:
     ) -> Iterator[Chunk]:
         """Feed a forward of any length through the three verbs, cut on the policy's absolute chunk grid (text)."""
         for group, columns in self._split(keys.shape[0], padding):
-            layer = group.layer
+            layer, start = group.layer, 0
             length = keys.shape[2] if columns is None else columns.numel()
             size = layer.policy.chunk_size
-            start = 0
             while start < length:
                 stop = length if size is None else min(length, start + size - layer.num_steps % size)
                 where = slice(start, stop) if columns is None else columns[start:stop]
-                q, k, v = (_part(x, group.rows, where, stop - start) for x in (query, keys, values))
+                q, k, v = query, keys, values
+                if group.rows is not None or columns is not None or stop - start != keys.shape[2]:
+                    q, k, v = (of_rows(x, group.rows)[:, :, where] for x in (query, keys, values))
                 layer.write(k, v)
                 layer.select(q)
                 yield Chunk(rows=group.rows, columns=where, query=layer.place_query(q), context=layer.context())
@@ -191,12 +192,6 @@ class LayerRows:
     def layers(self) -> list[Layer]:
         """The layer of each group."""
         return [group.layer for group in self.groups]
-
-
-def _part(x: Tensor, rows: Tensor | None, where: slice | Tensor, length: int) -> Tensor:
-    """Some rows and columns of a forward; the tensor itself where that is all of them."""
-    x = of_rows(x, rows)
-    return x if isinstance(where, slice) and length == x.shape[2] else x[:, :, where]
 
 
 def of_rows(x: Tensor, rows: Tensor | None) -> Tensor:

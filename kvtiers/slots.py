@@ -163,7 +163,7 @@ class Realigner(ABC):
     """Decides which positions an assembled context gets."""
 
     rotates: ClassVar[bool] = True
-    """False if keys keep the rotation that the model gave them."""
+    """False if keys keep the rotation that the model gave them; then a layer does not ask `place`."""
 
     @property
     def sink_moves(self) -> Literal["never", "again", "anew"]:

@@ -70,7 +70,7 @@ class State:
 
     def snapshot(self) -> dict[str, Any]:
         """The fields as they are; `undo` brings them back. Tensors that are written in place are not copied."""
-        return dict(self.__dict__)
+        return self.__dict__.copy()
 
     def undo(self, before: Mapping[str, Any]) -> None:
         """Go back to what `snapshot` gave."""

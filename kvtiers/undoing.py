@@ -1,8 +1,7 @@
 """All or nothing: a change that fails is undone, or what was changed refuses to go on. Never silently wrong."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -26,18 +25,10 @@ class Undoable(State, ABC):
     def pieces(self) -> list[State]:
         """Every piece that a change may change. Those with a count `moves` say how often tokens were written over."""
 
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """A change: if it fails it is undone, or every further one is refused."""
+    def changing(self) -> "Change":
+        """A change, as a context: if it fails it is undone, or every further one is refused."""
         self.check_whole()
-        before = self.before()
-        self.broken = True
-        try:
-            yield
-        except BaseException:
-            self.go_back(before)
-            raise
-        self.broken = False
+        return Change(self)
 
     def check_whole(self) -> None:
         """Raise `InterruptedForwardError` if an earlier change failed midway."""
@@ -58,3 +49,22 @@ class Undoable(State, ABC):
             return
         for one, state, _ in reversed(before):
             one.undo(state)
+
+
+class Change:
+    """What happens inside is one change of `state`. A class, for it is entered in every layer at every token."""
+
+    __slots__ = ("before", "state")
+
+    def __init__(self, state: Undoable) -> None:
+        self.state = state
+
+    def __enter__(self) -> None:
+        self.before = self.state.before()
+        self.state.broken = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.state.broken = False
+        else:
+            self.state.go_back(self.before)

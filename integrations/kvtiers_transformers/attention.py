@@ -31,6 +31,15 @@ class Forward:
     identity: tuple[Tensor, Tensor] | None = None
     """A rotation that does nothing, made once per forward."""
     outer: "Forward | None" = None
+    functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
+    """The model's own attention functions, found once per forward."""
+
+    def own_attention(self, module: nn.Module, backend: str) -> Callable[..., Any]:
+        """The attention function that the model would use by itself."""
+        found = self.functions.get((type(module), backend))
+        if found is None:
+            found = self.functions[type(module), backend] = _own_attention(module, backend)
+        return found
 
 
 running: ContextVar[Forward | None] = ContextVar("kvtiers_forward", default=None)
@@ -105,7 +114,7 @@ def tiered_attention(
     backend: str = getattr(config, "own", config)._attn_implementation
     if backend == NAME:
         raise UnsupportedModelError("attention 'kvtiers' was called outside an enabled model; use kvtiers' tiered(...)")
-    attend = _own_attention(module, backend)
+    attend = _own_attention(module, backend) if forward is None else forward.own_attention(module, backend)
     if kvtiers is None or forward is None or forward.cache is None:
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return result

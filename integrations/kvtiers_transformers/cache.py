@@ -142,7 +142,7 @@ class TransformersCache(Cache):
         full stops the forward before it began, and the same tokens can be fed again once there is room.
         """
         self._check_whole()
-        self.core.commit()
+        self.core.commit_due()
         for layer in self.tiered_layers:
             layer.held_before = layer.layer.tokens
         self._started, self._coming = self._progress(), tokens

@@ -243,7 +243,7 @@ def _before_attention() -> Callable[..., Any]:
         layer = cache.layers[number]
         if not isinstance(layer, TieredLayer):
             return None
-        if _cache_in((*args, *kwargs.values())) is None:
+        if kwargs.get("past_key_values") is not cache and _cache_in((*args, *kwargs.values())) is None:
             raise UnsupportedModelError(
                 f"layer {number} was not given the cache that its model was given; gradient checkpointing does that "
                 "while training: call model.eval() or model.activation_checkpointing_disable()"
