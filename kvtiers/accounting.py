@@ -56,7 +56,7 @@ def _split(window: Window, current: int, total: Counter[tuple[Part, Location]]) 
     now = min(current, window.recent)
     parts: dict[Part, int] = {"sink": window.sink, "mid": window.mid, "recent": window.recent - now, "current": now}
     for plane in window.planes.values():
-        whole = plane.untyped_storage().nbytes()
+        whole = plane.nbytes
         slot = whole // plane.shape[2]
         for tier, tokens in parts.items():
             total[tier, "device"] += tokens * slot

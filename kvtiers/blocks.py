@@ -91,7 +91,7 @@ class Context:
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
     current: int
-    mask: Bool[Tensor, "current tokens"] | None
+    mask: Bool[Tensor, "current tokens"] | Bool[Tensor, "batch 1 current tokens"] | None
     """True where a current token may attend; None where every token may, or where plain causal order says it all."""
     causal: bool
     """True when `mask` is None because plain causal order says it all (no history yet)."""

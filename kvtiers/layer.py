@@ -113,19 +113,28 @@ class Layer(Placing):
             if self.geometry.causal:
                 self.tell(events.Committed, steps=self.num_steps - self.committed_steps, tokens=self.current)
 
+    def advance(self) -> None:
+        """Take one token that is in the windows already, behind their tails. The layer must be `plain`."""
+        with self.changing():
+            self._commit()
+            self.window.advance(1, recent=1)
+            if self.unrotated is not None:
+                self.unrotated.advance(1, recent=1)
+            self.unplaced, self.live = False, None
+            self._count(1)
+            self.tell(events.Committed, steps=1, tokens=1)
+
     def select(self, query: Float[Tensor, "batch query_heads tokens head_dim"] | None = None) -> None:
         """Choose which archived blocks are attended, if the policy's refresh says that it is time.
 
         query: the current tokens' queries, rotated as keys are. May look at digests, and fetch from host or disk.
         """
-        retriever = self.policy.retriever
-        again = self.pending >= self.policy.refresh_steps and retriever.needs_query and self.history.count > 0
         watches = query is not None and self.watched.looks
-        if not (self.stale or again or watches):
+        if not (self.selects or watches):
             return
         query = None if query is None else query.detach()
         with self.changing():
-            if self.stale or again:
+            if self.selects:
                 first = 0 if query is None else self.num_steps - query.shape[2] // self.geometry.tokens_per_step
                 self.renew(None if query is None else self.turned(query, first))
             if watches and query is not None:
@@ -202,6 +211,11 @@ class Layer(Placing):
         self.window.append(parts, sink=sink)
         wants = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         self.live = (keys, values) if wants else None
+        self._count(steps)
+
+    def _count(self, steps: int) -> None:
+        """Note that `steps` more steps are in the window, and choose anew if that takes no query."""
+        geometry = self.geometry
         self.num_steps += steps
         if geometry.causal:
             self.pending = self.pending + 1 if steps == 1 else self.policy.refresh_steps

@@ -103,6 +103,18 @@ class Reading(Undoable):
         """Whether blocks leave recent once the current tokens are history."""
         return self.timeline.recent_start_at(self.num_steps) > self.recent_start
 
+    @property
+    def selects(self) -> bool:
+        """Whether it is time to choose archived blocks."""
+        again = self.pending >= self.policy.refresh_steps and self.policy.retriever.needs_query
+        return self.stale or (again and self.history.count > 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether one more token does nothing but come: it is no anchor, nothing leaves recent, and nobody watches."""
+        past = not self.due and self.num_steps >= self.timeline.sink and self.live is None
+        return past and not (self.stale or self.check or self.watched.looks)
+
     def context(self) -> Context:
         """What attention sees now. Pure: the same tensors until the next write or select; nothing is fetched."""
         self.check_whole()

@@ -1,7 +1,7 @@
 """Rotary position embedding: rotate a key once, in float32, from its stored value to the position it has."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import torch
@@ -43,7 +43,7 @@ class Rotary:
         self.angle_dtype = angle_dtype
         self.fingerprint = (layout, self.scaling, angle_dtype, *(tuple(f.tolist()) for f in self.frequencies))
         """Rotary embeddings with equal fingerprints rotate alike."""
-        self._tables: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._tables: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
     def axes(self) -> int:
@@ -79,15 +79,29 @@ class Rotary:
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]]:
         """`table` of consecutive steps from `start`, remembered: all layers of a forward ask for the same few."""
-        key = (start, steps, grid, device, dtype == torch.float64)
+
+        def positions() -> Tensor:
+            time = torch.arange(steps, dtype=torch.float64, device=device) + start
+            axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in grid)]
+            return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2) if grid else time[:, None]
+
+        return self._remembered((start, steps, grid, device, dtype == torch.float64), positions, dtype)
+
+    def at(
+        self, steps: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> tuple[Float[Tensor, "rows 1 1 width"], Float[Tensor, "rows 1 1 width"]]:
+        """`table` of one step for each row, remembered as that of `run` is."""
+
+        def positions() -> Tensor:
+            return torch.tensor(steps, dtype=torch.float64, device=device)[:, None, None, None]
+
+        return self._remembered((steps, device, dtype == torch.float64), positions, dtype)
+
+    def _remembered(self, key: Hashable, positions: Callable[[], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         found = self._tables.get(key)
         if found is None:
             with torch.inference_mode(False):  # a table made under it could not serve a pass with gradients later
-                time = torch.arange(steps, dtype=torch.float64, device=device) + start
-                axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in grid)]
-                grids = torch.meshgrid(*axes, indexing="ij")
-                positions = torch.stack(grids, -1).flatten(0, -2) if grid else time[:, None]
-                found = self._tables[key] = self.table(positions, dtype)
+                found = self._tables[key] = self.table(positions(), dtype)
             if len(self._tables) > _TABLES_KEPT:
                 self._tables.popitem(last=False)
         return found

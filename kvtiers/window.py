@@ -70,7 +70,12 @@ class Window(State):
             plane[:, :, here] = parts.get(name, 0)
         if sink and not self.sink:
             self.sink_slot = self.tail
-        self.tail, self.sink, self.recent = self.tail + tokens, self.sink + sink, self.recent + tokens - sink
+        self.sink += sink
+        self.advance(tokens, recent=tokens - sink)
+
+    def advance(self, tokens: int, *, recent: int) -> None:
+        """Take in `tokens` tokens that lie behind the tail already, the last `recent` of them as recent."""
+        self.tail, self.recent = self.tail + tokens, self.recent + recent
 
     def retract(self, tokens: int) -> None:
         """Give up the newest `tokens` tokens."""
@@ -95,7 +100,8 @@ class Window(State):
         """Put mid tokens (None: no mid) before recent, in place of those that are there, and the sink before them."""
         tokens = 0 if parts is None else next(iter(parts.values())).shape[2]
         if self.head < self.sink + tokens:
-            self._relocate(max(self.sink + tokens, self._front()), 0, keep_mid=False)
+            self.mid = 0
+            self._relocate(max(self.sink + tokens, self.room_before), 0)
         slot = self.head - tokens - self.sink
         self.moves += 1
         if slot != self.sink_slot and self.sink:
@@ -150,9 +156,10 @@ class Window(State):
             tensors[f"planes.{name}"] = kept
         return tensors, about
 
-    def _front(self) -> int:
-        """Slots before recent: what sink and mid may come to need, or have now if there is no limit."""
-        return self.sink + self.mid if self.front is None else self.front
+    @property
+    def room_before(self) -> int:
+        """Slots before recent: what sink and mid may come to need, and at least what they have."""
+        return max(self.front or 0, self.sink + self.mid)
 
     def _reserve(self, tokens: int, parts: Planes) -> None:
         """Make sure that `tokens` more slots follow the tail."""
@@ -162,26 +169,26 @@ class Window(State):
             self.planes = {name: lasting((*x.shape[:2], room, x.shape[3]), like=x) for name, x in parts.items()}
             self.tail = self.sink_slot = front
         elif self.tail + tokens > self.slots:
-            self._relocate(self._front(), tokens, keep_mid=True)
+            self._relocate(self.room_before, tokens)
 
-    def _relocate(self, head: int, extra: int, *, keep_mid: bool) -> None:
+    def _relocate(self, head: int, extra: int) -> None:
         """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
-        sink, mid, old = self.sink, self.mid if keep_mid else 0, self.head
-        needed = head + self.recent + extra
-        grows = needed > self.slots
-        room = self.slots if not grows else needed if self.capacity is not None else max(needed, 2 * self.slots)
-        made = {}
+        needed, made = head + self.recent + extra, self.planes
+        if needed > self.slots:
+            room = needed if self.capacity is not None else max(needed, 2 * self.slots)
+            made = {name: lasting((*x.shape[:2], room, x.shape[3]), like=x) for name, x in self.planes.items()}
+        self.move(made, head + self.recent)
+
+    def move(self, planes: dict[str, Tensor], tail: int) -> None:
+        """Move everything into `planes` (they may be the own ones), so that it ends at slot `tail`."""
+        old, head = self.head, tail - self.recent
+        start = head - self.mid - self.sink
         for name, plane in self.planes.items():
-            anchors = plane[:, :, self.sink_slot : self.sink_slot + sink]
-            rest = plane[:, :, old - mid : self.tail]
-            target = plane
-            if grows:
-                target = lasting((*plane.shape[:2], room, plane.shape[3]), like=plane)
-            else:
+            anchors = plane[:, :, self.sink_slot : self.sink_slot + self.sink]
+            rest = plane[:, :, old - self.mid : self.tail]
+            if planes is self.planes:
                 anchors, rest = anchors.clone(), rest.clone()
                 self.moves += 1
-            target[:, :, head - mid : head + self.recent] = rest
-            target[:, :, head - mid - sink : head - mid] = anchors
-            made[name] = target
-        self.planes, self.tail, self.sink_slot = made, head + self.recent, head - mid - sink
-        self.mid = mid
+            planes[name][:, :, start + self.sink : tail] = rest
+            planes[name][:, :, start : start + self.sink] = anchors
+        self.__dict__.update(planes=planes, tail=tail, sink_slot=start)  # at once, whatever interrupts

@@ -16,6 +16,8 @@ from kvtiers import Context, LayerRows, PaddingPattern, UnsupportedModelError
 
 NAME = "kvtiers"
 _FLEX_BLOCK = 128
+_WITH_MASKS_BY_ROW = ("eager", "sdpa")
+"""The backends that take a mask of its own for each row."""
 
 
 @attrs.define(eq=False)
@@ -119,7 +121,7 @@ def tiered_attention(
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return result
     out: Tensor | None = None
-    for chunk in kvtiers.chunks(query, key, value, forward.padding):
+    for chunk in kvtiers.chunks(query, key, value, forward.padding, together=backend in _WITH_MASKS_BY_ROW):
         context = chunk.context
         mask = _mask_for(backend, context, chunk.query)
         part = attend(module, chunk.query, context.keys, context.values, mask, **kwargs)[0]
