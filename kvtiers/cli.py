@@ -13,9 +13,9 @@ from typing import Any
 import attrs
 import torch
 
-from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError
+from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError, explain
 from kvtiers.planning import Shape, cost
-from kvtiers.plugins import Plugin, explain, registry
+from kvtiers.plugins import Plugin, registry
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import describe, policy
 
