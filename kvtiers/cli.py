@@ -222,7 +222,7 @@ def parse(spec: str) -> Policy:
     for slot, of_slot in options.items():
         if slot not in SLOTS or slot not in changes:
             raise PolicyError(
-                f"{spec!r}: an option of a slot follows its name, as in retriever=affinity,retriever.heads=mean; the "
+                f"{spec!r}: an option of a slot follows its name, as in retriever=NAME,retriever.OPTION=VALUE; the "
                 f"slots are {', '.join(SLOTS)}"
             )
         changes[slot] = (changes[slot], of_slot)
