@@ -7,6 +7,7 @@ from typing import Literal
 import attrs
 from torch import Tensor
 
+from kvtiers.archive import BlockStore, bytes_by_location
 from kvtiers.blocks import Location, Tier
 from kvtiers.layer import Layer
 from kvtiers.window import Window
@@ -29,6 +30,7 @@ def memory_usage_of(layers: Iterable[Layer]) -> list[MemoryUsage]:
     total: Counter[tuple[Part, Location]] = Counter()
     small: dict[int, int] = {}
     waiting: dict[int, int] = {}
+    stores: list[BlockStore] = []
     for layer in layers:
         for window in (layer.window, layer.unrotated):
             if window is not None:
@@ -38,9 +40,9 @@ def memory_usage_of(layers: Iterable[Layer]) -> list[MemoryUsage]:
         waiting |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held}
         parts = [*history.tensors(), *layer.watched.tensors(), *(layer.mid.tensors() if layer.mid else ())]
         small |= _storages(part for part in parts if part.untyped_storage().data_ptr() not in waiting)
-        for store in history.stores.values():
-            for location, size in store.bytes_by_location().items():
-                total["mid", location] += size
+        stores += history.stores.values()
+    for location, size in bytes_by_location(stores).items():
+        total["mid", location] += size
     total["digests", "device"] = sum(small.values())
     total["recent", "device"] += sum(waiting.values())
     return [MemoryUsage(tier=tier, location=location, bytes=n) for (tier, location), n in total.most_common() if n]

@@ -139,3 +139,8 @@ def _check(
             raise SlotError(f"{who} made {name} on {part.device}; due is {keys.device}, as keys are")
         if not part.is_floating_point():
             raise SlotError(f"{who} made {name} of {part.dtype}; due is a floating dtype")
+    if compressor.alike and (made.bias is not None or not made.alike):
+        raise SlotError(
+            f"{who} made blocks that have a bias, or whose tokens lie otherwise than in others, and says alike = True; "
+            "leave alike as it is (False)"
+        )

@@ -6,7 +6,8 @@ nothing of keys and values: it holds named tensors, which a `Codec` made of them
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import attrs
@@ -24,6 +25,9 @@ Parts = Mapping[str, Tensor]
 """What a codec made of a run of blocks: tensors by name, each [batch, kv_heads, blocks, ...]."""
 
 
+Storages = Mapping[tuple[Location, Hashable], int]
+"""Bytes by the location and the name of each storage or file. Stores that share one give it one name."""
+
 OwnStore = TypeVar("OwnStore", bound="BlockStore")
 
 
@@ -40,16 +44,25 @@ class ByteBudget:
 
     @property
     def nbytes(self) -> int:
-        return sum(sum(store.bytes_by_location().values()) for store in self._stores if store.budget is self)
+        """Bytes held. What several stores share counts once."""
+        return sum(self._held_beside(None).values())
 
-    def admit(self, more: int, archive: str) -> None:
-        """Raise `ArchiveFullError` if `more` bytes would exceed the limit."""
-        if self.limit is not None and more > 0 and (held := self.nbytes) + more > self.limit:
+    def admit(self, store: "BlockStore", after: Storages) -> None:
+        """Raise `ArchiveFullError` if the limit does not allow that `store` comes to hold `after`."""
+        if self.limit is None:
+            return
+        others, held = self._held_beside(store), self.nbytes
+        more = sum({**others, **after}.values()) - held
+        if more > 0 and held + more > self.limit:
             raise ArchiveFullError(
-                f"archive {archive!r} holds {held:,} bytes and needs {more:,} more than its limit allows "
+                f"the archive holds {held:,} bytes and needs {more:,} more, which its limit does not allow "
                 f"(limit_bytes = {self.limit:,}); swap to a policy whose archive has a larger limit_bytes, or start "
                 "with another archive or a compressor that keeps less. Nothing was lost: the blocks are still recent"
             )
+
+    def _held_beside(self, store: "BlockStore | None") -> Storages:
+        """What all stores but `store` hold."""
+        return storages_of(one for one in self._stores if one.budget is self and one is not store)
 
 
 class BlockStore(State, ABC):
@@ -80,8 +93,12 @@ class BlockStore(State, ABC):
         """The parts of the chosen blocks of every row and head, [batch, kv_heads, chosen, ...], on `index`'s device."""
 
     @abstractmethod
+    def storages(self) -> Storages:
+        """The storages (or files) held, and their bytes."""
+
     def bytes_by_location(self) -> dict[Location, int]:
         """Bytes of the storages (or files) held, by location."""
+        return bytes_by_location([self])
 
     @abstractmethod
     def fork(self: OwnStore) -> OwnStore:
@@ -106,7 +123,7 @@ class BlockStore(State, ABC):
             self.write(tensors)
 
     def tensors(self) -> Iterator[Tensor]:
-        """None: `bytes_by_location` says what is held."""
+        """Nothing: `storages` says what is held."""
         yield from ()
 
     def admit(self, parts: Parts, held: Parts) -> None:
@@ -120,6 +137,19 @@ class BlockStore(State, ABC):
                     f"archived blocks of a layer are of one size and made of the same parts; {name!r} is {said[0]} now "
                     f"and was {said[1]} before (the third axis counts blocks); commit blocks of one length"
                 )
+
+
+def storages_of(stores: Iterable[BlockStore]) -> Storages:
+    """What several stores hold together."""
+    return {name: size for store in stores for name, size in store.storages().items()}
+
+
+def bytes_by_location(stores: Iterable[BlockStore]) -> dict[Location, int]:
+    """Bytes that several stores hold together. What they share counts once."""
+    total: Counter[Location] = Counter()
+    for (location, _), size in storages_of(stores).items():
+        total[location] += size
+    return dict(total)
 
 
 @attrs.frozen(kw_only=True)

@@ -116,39 +116,52 @@ class Bounds:
             current = 0 if self.compressor.given and geometry.even and recent else self.block_steps(geometry)
         return (recent + current) * geometry.tokens_per_step + self.slack(geometry)
 
+    def _cut_short(self, geometry: Geometry) -> bool:
+        """Whether some block may be shorter than others: of a video that says so, of text after `compact`."""
+        return not geometry.even or (geometry.causal and self.block_size > 1)
+
+    def _alike(self, geometry: Geometry) -> bool:
+        """Whether the tokens of all archived blocks lie alike and have no bias."""
+        return (self.compressor.keeps or self.compressor.alike) and not self._cut_short(geometry)
+
     def token_bytes(self, geometry: Geometry) -> int:
-        """Bytes of one token of the window: its key and value, and the attention it got if that is kept."""
-        attention = 4 * geometry.batch * geometry.query_heads if self.compressor.attention in ("sum", "max") else 0
-        return geometry.token_bytes + attention
+        """Bytes of one token of the window: key, value, the attention it got if that is kept, a bias if it may have."""
+        biased = self.compressor.rewrites or (self.archives and not self._alike(geometry))
+        bias = 4 * geometry.batch * geometry.kv_heads if biased else 0
+        return geometry.token_bytes + self.attention_bytes(geometry) + bias
+
+    def attention_bytes(self, geometry: Geometry) -> int:
+        """Bytes of what is noted of the attention that one token gets, if that is kept with every forward."""
+        return 4 * geometry.batch * geometry.query_heads if self.compressor.attention in ("sum", "max") else 0
 
     def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0) -> int | None:
         """The most bytes one layer holds on the device, everything counted; None if there is no limit.
 
-        Counted: the window with current slots and slack, unrotated keys, the latest queries, biases, digests, what is
-        noted of the selection, and an archive on the device of `archived_blocks` blocks. Growing tensors hold at most
-        twice what they need.
+        Counted: the window with current slots and slack, unrotated keys, the latest queries and what attention they
+        gave, biases, digests, what is noted of the selection, and an archive on the device of `archived_blocks` blocks.
+        Growing tensors hold at most twice what they need.
         """
-        slots = self.slots(geometry)
-        if slots is None:
+        bound, slots = self.bound(geometry), self.slots(geometry)
+        if bound is None or slots is None:
             return None
         rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
-        held = slots * self.token_bytes(geometry) + self.unrotated_slots(geometry) * geometry.key_bytes
+        held = slots * self.token_bytes(geometry) + bound * self.attention_bytes(geometry)
+        held += self.unrotated_slots(geometry) * geometry.key_bytes
         if self.realigner.sink_moves == "anew":
             held += self.anchors(geometry) * geometry.tokens_per_step * geometry.key_bytes
         queries = geometry.batch * geometry.query_heads * geometry.head_dim * geometry.dtype.itemsize
         held += 2 * self.compressor.window * queries
-        if not geometry.even or self.compressor.rewrites:  # a bias for every slot, where tokens may have one
-            held += slots * 4 * rows
         if self.compressor.rewrites:
             return (
                 held
                 + 3 * 8
                 + self.compressor.mid_tokens(geometry)
-                * (self.token_bytes(geometry) + 4 * geometry.batch * geometry.query_heads + rows * (4 + 16 * axes))
+                * (self.token_bytes(geometry) + 4 * geometry.batch * geometry.query_heads + rows * 16 * axes)
             )
         if self.compressor.given and self.recent is not None:
             waiting = -(-self.recent // self.block_steps(geometry)) + 1
-            held += waiting * self.block_tokens(geometry, "compressed") * (geometry.token_bytes + 8 * 4)
+            lies = 8 * 4 if self.compressor.alike else rows * 8 * (axes + 1)
+            held += waiting * self.block_tokens(geometry, "compressed") * (geometry.token_bytes + lies)
         if not self.archives:
             return held
         chosen = self.retriever.count(self.top_k, archived_blocks) + self.top_k_compressed
@@ -161,10 +174,9 @@ class Bounds:
         rows = geometry.batch * geometry.kv_heads
         of_digest = self.block_tokens(geometry, self.retriever.digests) if self.retriever.needs_digests else 0
         hot = self.retriever.digest_bytes(of_digest, geometry) * rows + 24
-        for form in self.forms:
-            alike = form == "full" or self.compressor.keeps or self.compressor.given
-            lies = 4 * rows * (1 + len(geometry.grid)) if not (alike and geometry.even) else 0
-            hot += self.block_tokens(geometry, form) * (lies + (0 if geometry.even else 4 * rows))
+        for form in self.forms:  # where each token lies, and its bias
+            alike = self._alike(geometry) or (form == "full" and not self._cut_short(geometry))
+            hot += 0 if alike else self.block_tokens(geometry, form) * 4 * rows * (len(geometry.grid) + 2)
         return hot + (self.archived_bytes(geometry) if self.archive.location == "device" else 0)
 
     def archived_bytes(self, geometry: Geometry) -> int:

@@ -20,7 +20,7 @@ from kvtiers.errors import CropError, GeometryError, SwapError
 from kvtiers.events import Event
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
-from kvtiers.plugins import Observers
+from kvtiers.observers import Observers
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
 from kvtiers.rows import LayerRows, of_rows

@@ -13,9 +13,9 @@ from typing import Any
 import attrs
 import torch
 
-from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError
+from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError, explain
 from kvtiers.planning import Shape, cost
-from kvtiers.plugins import Plugin, explain, registry
+from kvtiers.plugins import Plugin, registry
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import describe, policy
 
@@ -222,7 +222,7 @@ def parse(spec: str) -> Policy:
     for slot, of_slot in options.items():
         if slot not in SLOTS or slot not in changes:
             raise PolicyError(
-                f"{spec!r}: an option of a slot follows its name, as in retriever=affinity,retriever.heads=mean; the "
+                f"{spec!r}: an option of a slot follows its name, as in retriever=NAME,retriever.OPTION=VALUE; the "
                 f"slots are {', '.join(SLOTS)}"
             )
         changes[slot] = (changes[slot], of_slot)

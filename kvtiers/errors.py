@@ -1,4 +1,10 @@
-"""Every error kvtiers raises, each with the moment it belongs to. All are `KVTiersError` and a standard type too."""
+"""Every error kvtiers raises, each with the moment it belongs to. All are `KVTiersError` and a standard type too.
+
+`suggest` and `explain` are words that their messages share.
+"""
+
+import difflib
+from collections.abc import Iterable
 
 
 class KVTiersError(Exception):
@@ -71,3 +77,15 @@ class MissingModelError(KVTiersError, ImportError):
 
 class UnsupportedModelError(KVTiersError, ValueError):
     """When a model has no attention that kvtiers knows how to serve."""
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` if a known name is near `name`, else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def explain(error: BaseException) -> str:
+    """An exception on one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

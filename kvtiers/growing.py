@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,18 +53,28 @@ class Growing(State):
         """What has been appended so far (a view)."""
         return None if self._storage is None else self._storage.tensor.narrow(self.axis, 0, self.length)
 
-    def nbytes_after(self, rows: Tensor) -> int:
-        """Bytes that will be held once `rows` are appended."""
+    def storages(self) -> dict[Hashable, int]:
+        """The bytes of the buffer, by a name that forks share with it."""
+        return {} if self._storage is None else {self._storage: self.nbytes}
+
+    def storages_after(self, rows: Tensor) -> dict[Hashable, int]:
+        """`storages` once `rows` are appended."""
+        if self._fits(rows):
+            return self.storages()
         of_one = math.prod(rows.shape[: self.axis]) * math.prod(rows.shape[self.axis + 1 :])
-        return rows.element_size() * of_one * self._slots_after(rows)
+        return {object(): rows.element_size() * of_one * self._slots_after(rows)}
+
+    def _fits(self, rows: Tensor) -> bool:
+        """Whether `rows` may be written into the buffer that is there."""
+        held = self._storage
+        return held is not None and self._slots_after(rows) == held.tensor.shape[self.axis] and len(held.users) == 1
 
     def append(self, rows: Tensor) -> None:
         """Append `rows` along the axis. An error leaves what is held as it was."""
-        slots = self._slots_after(rows)
         held = self._storage
-        if held is None or slots > held.tensor.shape[self.axis] or len(held.users) > 1:
+        if held is None or not self._fits(rows):
             shape = list(rows.shape)
-            shape[self.axis] = slots
+            shape[self.axis] = self._slots_after(rows)
             grown = lasting(shape, like=rows, pinned=self.pinned)
             if self.data is not None:
                 grown.narrow(self.axis, 0, self.length).copy_(self.data)

@@ -4,6 +4,7 @@ It knows blocks and no slots. `add` takes blocks in, all or none; `select` score
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -14,12 +15,13 @@ from torch.nn.functional import pad
 from kvtiers.archive import BlockStore, ByteBudget
 from kvtiers.blocks import Blocks, Form, Selection
 from kvtiers.checks import check_decoded, check_encoded, check_returned
-from kvtiers.errors import GeometryError, SavedCacheError, SelectionError, SlotError
+from kvtiers.errors import GeometryError, SelectionError, SlotError
 from kvtiers.growing import Growing
-from kvtiers.mid import Fetched, HeldBlocks, MidTokens, entries, merged
+from kvtiers.mid import Fetched, HeldBlocks, MidTokens, merged
 from kvtiers.policy import Policy, choose
 from kvtiers.slots import Moment
-from kvtiers.state import State, number, part, rows, shared
+from kvtiers.state import State, number, part, rows
+from kvtiers.tokens import TokenTable, lengthened
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
@@ -53,12 +55,8 @@ class History(State):
     when it is placed."""
     digests: Growing = part(factory=lambda: Growing(2))
     stores: dict[Form, BlockStore] = part(factory=dict)
-    constant: dict[Form, Tensor] = shared(named=True)
-    """[1, 1, 1, tokens, axes]: where the tokens of a block lie, while they lie alike in all."""
-    offsets: dict[Form, Growing] = part(factory=dict)
-    """[batch, kv_heads, blocks, tokens, axes], once they lie otherwise in some."""
-    bias: dict[Form, Growing] = part(factory=dict)
-    """[batch, kv_heads, blocks, tokens], from the first block on that has one."""
+    tokens: dict[Form, TokenTable] = part(factory=dict)
+    """Where the tokens of the blocks lie, and their bias."""
     waiting: dict[str, HeldBlocks] = part(factory=dict)
     """Compressed forms that came with blocks that have not left recent yet, by their first step."""
     rewritten: HeldBlocks | None = part(None)
@@ -91,8 +89,10 @@ class History(State):
             for form, parts in encoded.items():
                 stores[form].write(parts)
             self.stores = stores
+            self.tokens = {form: self.tokens.get(form) or TokenTable() for form in forms}
             for form, blocks in forms.items():
-                self._lay(form, blocks, cut_short=span != self.longest)
+                alike = blocks.alike and self.even and span == self.longest
+                self.tokens[form].append(blocks, self.count, alike=alike)
             if digest is not None:
                 self.digests.append(digest)
             steps = (torch.full_like(starts, span), torch.full_like(starts, placed))
@@ -120,57 +120,22 @@ class History(State):
         for store in self.stores.values():
             if store.count > self.count:
                 store.drop_last(store.count - self.count)
-        for growing in (self.table, self.digests, *self.bias.values(), *self.offsets.values()):
+        for growing in (self.table, self.digests):
             growing.length = min(growing.length, self.count)
+        for table in self.tokens.values():
+            table.truncate(self.count)
         if not self.count:
-            self.constant, self.offsets, self.bias = {}, {}, {}
+            self.tokens = {}
 
     def _lengthened(self, form: Form, blocks: Blocks) -> Blocks:
         """Blocks that are shorter than others get tokens that count for nothing behind theirs."""
-        more = self.most_tokens[form] - blocks.tokens
-        if more < 0:
+        most = self.most_tokens[form]
+        if blocks.tokens > most:
             raise GeometryError(
                 f"layer {self.layer}: {type(self.policy.compressor).__name__} made blocks of {blocks.tokens} tokens, "
-                f"and its compressed_tokens() says {self.most_tokens[form]}"
+                f"and its compressed_tokens() says {most}"
             )
-        if not more:
-            return blocks
-        bias = (
-            blocks.keys.new_zeros(1, 1, 1, blocks.tokens, dtype=torch.float32) if blocks.bias is None else blocks.bias
-        )
-        return attrs.evolve(
-            blocks,
-            keys=pad(blocks.keys, (0, 0, 0, more)),
-            values=pad(blocks.values, (0, 0, 0, more)),
-            offsets=pad(blocks.offsets, (0, 0, 0, more)),
-            bias=pad(bias, (0, more), value=-torch.inf),
-            rotated=None,
-            offsets_differ=True,
-        )
-
-    def _lay(self, form: Form, blocks: Blocks, *, cut_short: bool) -> None:
-        """Note where the tokens of blocks lie, and their bias."""
-        wide = (self.batch, self.kv_heads)
-        offsets, known = blocks.offsets.float(), self.offsets.get(form)
-        if known is None and blocks.alike and self.even and not cut_short:
-            if form not in self.constant:
-                self.constant = {**self.constant, form: offsets.clone()}
-        else:
-            if known is None:
-                known = Growing(2)
-                if self.count:
-                    known.append(self.constant[form].expand(*wide, self.count, -1, -1))
-                self.offsets = {**self.offsets, form: known}
-            known.append(offsets.expand(*wide, blocks.count, -1, -1))
-        bias = self.bias.get(form)
-        if bias is None and blocks.bias is not None:
-            bias = Growing(2)
-            if self.count:
-                bias.append(blocks.bias.new_zeros(*wide, self.count, blocks.tokens, dtype=torch.float32))
-            self.bias = {**self.bias, form: bias}
-        if bias is not None:
-            own = blocks.keys.new_zeros(1, 1, 1, 1, dtype=torch.float32) if blocks.bias is None else blocks.bias.float()
-            bias.append(own.expand(*wide, blocks.count, blocks.tokens))
+        return lengthened(blocks, most)
 
     def _digested(self, blocks: Blocks, moment: Moment) -> Tensor | None:
         """The digests of blocks that are archived, all of one size."""
@@ -306,8 +271,7 @@ class History(State):
 
     def offsets_at(self, form: Form, index: Int[Tensor, "#batch #kv_heads chosen"]) -> Tensor:
         """Where the tokens of some blocks lie, [#batch, #kv_heads, #chosen, tokens, axes]."""
-        differ = self.offsets.get(form)
-        return self.constant[form] if differ is None or differ.data is None else entries(differ.data, index)
+        return self.tokens[form].offsets_at(index)
 
     def _fetch(self, form: Form, index: Tensor, one: Tensor) -> Fetched:
         """The blocks of `index`; `one` is the same, of one KV head if that stands for all."""
@@ -315,13 +279,12 @@ class History(State):
             raise SelectionError(f"layer {self.layer} has no archived blocks to select")
         keys, values = self.parts(form, index)
         count = index.shape[-1]
-        where = self.table.data[one]
-        differ, bias = form in self.offsets, self.bias.get(form)
-        offsets = self.offsets_at(form, index if differ else one)
+        where, table = self.table.data[one], self.tokens[form]
+        offsets, bias = table.offsets_at(index), table.bias_at(index)
         return Fetched(
             keys=keys.flatten(2, 3),
             values=values.flatten(2, 3),
-            bias=None if bias is None or bias.data is None else entries(bias.data, index).flatten(2, 3),
+            bias=None if bias is None else bias.flatten(2, 3),
             where=MidTokens(
                 offsets=offsets.expand(*offsets.shape[:2], count, -1, -1).flatten(2, 3),
                 starts=where[..., 0],
@@ -329,7 +292,7 @@ class History(State):
             ),
             spans=where[..., 1 if form == "full" else 2],
             total=self._most_steps(form, count),
-            whole=form == "full" and not self.spans and not differ,
+            whole=form == "full" and not self.spans and table.constant is not None,
         )
 
     def _most_steps(self, form: Form, count: int) -> int:
@@ -344,7 +307,7 @@ class History(State):
 
     def keep(self, forms: Collection[Form]) -> None:
         """Forget what is archived in other forms than these."""
-        for name in ("stores", "constant", "offsets", "bias"):
+        for name in ("stores", "tokens"):
             setattr(self, name, {form: held for form, held in getattr(self, name).items() if form in forms})
 
     def crop(self, steps: int) -> None:
@@ -357,6 +320,10 @@ class History(State):
         for store in self.stores.values():
             store.join(budget)
 
+    def undo(self, before: Mapping[str, Any]) -> None:
+        super().undo(before)
+        self._truncate()
+
     def select_rows(self, at: Tensor) -> "History":
         other = super().select_rows(at)
         other.batch = at.numel()
@@ -365,40 +332,8 @@ class History(State):
     def empty(self, name: str) -> State:
         if name == "stores":
             return self._opened()
-        made = {"waiting": HeldBlocks, "rewritten": HeldBlocks}.get(name)
-        return made() if made is not None else Growing(0 if name == "table" else 2)
-
-    def check(self, moment: Moment) -> None:
-        """Raise `SavedCacheError` unless what was filled makes sense for this layer."""
-        forms = set(self.policy.forms) if self.count else set(self.stores)
-        lengths = {self.table.length, *(store.count for store in self.stores.values())}
-        lengths |= {growing.length for growing in (*self.bias.values(), *self.offsets.values())}
-        if self.policy.retriever.needs_digests:
-            lengths.add(self.digests.length)
-        told, table = {*self.constant, *self.offsets}, self.table.data
-        wrong = lengths - {self.count} or set(self.stores) != forms or (self.count and told != forms)
-        wrong = wrong or (table is not None and table.shape[1:] != (3,))
-        wrong = wrong or len(self.compressed_spans) not in (0, self.count)
-        chosen = [x for x in (self.chosen, self.chosen_compressed) if x is not None]
-        wide = (self.batch, self.kv_heads)
-        for x in chosen:
-            bad = x.dtype != torch.long or x.dim() != 3 or x.shape[:2] != wide
-            wrong = wrong or bad or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.count)
-        axes = 1 + len(moment.geometry.grid)
-        for form in forms if not wrong else ():
-            index = torch.zeros(*wide, 1, dtype=torch.long)
-            keys, values = self.parts(form, index)
-            shape = (*wide, 1, self.most_tokens[form])
-            geometry = moment.geometry
-            wrong = wrong or keys.shape != (*shape, geometry.head_dim) or values.shape != (*shape, geometry.value_dim)
-            offsets = self.offsets_at(form, index.to(moment.device))
-            wrong = wrong or offsets.dim() != 5 or offsets.shape[3:] != (self.most_tokens[form], axes)
-        for held in (*self.waiting.values(), *([self.rewritten] if self.rewritten else [])):
-            tensors: list[Tensor | None] = [held.keys, held.values, held.offsets, held.starts]  # or the file had none
-            wrong = wrong or any(x is None for x in tensors)
-            wrong = wrong or any(x.dim() != 5 or x.shape[:2] != wide for x in (held.keys, held.values))
-        if wrong:
-            raise SavedCacheError(f"the archive of layer {self.layer} does not fit together: {lengths} blocks, {forms}")
+        kinds: dict[str, type[State]] = {"waiting": HeldBlocks, "rewritten": HeldBlocks, "tokens": TokenTable}
+        return kinds[name]() if name in kinds else Growing(0 if name == "table" else 2)
 
 
 def _rotated(blocks: Blocks, moment: Moment) -> Tensor:

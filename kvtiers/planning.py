@@ -97,7 +97,8 @@ def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:
     if not policy.in_place:
         slots += policy.anchors(geometry) * geometry.tokens_per_step + (policy.mid_bound(geometry) or 0)
     rotates = policy.realigner.rotates and not policy.in_place
-    held = slots * (policy.token_bytes(geometry) + (geometry.key_bytes if rotates else 0))
+    of_token = policy.token_bytes(geometry) + policy.attention_bytes(geometry)
+    held = slots * (of_token + (geometry.key_bytes if rotates else 0))
     if policy.archives:
         rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
         chosen = rows * (3 * 8 + max(policy.block_tokens(geometry, form) for form in policy.forms) * 8 * (axes + 1))

@@ -5,7 +5,6 @@ may have provided, and never before, so a broken package that nobody uses breaks
 skips plugins by entry-point name or distribution, `KVTIERS_PLUGINS=a,b` loads only these.
 """
 
-import difflib
 import inspect
 import logging
 import os
@@ -19,7 +18,7 @@ import attrs
 import pluggy
 
 from kvtiers import hookspecs
-from kvtiers.errors import PluginError, UnknownPolicyError
+from kvtiers.errors import PluginError, UnknownPolicyError, explain, suggest
 from kvtiers.events import Event
 
 GROUP = "kvtiers"
@@ -49,20 +48,29 @@ class UnprovidedError(UnknownPolicyError, PluginError):
 class Plugin:
     """One plugin: where it comes from, what it provides, and what went wrong.
 
-    provides: for each kind of `HOOKS`, the names it gives. failed: the kinds whose names are not known because of an
-        error.
+    factories: for each kind of `HOOKS`, what it provides by name. failed: the kinds whose names are not known because
+        of an error. disabled_by: the environment variable that says that it is not to be loaded.
     """
 
     name: str
     distribution: str
     version: str
     module: str
-    provides: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
-    observes: bool = False
+    factories: Mapping[str, Mapping[str, Factory]] = attrs.field(factory=dict, repr=False)
+    observe: Callable[..., Any] | None = attrs.field(default=None, repr=False)
     disabled_by: str | None = None
-    """The environment variable that says that it is not to be loaded."""
     errors: tuple[Exception, ...] = ()
     failed: frozenset[str] = frozenset()
+
+    @property
+    def provides(self) -> dict[str, tuple[str, ...]]:
+        """The names that it gives, sorted, for each kind of `HOOKS` of which it gives any."""
+        return {kind: tuple(sorted(found)) for kind, found in self.factories.items() if found}
+
+    @property
+    def observes(self) -> bool:
+        """Whether it is told of every event."""
+        return self.observe is not None
 
     @property
     def disabled(self) -> bool:
@@ -80,35 +88,14 @@ class Plugin:
         return f"{self.name!r} of {self.distribution} {self.version}".rstrip()
 
 
-@attrs.frozen(kw_only=True, eq=False)
-class _Loaded:
-    """A plugin with what only the registry needs: what it provides by hook, and its observer."""
-
-    plugin: Plugin
-    factories: Mapping[str, Mapping[str, Factory]] = attrs.field(factory=dict)
-    observe: Callable[..., Any] | None = None
-
-
-def suggest(name: object, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` if a known name is near `name`, else nothing."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def explain(error: BaseException) -> str:
-    """An exception on one line."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
 class Registry:
     """The plugins in use. `registry()` is the one of this process; build others from (name, module) pairs in tests."""
 
     def __init__(self, plugins: Iterable[tuple[str, object]] = ()) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._loaded: list[_Loaded] = []
-        self._observers: tuple[_Loaded, ...] = ()
+        self._plugins: list[Plugin] = []
+        self._observers: tuple[Plugin, ...] = ()
         for name, plugin in plugins:
             record = Plugin(name=name, distribution="(given)", version="", module=_module(plugin))
             self._add(self._inspect(plugin, record))
@@ -124,28 +111,27 @@ class Registry:
         for entry in metadata.entry_points(group=GROUP):
             distribution = entry.dist.name if entry.dist else "(unknown)"
             version = entry.dist.version if entry.dist else ""
-            identity = (distribution, entry.name, entry.value)
-            if identity in seen:  # the same distribution is on the path twice
+            if (distribution, entry) in seen:  # the same distribution is on the path twice
                 continue
-            seen.add(identity)
+            seen.add((distribution, entry))
             record = Plugin(name=entry.name, distribution=distribution, version=version, module=entry.value)
             names = {entry.name, distribution}
             by = DISABLE if names & skipped else ONLY if only and not names & only else None
-            found._add(found._load(entry, attrs.evolve(record, disabled_by=by)))
+            found._add(attrs.evolve(record, disabled_by=by) if by else found._load(entry, record))
         return found
 
     @property
     def plugins(self) -> tuple[Plugin, ...]:
         """Every plugin, those that failed or clash included, in the order of loading."""
-        return tuple(self._with_clashes(loaded) for loaded in self._loaded)
+        return tuple(self._with_clashes(plugin) for plugin in self._plugins)
 
     def names(self, kind: str) -> tuple[str, ...]:
         """The names installed for one kind of `HOOKS`, sorted."""
-        return tuple(sorted({name for loaded in self._loaded for name in loaded.factories.get(kind, {})}))
+        return tuple(sorted({name for plugin in self._plugins for name in plugin.factories.get(kind, {})}))
 
     def provider(self, kind: str, name: str) -> Plugin:
         """The plugin that provides `name`."""
-        return self._find(kind, name).plugin
+        return self._find(kind, name)
 
     def factory(self, kind: str, name: str) -> Factory:
         """The factory of `name`.
@@ -158,33 +144,31 @@ class Registry:
     def register(self, plugin: object, name: str | None = None) -> Plugin:
         """Add a module or object with hook implementations. Raises `PluginError` at once if it is at fault."""
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
-        if any(loaded.plugin.name == name for loaded in self._loaded):
+        if any(other.name == name for other in self._plugins):
             raise PluginError(f"a plugin named {name!r} is registered already; choose another name, or unregister it")
         record = Plugin(name=name, distribution="(given)", version="", module=_module(plugin))
         loaded = self._inspect(plugin, record)
-        if loaded.plugin.error is not None:
+        if loaded.error is not None:
             self._manager.unregister(name=name)
-            raise PluginError(f"plugin {name!r} cannot be registered: {explain(loaded.plugin.error)}") from (
-                loaded.plugin.error
-            )
-        for kind, names in loaded.plugin.provides.items():
+            raise PluginError(f"plugin {name!r} cannot be registered: {explain(loaded.error)}") from loaded.error
+        for kind, names in loaded.provides.items():
             for each in names:
                 if each in self.names(kind):
-                    origin = self._providers(kind, each)[0].plugin.origin
+                    origin = self._providers(kind, each)[0].origin
                     self._manager.unregister(name=name)
                     raise PluginError(f"plugin {name!r} provides the {kind} {each!r}, as {origin} does; rename it")
         self._add(loaded)
-        return loaded.plugin
+        return loaded
 
     def unregister(self, name: str) -> None:
         """Remove the plugin called `name`."""
-        known = [loaded.plugin.name for loaded in self._loaded]
+        known = [plugin.name for plugin in self._plugins]
         if name not in known:
             raise PluginError(f"no plugin is named {name!r}; registered: {', '.join(known)}.{suggest(name, known)}")
         if self._manager.has_plugin(name):
             self._manager.unregister(name=name)
-        self._loaded = [loaded for loaded in self._loaded if loaded.plugin.name != name]
-        self._observers = tuple(loaded for loaded in self._observers if loaded.plugin.name != name)
+        self._plugins = [plugin for plugin in self._plugins if plugin.name != name]
+        self._observers = tuple(plugin for plugin in self._observers if plugin.name != name)
 
     @contextmanager
     def registered(self, plugin: object, name: str | None = None) -> Iterator[Plugin]:
@@ -193,7 +177,7 @@ class Registry:
         try:
             yield record
         finally:
-            if any(loaded.plugin.name == record.name for loaded in self._loaded):
+            if any(other.name == record.name for other in self._plugins):
                 self.unregister(record.name)
 
     def observers_active(self) -> bool:
@@ -202,24 +186,22 @@ class Registry:
 
     def observe(self, event: Event) -> None:
         """Tell every observer. One that raises is logged and not called again."""
-        for loaded in self._observers:
+        for plugin in self._observers:
             try:
-                if loaded.observe is not None:
-                    loaded.observe(event)
+                if plugin.observe is not None:
+                    plugin.observe(event)
             except Exception:  # noqa: BLE001 - an observer never breaks generation
-                self._observers = tuple(other for other in self._observers if other is not loaded)
-                _log.warning("observer %s failed and is not called again", loaded.plugin.origin, exc_info=True)
+                self._observers = tuple(other for other in self._observers if other is not plugin)
+                _log.warning("observer %s failed and is not called again", plugin.origin, exc_info=True)
 
-    def _load(self, entry: metadata.EntryPoint, record: Plugin) -> _Loaded:
-        if record.disabled:
-            return _Loaded(plugin=record)
+    def _load(self, entry: metadata.EntryPoint, record: Plugin) -> Plugin:
         try:
             module = entry.load()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded, and raised when it is asked for
             return _broken(record, error)
         return self._inspect(module, record)
 
-    def _inspect(self, plugin: object, record: Plugin) -> _Loaded:
+    def _inspect(self, plugin: object, record: Plugin) -> Plugin:
         """Register `plugin`, call its providing hooks, and note everything that goes wrong."""
         try:
             self._manager.register(plugin, record.name)
@@ -238,24 +220,20 @@ class Registry:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded, and raised when it is asked for
                 errors.append(_plain(error))
                 failed.add(kind)
-        listed = attrs.evolve(
-            record,
-            provides={kind: tuple(sorted(found)) for kind, found in factories.items() if found},
-            observes="kvtiers_observe" in own,
-            errors=tuple(errors),
-            failed=frozenset(failed),
+        observe = own.get("kvtiers_observe")
+        return attrs.evolve(
+            record, factories=factories, observe=observe, errors=tuple(errors), failed=frozenset(failed)
         )
-        return _Loaded(plugin=listed, factories=factories, observe=own.get("kvtiers_observe"))
 
-    def _add(self, loaded: _Loaded) -> None:
-        self._loaded.append(loaded)
-        if loaded.observe is not None:
-            self._observers = (*self._observers, loaded)
+    def _add(self, plugin: Plugin) -> None:
+        self._plugins.append(plugin)
+        if plugin.observes:
+            self._observers = (*self._observers, plugin)
 
-    def _providers(self, kind: str, name: str) -> list[_Loaded]:
-        return [loaded for loaded in self._loaded if name in loaded.factories.get(kind, {})]
+    def _providers(self, kind: str, name: str) -> list[Plugin]:
+        return [plugin for plugin in self._plugins if name in plugin.factories.get(kind, {})]
 
-    def _find(self, kind: str, name: str) -> _Loaded:
+    def _find(self, kind: str, name: str) -> Plugin:
         providers = self._providers(kind, name)
         if len(providers) == 1:
             return providers[0]
@@ -264,9 +242,9 @@ class Registry:
         known = self.names(kind)
         message = f"unknown {kind} {name!r}; installed: {', '.join(known) or 'none'}.{suggest(name, known)}"
         for by, why in ((DISABLE, "Disabled by"), (ONLY, "Left out by")):
-            out = [loaded.plugin.origin for loaded in self._loaded if loaded.plugin.disabled_by == by]
+            out = [plugin.origin for plugin in self._plugins if plugin.disabled_by == by]
             message += f" {why} {by}: {', '.join(out)}." if out else ""
-        broken = [loaded.plugin for loaded in self._loaded if kind in loaded.plugin.failed]
+        broken = [plugin for plugin in self._plugins if kind in plugin.failed]
         if not broken:
             raise UnknownPolicyError(message)
         why = "; ".join(f"{plugin.origin} ({explain(plugin.errors[0])})" for plugin in broken)
@@ -274,29 +252,29 @@ class Registry:
             broken[0].errors[0]
         )
 
-    def _clash(self, kind: str, name: str, providers: list[_Loaded]) -> PluginError:
-        origins = " and ".join(loaded.plugin.origin for loaded in providers)
-        names = ", ".join(loaded.plugin.name for loaded in providers)
+    def _clash(self, kind: str, name: str, providers: list[Plugin]) -> PluginError:
+        origins = " and ".join(plugin.origin for plugin in providers)
+        names = ", ".join(plugin.name for plugin in providers)
         return PluginError(
             f"the {kind} {name!r} is provided by {origins}; uninstall one, or set {DISABLE} to one of: {names}"
         )
 
-    def _with_clashes(self, loaded: _Loaded) -> Plugin:
+    def _with_clashes(self, plugin: Plugin) -> Plugin:
         clashes = tuple(
             self._clash(kind, name, providers)
-            for kind, factories in loaded.factories.items()
+            for kind, factories in plugin.factories.items()
             for name in factories
             if len(providers := self._providers(kind, name)) > 1
         )
-        return attrs.evolve(loaded.plugin, errors=(*loaded.plugin.errors, *clashes))
+        return attrs.evolve(plugin, errors=(*plugin.errors, *clashes))
 
 
 def _module(plugin: object) -> str:
     return plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
 
 
-def _broken(record: Plugin, error: BaseException) -> _Loaded:
-    return _Loaded(plugin=attrs.evolve(record, errors=(_plain(error),), failed=frozenset(HOOKS)))
+def _broken(record: Plugin, error: BaseException) -> Plugin:
+    return attrs.evolve(record, errors=(_plain(error),), failed=frozenset(HOOKS))
 
 
 def _plain(error: BaseException) -> Exception:
@@ -351,25 +329,3 @@ def register(plugin: object, name: str | None = None) -> Plugin:
 def unregister(name: str) -> None:
     """`Registry.unregister` on the registry of this process."""
     registry().unregister(name)
-
-
-class Observers:
-    """Tells a cache's own observer, and those of plugins, of every event. It never raises an `Exception`.
-
-    It is false while nobody listens, so that an event need not even be made.
-    """
-
-    def __init__(self, own: Callable[[Event], None] | None) -> None:
-        self.own = own
-
-    def __bool__(self) -> bool:
-        return self.own is not None or registry().observers_active()
-
-    def __call__(self, event: Event) -> None:
-        if self.own is not None:
-            try:
-                self.own(event)
-            except Exception:  # noqa: BLE001 - an observer never breaks generation
-                _log.warning("observer %r failed and is not called again", self.own, exc_info=True)
-                self.own = None
-        registry().observe(event)

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from kvtiers.archive import Archive, Codec
-from kvtiers.errors import PluginError, PolicyError, SlotError
-from kvtiers.plugins import Registry, explain, registry, suggest
+from kvtiers.errors import PluginError, PolicyError, SlotError, explain, suggest
+from kvtiers.plugins import Registry, registry
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.slots import Compressor, Realigner, Retriever, Sink
 

@@ -12,6 +12,7 @@ from kvtiers import events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Context
 from kvtiers.errors import RotaryError, SavedCacheError, SelectionError
+from kvtiers.filled import check_history
 from kvtiers.geometry import Geometry
 from kvtiers.history import History
 from kvtiers.masks import causal, dropping
@@ -238,7 +239,7 @@ class Reading(Undoable):
         if self.unrotated is not None:
             self.unrotated.check(f"layer {self.layer} (unrotated)", {"unrotated": (*lead, geometry.head_dim)})
         if window.planes:
-            self.history.check(self.moment(window.planes["rotated"].device))
+            check_history(self.history, self.moment(window.planes["rotated"].device))
         if self.mid is not None:
             parts = (self.mid.offsets, self.mid.starts, self.mid.placed)
             if any(x is None for x in parts) or self.mid.offsets.dim() != 4 or self.mid.offsets.shape[2] != window.mid:

@@ -65,6 +65,9 @@ class Compressor(ABC):
     """True if a block stays as it is; then `age` is not called."""
     given: ClassVar[bool] = False
     """True if the compressed form comes with the block, in `commit(compressed=...)`; then `age` is not called."""
+    alike: ClassVar[bool] = False
+    """True if the tokens of every block that it makes lie alike, for all rows and heads, and have no bias, as long as
+    the blocks that it is given are of one length. Then nothing need be noted of each block, and no bound counts it."""
     rewrites: ClassVar[bool] = False
     """True if `rewrite` makes all of mid anew whenever blocks leave recent; then nothing is archived or retrieved."""
 

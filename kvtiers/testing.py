@@ -381,7 +381,7 @@ def check_archive(factory: Callable[[], Archive], *, examples: int = 25) -> None
     for one, wrong, count, advice in (
         (store, {"a": parts["a"]}, 2, "parts of another kind were taken; call self.admit(parts, held) in write()"),
         (store, {**parts, "a": torch.rand(2, 1, 2, 5)}, 2, "blocks of another size were taken; call self.admit()"),
-        (full, parts, 0, "more than limit_bytes was taken; call self.budget.admit(bytes, name) in write()"),
+        (full, parts, 0, "more than limit_bytes was taken; call self.budget.admit(self, ...) in write()"),
     ):
         with suppress(GeometryError, ArchiveFullError):
             one.write(wrong)

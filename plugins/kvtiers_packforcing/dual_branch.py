@@ -36,6 +36,7 @@ class DualBranch(Compressor):
     """
 
     given: ClassVar[bool] = True
+    alike: ClassVar[bool] = True
     branches: Literal["both", "hr", "lr"] = attrs.field(default="both", validator=v.in_(("both", "hr", "lr")))
     positions: Literal["center", "corner", "unit"] = attrs.field(
         default="center", validator=v.in_(("center", "corner", "unit"))

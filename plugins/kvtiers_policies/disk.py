@@ -14,7 +14,7 @@ import tempfile
 import threading
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,7 @@ from jaxtyping import Int, Int64, UInt8
 from safetensors.torch import save
 from torch import Tensor
 
-from kvtiers.archive import Archive, BlockStore, ByteBudget, Parts
+from kvtiers.archive import Archive, BlockStore, ByteBudget, Parts, Storages
 from kvtiers.blocks import Location
 from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError
 
@@ -109,12 +109,15 @@ class Kind:
 
 
 class File:
-    """One file of blocks, checked whenever it is read, and deleted when the last store that lists it is gone."""
+    """One file of blocks, checked whenever it is read, and deleted when the last store that lists it is gone.
 
-    def __init__(self, folder: Folder, parts: Parts, budget: ByteBudget) -> None:
+    admit: is told the file's bytes, and raises `ArchiveFullError` if they are too many, before anything is written.
+    """
+
+    def __init__(self, folder: Folder, parts: Parts, admit: Callable[[int], None]) -> None:
         whole = {name: _own(name, parts) for name in sorted(parts)}
         data = save(whole)
-        budget.admit(len(data), "disk")
+        admit(len(data))
         self.nbytes = len(data)
         self.kinds = _kinds(data, whole)
         _, self.kv_heads, self.blocks, *_ = next(iter(whole.values())).shape
@@ -192,8 +195,12 @@ class DiskBlockStore(BlockStore):
         ((batch, _, count),) = leads
         if count:
             folder = self._folder if self._folder.process == os.getpid() else self._home.folder()
-            entry = Entry(file=File(folder, parts, self.budget), count=count, rows=torch.arange(batch))
+            entry = Entry(file=File(folder, parts, self._admit_bytes), count=count, rows=torch.arange(batch))
             self._folder, self._entries, self.count = folder, (*self._entries, entry), self.count + count
+
+    def _admit_bytes(self, more: int) -> None:
+        """Raise `ArchiveFullError` if a file of `more` bytes would exceed the limit."""
+        self.budget.admit(self, {**self.storages(), ("disk", "new"): more})
 
     def _held(self) -> dict[str, Tensor]:
         """What is held, in shape and dtype only."""
@@ -263,8 +270,8 @@ class DiskBlockStore(BlockStore):
         at = (row * heads + torch.arange(heads)[:, None]) * sizes[number] + block
         return number.flatten(), at.flatten()
 
-    def bytes_by_location(self) -> dict[Location, int]:
-        return {"disk": sum(entry.file.nbytes for entry in self._entries)}
+    def storages(self) -> Storages:
+        return {("disk", entry.file): entry.file.nbytes for entry in self._entries}
 
     def fork(self) -> "DiskBlockStore":
         return self._with(self._entries)

@@ -3,6 +3,8 @@
 It is the untrained stand-in on text for PackForcing's compressed blocks (arXiv 2603.25730, section 3.2).
 """
 
+from typing import ClassVar
+
 import attrs
 from attrs import validators as v
 from jaxtyping import Float
@@ -20,6 +22,7 @@ class MeanPool(Compressor):
     The block keeps its span. Keys are averaged as stored: unrotated, unless the realigner is `original`.
     """
 
+    alike: ClassVar[bool] = True
     ratio: int = attrs.field(default=8, validator=[v.instance_of(int), v.ge(1)])
 
     def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:

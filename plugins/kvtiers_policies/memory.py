@@ -1,10 +1,12 @@
 """What the archives in memory share: a store whose parts grow by doubling, on the device or in the host's memory."""
 
+from collections.abc import Hashable, Iterable, Mapping
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvtiers.archive import BlockStore, ByteBudget, Parts, pick
+from kvtiers.archive import BlockStore, ByteBudget, Parts, Storages, pick
 from kvtiers.blocks import Location
 from kvtiers.errors import GeometryError
 from kvtiers.growing import Growing
@@ -24,11 +26,10 @@ class MemoryBlockStore(BlockStore):
         self.join(budget)
 
     def write(self, parts: Parts) -> None:
-        held = {name: part.data for name, part in self._parts.items() if part.data is not None and self.count}
+        held = {name: part.data for name, part in self._parts.items() if part.data is not None}
         self.admit(parts, held)
         grown = {name: self._parts.get(name) or Growing(2, pinned=self.pinned) for name in parts}
-        more = sum(part.nbytes_after(parts[name]) - part.nbytes for name, part in grown.items())
-        self.budget.admit(more, self.location)
+        self.budget.admit(self, self._named(part.storages_after(parts[name]) for name, part in grown.items()))
         for name, part in grown.items():
             part.length = self.count  # what a write that failed left behind is overwritten
             part.append(parts[name].to(self.device or parts[name].device))
@@ -36,6 +37,8 @@ class MemoryBlockStore(BlockStore):
 
     def drop_last(self, count: int) -> None:
         self.count -= count
+        if not self.count:
+            self._parts = {}  # what comes next may be of another size
         for part in self._parts.values():
             part.length = self.count
 
@@ -48,8 +51,11 @@ class MemoryBlockStore(BlockStore):
             found = {name: part.pin_memory() for name, part in found.items()}
         return {name: part.to(index.device, non_blocking=True) for name, part in found.items()}
 
-    def bytes_by_location(self) -> dict[Location, int]:
-        return {self.location: sum(part.nbytes for part in self._parts.values())}
+    def storages(self) -> Storages:
+        return self._named(part.storages() for part in self._parts.values())
+
+    def _named(self, buffers: Iterable[Mapping[Hashable, int]]) -> Storages:
+        return {(self.location, name): size for buffer in buffers for name, size in buffer.items()}
 
     def fork(self) -> "MemoryBlockStore":
         return self._with({name: part.fork() for name, part in self._parts.items()})

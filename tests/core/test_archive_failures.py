@@ -1,6 +1,7 @@
 """A write that an archive refuses changes nothing: no step is lost, and the same tokens fit once there is room."""
 
 from typing import ClassVar
+from unittest.mock import patch
 
 import attrs
 import pytest
@@ -14,6 +15,7 @@ from kvtiers.blocks import Location
 from kvtiers.errors import ArchiveFullError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
+from kvtiers.window import Window
 from kvtiers_policies.memory import MemoryBlockStore
 from strategies import Setting, copied, cuts, feed, policies, rotary, settings_of
 
@@ -85,6 +87,33 @@ def test_a_refused_write_changes_nothing_and_the_same_append_works_later(data):
         calm.select(now.query)
         assert testing.difference(copied(layer.context()), calm.context()) is None
         assert layer.tier_counts() == calm.tier_counts()
+
+
+def test_what_was_archived_before_a_later_error_is_not_saved_with_the_layer(tmp_path):
+    """The write is undone, blocks included: the file is that of a layer that never got the tokens."""
+    found = policy("archive", retriever="recency", sink=0, recent=2, block_size=2, top_k=1, chunk_size=4)
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
+    cache, tokens = setting.cache(), setting.tokens
+    for start in (0, 4):
+        now = tokens.part(start, start + 4)
+        cache.write(0, now.keys, now.values)
+        cache.select(0, now.query)
+    count = cache.every_layer()[0].history.count
+    now = tokens.part(8, 12)
+    with pytest.raises(RuntimeError, match="out of memory"), patch.object(Window, "append", fails):
+        cache.write(0, now.keys, now.values)
+    assert cache.every_layer()[0].history.count == count
+    cache.save(tmp_path / "cache")
+    loaded = setting.cache()
+    loaded.load(tmp_path / "cache")
+    for one in (cache, loaded):
+        one.write(0, now.keys, now.values)
+        one.select(0, now.query)
+    assert testing.difference(cache.context(0), loaded.context(0)) is None
+
+
+def fails(*_: object, **__: object) -> None:
+    raise RuntimeError("out of memory")
 
 
 def test_when_one_of_two_forms_is_refused_neither_is_held():

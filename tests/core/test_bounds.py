@@ -1,5 +1,7 @@
 """Invariant 6: tokens and bytes stay within what a policy says beforehand, and what is reported is what is held."""
 
+from typing import ClassVar
+
 import attrs
 import pytest
 import torch
@@ -8,10 +10,15 @@ from hypothesis import strategies as st
 
 from kvtiers import testing
 from kvtiers.accounting import bytes_in
+from kvtiers.blocks import Blocks
 from kvtiers.cache import TieredCache
+from kvtiers.errors import SlotError
 from kvtiers.geometry import Geometry
+from kvtiers.layer import Layer
 from kvtiers.presets import policy
+from kvtiers.rotary import Rotary
 from kvtiers.rows import PaddingPattern
+from kvtiers.slots import Compressor
 from strategies import STEPS, Setting, cuts, feed, fewer, names, policies, rotary, settings_of, small_presets, stream
 
 
@@ -58,6 +65,79 @@ def test_reports_are_true_when_rows_part_ways(data):
     for location in ("device", "host"):
         real = testing.storages_of(cache.every_layer())
         assert bytes_in(held, location) == real[location]
+
+
+@attrs.frozen
+class Merged(Compressor):
+    """A block becomes one token, which counts as all that it stands for, or is left out by some heads."""
+
+    def age(self, blocks, moment):
+        logs = torch.full((1, blocks.keys.shape[1], 1, 1), float(blocks.tokens)).log()
+        logs[:, 1:] = -torch.inf
+        mean = (x.mean(-2, keepdim=True) for x in (blocks.keys, blocks.values, blocks.offsets))
+        keys, values, offsets = mean
+        return attrs.evolve(blocks, keys=keys, values=values, offsets=offsets, bias=logs)
+
+    def compressed_tokens(self, tokens):
+        return 1
+
+
+@given(data=st.data())
+def test_biases_and_blocks_that_compact_cuts_short_are_counted(data):
+    found = data.draw(policies(recent=data.draw(st.integers(0, 9)), chunk_size=6, retriever=("recency", "affinity")))
+    found = data.draw(st.sampled_from([found, attrs.evolve(found, compressor=Merged())]))
+    setting = data.draw(settings_of(st.just(found)))
+    trial = testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=STEPS)
+    for steps in data.draw(cuts(setting.policy, most=12)):
+        trial.feed(steps)
+        if data.draw(st.booleans(), label="compact"):
+            trial.cache.compact(recent=data.draw(st.integers(0, 5)))
+            trial.cache.select(0, trial.query[:, :, trial.num_steps - 1 : trial.num_steps])
+        limit = setting.policy.bound_bytes(setting.geometry, trial.layer.history.count)
+        archived = testing.storages(trial.layer)["device"]
+        assert limit is None or archived <= limit
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_bias_of_a_form_that_is_given_is_counted(per_head):
+    """Its archive is kept elsewhere, so that nothing else hides what biases take."""
+    found = policy("packforcing", archive="host", top_k=3, retriever="recency")
+    found = attrs.evolve(found, compressor=Given())
+    geometry = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=4, causal=False)
+    layer = Layer(policy=found, geometry=geometry, rotary=Rotary([torch.ones(2)] * 3, layout="interleaved"))
+    for number in range(40):
+        tokens = torch.randn(1, 2, 64, 12)
+        layer.write(tokens, tokens)
+        layer.select(None)
+        heads = 2 if per_head else 1
+        offsets, bias = torch.rand(1, heads, 1, 3, 3), torch.rand(1, heads, 1, 3)
+        small, starts = torch.randn(1, 2, 1, 3, 12), torch.tensor([4 * number])
+        layer.commit(Blocks(keys=small, values=small, offsets=offsets, bias=bias, starts=starts, span=4))
+        assert testing.storages(layer)["device"] <= found.bound_bytes(geometry, layer.history.count)
+    assert "bias" in layer.window.planes
+
+
+@attrs.frozen
+class Given(Compressor):
+    given: ClassVar[bool] = True
+
+    def age(self, blocks, moment):
+        raise AssertionError("it is given")
+
+    def compressed_tokens(self, tokens):
+        return 3
+
+
+@attrs.frozen
+class SaysAlike(Merged):
+    alike: ClassVar[bool] = True
+
+
+def test_a_compressor_that_says_its_blocks_are_alike_and_gives_them_a_bias_is_refused():
+    found = attrs.evolve(policy("archive", attend="compressed", sink=0, recent=2, block_size=2), compressor=SaysAlike())
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
+    with pytest.raises(SlotError, match=r"SaysAlike.age\(\) made blocks that have a bias.*says alike = True"):
+        list(feed(setting.layer(), setting.tokens, [4, 4, 4]))
 
 
 def is_flat(name: str) -> bool:

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 import kvtiers
 from kvtiers.cli import main
 from kvtiers.events import Committed, Event
+from kvtiers.observers import Observers
 from kvtiers.planning import Shape
-from kvtiers.plugins import Observers, Registry, registry
+from kvtiers.plugins import Registry, registry
 from kvtiers_policies.memory import MemoryBlockStore
 
 GEOMETRY = kvtiers.Geometry(kv_heads=2, head_dim=4)

@@ -240,9 +240,10 @@ def test_blocks_of_different_length_are_compressed_and_attended_and_the_first_ma
             assert max(wan.attended()) <= (wan.policies[0].bound(wan.cache.geometries[0]) or 0)
         layer = wan.cache.layers[0].layers()[0]
         assert layer.history.count == 8
-        bias, table = layer.history.bias["compressed"].data, layer.history.table.data
+        bias, table = layer.history.tokens["compressed"].bias, layer.history.table.data
         assert bias is not None
         assert table is not None
+        bias = bias.data
         own = bias == 0
         assert ((bias == -torch.inf) == ~own).all()
         assert (own.sum(-1) == torch.tensor([n // 2 * 6 for n in lengths[1:9]])).all()

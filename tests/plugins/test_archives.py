@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtiers.accounting import bytes_in
 from kvtiers.archive import ByteBudget
 from kvtiers.cache import TieredCache
 from kvtiers.errors import ArchiveFullError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
+from kvtiers.rows import PaddingPattern
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.disk import DiskArchive
 from kvtiers_policies.host import HostArchive
@@ -172,6 +174,68 @@ def test_rows_that_were_repeated_count_as_what_they_hold(archive):
     assert archived(cache) == cache.budget(cache.policies[0].archive).nbytes
     if archive != "disk":  # files are shared by rows
         assert archived(cache) == 3 * before
+
+
+@archives
+def test_what_stores_of_a_cache_share_counts_once(archive):
+    """A limit of what two stores that share everything hold, and of one more block, admits one more block."""
+    free = ByteBudget(None)
+    store = archive().open(free)
+    store.write(parts(4))
+    alone = free.nbytes
+    fork, row = store.fork(), store.fork().fork()
+    assert free.nbytes == alone
+    assert sum(row.bytes_by_location().values()) == alone
+    fork.write(parts(1))
+    assert free.nbytes > alone
+    limit = ByteBudget(free.nbytes)
+    for each in (store, fork, row):
+        each.join(limit)
+    assert free.nbytes == 0
+    fork.drop_last(5)
+    fork.write(parts(1))
+    assert limit.nbytes <= limit.limit
+    with pytest.raises(ArchiveFullError, match=f"limit_bytes = {limit.limit:,}"):
+        row.write(parts(4))
+
+
+@pytest.mark.parametrize("archive", [DeviceArchive, HostArchive], ids=["device", "host"])
+def test_a_copy_that_a_write_to_shared_memory_makes_has_to_fit_beside_the_original(archive):
+    free = ByteBudget(None)
+    one = archive().open(free)
+    one.write(parts(3))
+    one.write(parts(1))
+    limit = ByteBudget(free.nbytes + free.nbytes // 2)
+    one.join(limit)
+    fork = one.fork()
+    with pytest.raises(ArchiveFullError):
+        fork.write(parts(1))
+    fork.join(free)
+    one.write(parts(1))
+    assert limit.nbytes <= limit.limit
+
+
+def test_files_of_rows_that_part_ways_count_once(tmp_path):
+    found = attrs.evolve(limited("disk", 10**9).policies[0], archive=DiskArchive(directory=str(tmp_path)))
+    cache = TieredCache(found, [attrs.evolve(GEOMETRY, batch=2)])
+    fill(cache, 6, batch=2)
+    tokens, padding = torch.ones(2, 2, 1, 4), PaddingPattern.of(torch.tensor([[True], [False]]))
+    list(cache.layers[0].chunks(tokens, tokens, tokens, padding))
+    gc.collect()
+    assert len(cache.layers[0].groups) == 2
+    files = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert cache.budget(found.archive).nbytes == bytes_in(cache.memory_usage(), "disk") == files
+
+
+@archives
+def test_a_store_that_was_emptied_takes_blocks_of_another_size(archive):
+    store = archive().open(ByteBudget(None))
+    store.write(parts(2))
+    store.drop_last(2)
+    others = {"keys": torch.randn(1, 2, 3, 5), "scales": torch.randn(1, 2, 3).double()}
+    store.write(others)
+    assert {name: x.dtype for name, x in store.parts().items()} == {name: x.dtype for name, x in others.items()}
+    assert all(torch.equal(store.parts()[name], x) for name, x in others.items())
 
 
 @named

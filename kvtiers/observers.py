@@ -1,0 +1,31 @@
+"""Who is told of what a cache does: the observer that it was given, and those of plugins."""
+
+import logging
+from collections.abc import Callable
+
+from kvtiers.events import Event
+from kvtiers.plugins import registry
+
+_log = logging.getLogger("kvtiers")
+
+
+class Observers:
+    """Tells a cache's own observer, and those of plugins, of every event. It never raises an `Exception`.
+
+    It is false while nobody listens, so that an event need not even be made.
+    """
+
+    def __init__(self, own: Callable[[Event], None] | None) -> None:
+        self.own = own
+
+    def __bool__(self) -> bool:
+        return self.own is not None or registry().observers_active()
+
+    def __call__(self, event: Event) -> None:
+        if self.own is not None:
+            try:
+                self.own(event)
+            except Exception:  # noqa: BLE001 - an observer never breaks generation
+                _log.warning("observer %r failed and is not called again", self.own, exc_info=True)
+                self.own = None
+        registry().observe(event)
