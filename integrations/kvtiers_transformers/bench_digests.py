@@ -54,7 +54,7 @@ class Told:
 @model_option
 @click.option("--document", "documents", default=DOCUMENTS, show_default=True, multiple=True, help=document_help)
 @tokens_option
-@seeds_option(3)
+@seeds_option(3, least=1)
 @depths_option
 @click.option("--policy", "spec", default="archive", show_default=True, help="Whose retriever is varied.")
 @click.argument("digests", nargs=-1)
@@ -82,7 +82,7 @@ def digests(
             encoder(tokenizer),
             tokens=tokens,
             depths=numbers(depths),
-            seeds=max(1, seeds),
+            seeds=seeds,
         )
         for name in documents
     }

@@ -47,12 +47,11 @@ def read_document(name: str = "novel") -> str:
 def _licence() -> str:
     """The GNU General Public License, found on this machine."""
     try:
-        of_numpy = [found.locate() for found in files("numpy") or [] if found.name == "LICENSE.txt"]
+        of_numpy = [Path(str(found.locate())) for found in files("numpy") or [] if found.name == "LICENSE.txt"]
     except PackageNotFoundError:
         of_numpy = []
-    for path in (*map(str, of_numpy), str(_GPL_OF_DEBIAN)):
-        where = Path(path)
-        found = _GPL.search(where.read_text(encoding="utf-8")) if where.is_file() else None
+    for path in (*of_numpy, _GPL_OF_DEBIAN):
+        found = _GPL.search(path.read_text(encoding="utf-8")) if path.is_file() else None
         if found:
             return found.group()
     raise FileNotFoundError(

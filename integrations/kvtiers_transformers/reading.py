@@ -36,10 +36,10 @@ tokens_option = click.option(
 depths_option = click.option("--depths", default="0.1,0.5,0.9", show_default=True, help="Where keys are planted.")
 
 
-def seeds_option(default: int) -> Callable[[Any], Any]:
+def seeds_option(default: int, *, least: int = 0) -> Callable[[Any], Any]:
     """How many keys are tried at each depth."""
-    about = "Passages and keys tried at each depth; 0 measures perplexity alone."
-    return click.option("--seeds", default=default, show_default=True, type=click.IntRange(min=0), help=about)
+    about = "Keys tried at each depth, each in a passage of its own."
+    return click.option("--seeds", default=default, show_default=True, type=click.IntRange(min=least), help=about)
 
 
 @attrs.frozen(eq=False, kw_only=True)
