@@ -57,7 +57,7 @@ class Written:
 @document_option
 @tokens_option
 @seeds_option(3)
-@depths_option
+@depths_option()
 @click.option("--policy", "spec", default="archive:archive=host", show_default=True, help="Whose archive it is.")
 @click.argument("codecs", nargs=-1)
 def codec(model: str, document: str, tokens: int, seeds: int, depths: str, spec: str, codecs: tuple[str, ...]) -> None:

@@ -53,7 +53,7 @@ class Memory:
 @document_option
 @tokens_option
 @seeds_option(5)
-@depths_option
+@depths_option()
 @click.argument("policies", nargs=-1)
 def recall(model: str, document: str, tokens: int, seeds: int, depths: str, policies: tuple[str, ...]) -> None:
     """A key in a long text, the perplexity of the text, and of a passage that comes again after 3,072 other tokens.

@@ -33,7 +33,11 @@ tokens_option = click.option(
     type=click.IntRange(min=256),
     help="Length of each document, in tokens.",
 )
-depths_option = click.option("--depths", default="0.1,0.5,0.9", show_default=True, help="Where keys are planted.")
+
+
+def depths_option(default: str = "0.1,0.5,0.9") -> Callable[[Any], Any]:
+    """Where in a document keys are planted."""
+    return click.option("--depths", default=default, show_default=True, help="Where keys are planted.")
 
 
 def seeds_option(default: int, *, least: int = 0) -> Callable[[Any], Any]:
