@@ -26,9 +26,11 @@ install: $(INSTALLED) ## install kvtiers, its extras and the tools for developin
 demo: $(MODEL) ## read a long document with a real model under every policy
 	@$(BIN)/kvtiers demo text $(ARGS)
 
-bench: $(MODEL) ## measure decoding speed, recall, video and drift
+bench: $(MODEL) ## measure decoding speed, recall, codecs, digests, video and drift
 	@$(BIN)/kvtiers bench text $(ARGS)
 	@$(BIN)/kvtiers bench recall $(ARGS)
+	@$(BIN)/kvtiers bench codec $(ARGS)
+	@$(BIN)/kvtiers bench digests $(ARGS)
 	@$(BIN)/kvtiers bench video
 	@$(BIN)/kvtiers bench drift
 

@@ -189,9 +189,8 @@ def _shape(model: str, **wanted: Any) -> Shape:
     raise PolicyError(f"no installed plugin knows a model {model!r}; known are: {known} {' '.join(reasons)}".rstrip())
 
 
-_NONE = ("recent", "chunk_size", "budget", "retriever.queries", "retriever.digest_tokens", "retriever.digest_bits")
+_NONE = ("recent", "chunk_size", "budget", "queries", "digest_tokens", "digest_bits")
 """What may be none; elsewhere `none` is a name."""
-
 
 _WHOLE = re.compile("-?[0-9]+")
 
@@ -214,7 +213,8 @@ def parse(spec: str) -> Policy:
         if not equals:
             raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
         slot, dot, option = key.partition(".")
-        meant = None if value == "none" and key in _NONE else _number(value, spec) if _WHOLE.fullmatch(value) else value
+        none = value == "none" and key.removeprefix("retriever.") in _NONE
+        meant = None if none else _number(value, spec) if _WHOLE.fullmatch(value) else value
         if dot:
             options.setdefault(slot, {})[option] = meant
         else:

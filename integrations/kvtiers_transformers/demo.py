@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvtiers_transformers.document import read_document
-from kvtiers_transformers.reading import Reading, answer, encoder, narrow_table, needle, read
+from kvtiers_transformers.reading import Reading, answer, encoder, model_option, narrow_table, needle, read
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import tiered
 
@@ -37,7 +37,7 @@ def demo() -> None:
 
 
 @demo.command()
-@click.option("--model", default="smollm2", show_default=True, help="`smollm2`, a hub id, or a local path.")
+@model_option
 @click.option(
     "--tokens", default=6000, show_default=True, type=click.IntRange(min=256), help="Length of the document, in tokens."
 )

@@ -6,17 +6,44 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
+import click
 import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvtiers import bytes_in
+from kvtiers import Policy, bytes_in
 from kvtiers_transformers.cache import TransformersCache
+from kvtiers_transformers.document import DOCUMENTS, read_document
+from kvtiers_transformers.wrap import tiered
 
 STRIDE = 512
 """Tokens fed at once: small enough for a progress bar, and on every policy's chunk grid."""
+
+model_option = click.option(
+    "--model", default="smollm2", show_default=True, help="`smollm2`, a hub id, or a local path."
+)
+document_help = f"What is read: {', '.join(DOCUMENTS)}, or a text file."
+document_option = click.option("--document", default="novel", show_default=True, help=document_help)
+tokens_option = click.option(
+    "--tokens",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=256),
+    help="Length of each document, in tokens.",
+)
+
+
+def depths_option(default: str = "0.1,0.5,0.9") -> Callable[[Any], Any]:
+    """Where in a document keys are planted."""
+    return click.option("--depths", default=default, show_default=True, help="Where keys are planted.")
+
+
+def seeds_option(default: int, *, least: int = 0) -> Callable[[Any], Any]:
+    """How many keys are tried at each depth."""
+    about = "Keys tried at each depth, each in a passage of its own."
+    return click.option("--seeds", default=default, show_default=True, type=click.IntRange(min=least), help=about)
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -95,11 +122,12 @@ def answer(
 
 @attrs.frozen(kw_only=True)
 class Needle:
-    """A document with a five-digit key in it, and the question for it, as token ids."""
+    """A document with a five-digit key in it, `depth` of the way in, and the question for it, as token ids."""
 
     document: list[int]
     question: list[int]
     key: str
+    depth: float
 
     def found_in(self, text: str) -> bool:
         return self.key in text.replace(" ", "")
@@ -118,7 +146,48 @@ def needle(prose: Sequence[int], encode: Callable[[str], list[int]], *, tokens: 
     first = dice.randrange(0, max(1, len(prose) - length))
     passage = list(prose[first : first + length])
     at = int(len(passage) * depth)
-    return Needle(document=passage[:at] + plant + passage[at:], question=question, key=key)
+    return Needle(document=passage[:at] + plant + passage[at:], question=question, key=key, depth=depth)
+
+
+def needles(
+    prose: Sequence[int], encode: Callable[[str], list[int]], *, tokens: int, depths: Sequence[float], seeds: int
+) -> list[Needle]:
+    """`seeds` needles at each depth."""
+    return [needle(prose, encode, tokens=tokens, depth=at, seed=seed) for at in depths for seed in range(seeds)]
+
+
+@torch.inference_mode()
+def keys_found(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
+    tasks: Sequence[Needle],
+    done: Callable[[], object] = lambda: None,
+) -> tuple[dict[float, int], int]:
+    """How many keys are told after reading, by depth, and the most tokens that were attended."""
+    found, most = dict.fromkeys([task.depth for task in tasks], 0), 0
+    for task in tasks:
+        with tiered(model, policy) as cache:
+            model(torch.tensor([task.document], device=model.device), past_key_values=cache, logits_to_keep=1)
+            said, _ = answer(model, tokenizer, task.question, cache)
+            found[task.depth] += task.found_in(said)
+            most = max(most, *cache.attended())
+        done()
+    return found, most
+
+
+def keys_columns(made: Table, tasks: Sequence[Needle]) -> None:
+    """The two columns that `keys_cells` fills: keys found by depth, and altogether."""
+    depths = dict.fromkeys(f"{task.depth:.0%}" for task in tasks)
+    made.add_column(f"keys at\n{' '.join(depths)}", justify="right")
+    made.add_column("keys\nfound", justify="right")
+
+
+def keys_cells(found: dict[float, int], tasks: Sequence[Needle]) -> tuple[str, str]:
+    """Keys found by depth, and altogether; empty if none was asked for."""
+    if not tasks:
+        return "", ""
+    return "   ".join(map(str, found.values())) + " ", f"{sum(found.values())}/{len(tasks)}"
 
 
 def narrow_table(title: str) -> Table:
@@ -134,3 +203,24 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
         return list(ids)
 
     return encode
+
+
+def encoded(document: str, tokenizer: PreTrainedTokenizerBase, *, least: int) -> list[int]:
+    """The token ids of a document. Raises `click.UsageError` if it cannot be read or has fewer than `least`."""
+    try:
+        ids = encoder(tokenizer)(read_document(document))
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(
+            f"document {document!r} cannot be read: {error}; give {', '.join(DOCUMENTS)}, or a text file"
+        ) from error
+    if len(ids) < least:
+        raise click.UsageError(f"the document {document!r} has {len(ids):,} tokens; {least:,} are needed")
+    return ids
+
+
+def numbers(listed: str) -> list[float]:
+    """Numbers that are separated by commas."""
+    try:
+        return [float(part) for part in listed.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"{listed!r} is no list of numbers separated by commas") from error

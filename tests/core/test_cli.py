@@ -280,6 +280,7 @@ def test_none_is_a_name_where_it_is_one():
     assert parse("archive:recent=none,retriever=none,sinks=none").recent is None
     assert type(parse("archive:retriever=none").retriever).__name__ == "NoBlocks"
     assert parse("archive:normalise=none,heads=mean").retriever.normalise == "none"
+    assert parse("archive:digest_bits=none").retriever.digest_bits is None
 
 
 def test_benchmarks_come_from_the_packages_that_have_them():
