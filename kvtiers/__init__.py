@@ -29,11 +29,11 @@ from kvtiers.errors import (
 from kvtiers.geometry import Geometry
 from kvtiers.hookspecs import hookimpl
 from kvtiers.layer import Layer
+from kvtiers.layer_state import CurrentView
 from kvtiers.layered import resolve
 from kvtiers.plugins import register, unregister
 from kvtiers.policy import Policy
 from kvtiers.presets import load_policy, policy
-from kvtiers.reading import CurrentView
 from kvtiers.rotary import Rotary
 from kvtiers.rows import Chunk, LayerRows, PaddingPattern, RowGroup
 from kvtiers.slots import Compressor, Moment, Placement, Realigner, Retriever, Sink

@@ -32,13 +32,16 @@ def memory_usage_of(layers: Iterable[Layer]) -> list[MemoryUsage]:
     waiting: dict[int, int] = {}
     stores: list[BlockStore] = []
     for layer in layers:
-        for window in (layer.window, layer.unrotated):
-            if window is not None:
-                _split(window, layer.current, total)
+        for window in layer.placed.windows():
+            _split(window, layer.current, total)
         history = layer.history
         held = [part for held in (*history.waiting.values(), history.rewritten) if held for part in held.tensors()]
         waiting |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held}
-        parts = [*history.tensors(), *layer.watched.tensors(), *(layer.mid.tensors() if layer.mid else ())]
+        parts = [
+            *history.tensors(),
+            *layer.watched.tensors(),
+            *(layer.placed.mid.tensors() if layer.placed.mid else ()),
+        ]
         small |= _storages(part for part in parts if part.untyped_storage().data_ptr() not in waiting)
         stores += history.stores.values()
     for location, size in bytes_by_location(stores).items():

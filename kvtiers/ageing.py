@@ -1,9 +1,10 @@
 """What blocks become when they leave recent: compressed, checked and archived, dropped, or made part of a new mid.
 
-It works on blocks and a history, and knows no slots.
+It moves blocks from a layer's window to its history.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import attrs
@@ -11,14 +12,64 @@ import torch
 from torch import Tensor
 
 from kvtiers import events
-from kvtiers.blocks import Blocks, Form
+from kvtiers.blocks import Blocks, Extent, Form, run_of
 from kvtiers.errors import SlotError
 from kvtiers.history import History
 from kvtiers.mid import Fetched, HeldBlocks, MidTokens
+from kvtiers.placed import Placed
 from kvtiers.slots import Moment
 
 Tell = Callable[..., None]
 """Called with a kind of event and its fields."""
+
+
+def age(
+    placed: Placed,
+    history: History,
+    blocks: Sequence[Extent],
+    attention: tuple[Tensor | None, Tensor | None],
+    moment: Moment,
+    tell: Tell,
+) -> int:
+    """Move `blocks`, the oldest of recent, out of the window and into the history; returns how many steps were dropped.
+
+    attention: what mid and the blocks got, [batch, query_heads, tokens], if it is watched.
+    """
+    compressor, per_step = history.policy.compressor, moment.geometry.tokens_per_step
+    (of_mid, got), done, dropped = attention, 0, 0
+    for _, alike in groupby(blocks, key=lambda block: block.start if compressor.given else block.steps):
+        run = list(alike)
+        size = len(run) * run[0].steps * per_step
+        leaving = _leaving(
+            placed, run, None if got is None else got[:, :, done : done + size], moment, compressor.given
+        )
+        if compressor.rewrites:
+            rewrite(history, leaving, of_mid, moment)
+            of_mid = None if history.rewritten is None else history.rewritten.attention
+            of_mid = None if of_mid is None else of_mid.flatten(2, 3)
+        elif not archived(history, leaving, run[0].start, run[0].steps, moment, tell):
+            dropped += len(run) * run[0].steps
+        placed.leave(size)
+        placed.forget()
+        done += size
+    return dropped
+
+
+def _leaving(placed: Placed, run: Sequence[Extent], attention: Tensor | None, moment: Moment, given: bool) -> Blocks:
+    """The oldest blocks of recent, all of one length."""
+    first, span, count = run[0].start, run[0].steps, len(run)
+    tokens = count * span * moment.geometry.tokens_per_step
+    keys, rotated, values = placed.oldest(tokens, first, unrotated=not given)
+    return run_of(
+        keys,
+        values,
+        count=count,
+        positions=moment.geometry.positions(first, first + count * span, keys.device),
+        first=first,
+        span=span,
+        rotated=rotated,
+        attention=attention,
+    )
 
 
 def archived(history: History, blocks: Blocks, first: int, span: int, moment: Moment, tell: Tell) -> bool:
@@ -104,7 +155,7 @@ def _check(
     if not isinstance(made, Blocks):
         raise SlotError(f"{who} returned a {type(made).__name__}; due is Blocks, or None where blocks are dropped")
     keys, values, most = made.keys, made.values, "at most " if at_most else ""
-    due = (history.batch, history.kv_heads, count)
+    due = (*history.wide, count)
     enough = keys.dim() == 5 and (keys.shape[3] <= tokens if at_most else keys.shape[3] == tokens)
     if not enough or keys.shape[:3] != due or keys.shape[:4] != values.shape[:4]:
         declared = "mid_tokens()" if at_most else "compressed_tokens()"
@@ -112,11 +163,13 @@ def _check(
             f"{who} made keys {tuple(keys.shape)} and values {tuple(values.shape)}; due is [batch, kv_heads, blocks, "
             f"tokens, width] with {due} and {most}{tokens} tokens, as {declared} says"
         )
-    if (keys.shape[4], values.shape[4]) != history.widths:
-        got = (keys.shape[4], values.shape[4])
-        raise SlotError(f"{who} made keys and values of widths {got}; due are {history.widths}")
-    if {keys.dtype, values.dtype} != {history.dtype}:
-        raise SlotError(f"{who} made keys of {keys.dtype} and values of {values.dtype}; due is {history.dtype}")
+    got, widths = (keys.shape[4], values.shape[4]), (moment.geometry.head_dim, moment.geometry.value_dim)
+    if got != widths:
+        raise SlotError(f"{who} made keys and values of widths {got}; due are {widths}")
+    if {keys.dtype, values.dtype} != {history.geometry.dtype}:
+        raise SlotError(
+            f"{who} made keys of {keys.dtype} and values of {values.dtype}; due is {history.geometry.dtype}"
+        )
     if {keys.device, values.device} != {moment.device}:
         raise SlotError(f"{who} made keys on {keys.device} and values on {values.device}; due is {moment.device}")
     span: object = made.span

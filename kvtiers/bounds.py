@@ -103,6 +103,16 @@ class Bounds:
         bound = self.bound(geometry)
         return None if bound is None else bound + self.slack(geometry)
 
+    def slots_before(self, geometry: Geometry) -> int | None:
+        """Slots before recent that sink and mid may come to need; None if there is no limit."""
+        mid = None if self.in_place or self.recent is None else self.mid_bound(geometry)
+        return None if mid is None else mid + self.anchors(geometry) * geometry.tokens_per_step
+
+    def archived_tokens(self, geometry: Geometry) -> dict[Form, int]:
+        """Tokens of the longest block in each form that is archived or digested."""
+        forms = {*self.forms, self.retriever.digests} if self.archives else set()
+        return {form: self.block_tokens(geometry, form) for form in forms}
+
     def unrotated_slots(self, geometry: Geometry) -> int:
         """Slots of unrotated keys: of the tokens that may be rotated again, or archived, once they are not current.
 

@@ -1,8 +1,8 @@
 """`TieredCache`: the layers of a model, and the rows of a batch."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from kvtiers import saving
 from kvtiers.accounting import MemoryUsage, memory_usage_of
 from kvtiers.archive import Archive, ByteBudget
 from kvtiers.blocks import Blocks, Context, Extent, Tier
-from kvtiers.changes import check_policy, why_not_crop
-from kvtiers.errors import CropError, GeometryError, SwapError
+from kvtiers.changes import check_policy, check_together, one_per_layer, why_not_crop
+from kvtiers.errors import CropError, GeometryError
 from kvtiers.events import Event
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
@@ -24,6 +24,7 @@ from kvtiers.observers import Observers
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
 from kvtiers.rows import LayerRows, of_rows
+from kvtiers.undoing import all_or_nothing
 
 Observe = Callable[[Event], None]
 
@@ -161,12 +162,6 @@ class TieredCache:
             )
         return groups[0].layer
 
-    def place_query(
-        self, layer: int, query: Float[Tensor, "batch query_heads tokens head_dim"]
-    ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
-        """Rotate the current tokens' queries to where their keys are placed (nothing to do if none are rotated)."""
-        return self.only(layer).place_query(query)
-
     def set_prompt(self, prompt: Tensor | None) -> None:
         """Tell policies the embedding of the prompt (see `Moment.prompt`)."""
         self._prompt = prompt
@@ -189,22 +184,16 @@ class TieredCache:
         """Every `Layer`, of all layers of the model and all groups of rows."""
         return [layer for rows in self.layers for layer in rows.layers()]
 
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
+    def all_or_nothing(self) -> AbstractContextManager[None]:
         """If what happens inside fails, every layer is as it was before, or refuses to go on."""
-        layers, groups, policies = self.every_layer(), [rows.groups for rows in self.layers], self.policies
-        for layer in layers:
-            layer.check_whole()
-        before = [layer.before() for layer in layers]
-        try:
-            yield
-        except BaseException:
-            for layer, state in zip(layers, before, strict=True):
-                layer.go_back(state)
+        groups, policies = [rows.groups for rows in self.layers], self.policies
+
+        def back() -> None:
             for rows, held in zip(self.layers, groups, strict=True):
                 rows.groups = held
             self.policies = policies
-            raise
+
+        return all_or_nothing(self.every_layer(), back)
 
     def reset(self) -> None:
         """Forget everything; buffers and archived files are freed."""
@@ -287,35 +276,17 @@ class TieredCache:
 
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
         """Go on under another policy. What would need tokens that are gone raises `SwapError` and changes nothing."""
-        each: Any = [policies] * len(self.layers) if isinstance(policies, Policy) else policies
-        listed = isinstance(each, Sequence) and len(each) == len(self.layers)
-        if not listed or not all(isinstance(policy, Policy) for policy in each):
-            raise SwapError(
-                f"swap takes one Policy, or one for each of {len(self.layers)} layers, got {policies!r}; "
-                "make one with kvtiers.policy(...)"
-            )
-        for policy, geometry in zip(each, self.geometries, strict=True):
+        each = one_per_layer(policies, len(self.layers))
+        for rows, geometry, policy in zip(self.layers, self.geometries, each, strict=True):
             policy.check_budget(geometry)
-        for rows, policy in zip(self.layers, each, strict=True):
             for layer in rows.layers():
                 check_policy(layer, policy)
-        rotates = [policy.realigner.rotates for policy in (*self.policies, *each)]
-        if any(rotates) != all(rotates):
-            raise SwapError(
-                "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
-            )
-        for old, new in {(old.archive, new.archive) for old, new in zip(self.policies, each, strict=True)}:
-            held, limit = self.budget(old).nbytes, new.limit_bytes
-            if limit is not None and held > limit:
-                raise SwapError(
-                    f"the archive holds {held:,} bytes, more than limit_bytes = {limit:,}; "
-                    "give it no less than it holds"
-                )
+        check_together(self.policies, each, {one.archive: self.budget(one.archive).nbytes for one in self.policies})
         with self.all_or_nothing():
             for rows, policy in zip(self.layers, each, strict=True):
                 for layer in rows.layers():
                     layer.set_policy(policy)
-            self.policies = list(each)
+            self.policies = each
             self._join()
 
     def save(

@@ -1,7 +1,10 @@
 """What can be undone or changed on a filled layer, exactly: why it cannot be rolled back, or go on under a policy."""
 
+from collections.abc import Mapping, Sequence
+
 import attrs
 
+from kvtiers.archive import Archive
 from kvtiers.errors import SwapError
 from kvtiers.layer import Layer
 from kvtiers.policy import Policy
@@ -33,6 +36,17 @@ def why_not_crop(layer: Layer, steps: int) -> str | None:
             f"the tokens up to step {layer.together_at} chose together what they attend, those that would go included"
         )
     return None
+
+
+def one_per_layer(policies: object, layers: int) -> list[Policy]:
+    """The policy of each of `layers` layers. Raises `SwapError` unless that is what was given."""
+    each = [policies] * layers if isinstance(policies, Policy) else policies
+    if isinstance(each, Sequence) and len(each) == layers and all(isinstance(policy, Policy) for policy in each):
+        return list(each)
+    raise SwapError(
+        f"swap takes one Policy, or one for each of {layers} layers, got {policies!r}; "
+        "make one with kvtiers.policy(...)"
+    )
 
 
 def check_policy(layer: Layer, policy: Policy) -> None:
@@ -75,3 +89,19 @@ def check_policy(layer: Layer, policy: Policy) -> None:
             f"layer {number} archived no compressed form for top_k_compressed={policy.top_k_compressed}; "
             "set top_k_compressed from the start, or start a new cache"
         )
+
+
+def check_together(before: Sequence[Policy], after: Sequence[Policy], held: Mapping[Archive, int]) -> None:
+    """Raise `SwapError` if the layers of a cache cannot go on together. held: bytes in each archive."""
+    rotates = [policy.realigner.rotates for policy in (*before, *after)]
+    if any(rotates) != all(rotates):
+        raise SwapError(
+            "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
+        )
+    for old, new in zip(before, after, strict=True):
+        limit = new.archive.limit_bytes
+        if limit is not None and held[old.archive] > limit:
+            raise SwapError(
+                f"the archive holds {held[old.archive]:,} bytes, more than limit_bytes = {limit:,}; "
+                "give it no less than it holds"
+            )

@@ -9,6 +9,7 @@ from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
+from kvtiers.slots import Placement
 
 
 def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer: int) -> None:
@@ -86,6 +87,18 @@ def check_returned(
         raise SlotError(f"{who} returned {made.dtype}; due is {dtype or 'a floating dtype'}")
     if made.device != device:
         raise SlotError(f"{who} returned a tensor on {made.device}; due is {device}, as Moment.device says")
+
+
+def check_placement(who: str, made: object, starts: Tensor) -> None:
+    """Raise `SlotError` unless a realigner placed the blocks that begin at `starts`."""
+    if not isinstance(made, Placement):
+        raise SlotError(f"{who} returned a {type(made).__name__}; due is a Placement")
+    for name in ("sink_shift", "recent_shift", "mid_from"):
+        value = getattr(made, name)
+        if not isinstance(value, int) and not (name == "mid_from" and value is None):
+            raise SlotError(f"{who} gave {name} as a {type(value).__name__}; due is a whole number")
+    due, shape = "mid_starts [..., chosen], as starts are,", tuple(starts.shape)
+    check_returned(f"{who}, mid_starts,", made.mid_starts, due, shape, dtype=None, device=starts.device)
 
 
 def check_encoded(who: str, parts: object, lead: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ from kvtiers.archive import BlockStore, ByteBudget
 from kvtiers.blocks import Blocks, Form, Selection
 from kvtiers.checks import check_decoded, check_encoded, check_returned
 from kvtiers.errors import GeometryError, SelectionError, SlotError
+from kvtiers.geometry import Geometry
 from kvtiers.growing import Growing
 from kvtiers.mid import Fetched, HeldBlocks, MidTokens, merged
 from kvtiers.policy import Policy, choose
@@ -32,16 +33,7 @@ class History(State):
     """
 
     policy: Policy
-    batch: int
-    kv_heads: int
-    even: bool
-    dtype: torch.dtype
-    widths: tuple[int, int]
-    """Of a key and of a value."""
-    most_tokens: Mapping[Form, int]
-    """Tokens of the longest block in each form that is archived."""
-    longest: int
-    """Steps of the longest block."""
+    geometry: Geometry
     layer: int
     budget: ByteBudget
     count: int = number(0)
@@ -65,6 +57,21 @@ class History(State):
     chosen_compressed: Tensor | None = rows()
     chosen_shared: bool = number(False)
 
+    @property
+    def wide(self) -> tuple[int, int]:
+        """Rows and KV heads."""
+        return self.geometry.batch, self.geometry.kv_heads
+
+    @property
+    def longest(self) -> int:
+        """Steps of the longest block."""
+        return self.policy.block_steps(self.geometry)
+
+    @property
+    def most_tokens(self) -> Mapping[Form, int]:
+        """Tokens of the longest block in each form that is archived or digested."""
+        return self.policy.archived_tokens(self.geometry)
+
     # ------------------------------------------------------------------ add
 
     def add(
@@ -79,7 +86,7 @@ class History(State):
         codec = self.policy.codec
         encoded = {form: codec.encode(blocks.keys.detach(), blocks.values.detach()) for form, blocks in forms.items()}
         for parts in encoded.values():
-            who, lead = f"layer {self.layer}: {type(codec).__name__}.encode()", (self.batch, self.kv_heads)
+            who, lead = f"layer {self.layer}: {type(codec).__name__}.encode()", self.wide
             check_encoded(who, parts, (*lead, digested.count))
         count, placed = next(iter(forms.values())).count, kept["compressed"].span if "compressed" in kept else span
         digest = self._digested(digested, moment)
@@ -91,7 +98,7 @@ class History(State):
             self.stores = stores
             self.tokens = {form: self.tokens.get(form) or TokenTable() for form in forms}
             for form, blocks in forms.items():
-                alike = blocks.alike and self.even and span == self.longest
+                alike = blocks.alike and self.geometry.even and span == self.longest
                 self.tokens[form].append(blocks, self.count, alike=alike)
             if digest is not None:
                 self.digests.append(digest)
@@ -147,7 +154,7 @@ class History(State):
         made, held = retriever.digest(blocks, moment), self.digests.data
         what = f"layer {self.layer}: {type(retriever).__name__}.digest()"
         dtype = getattr(made, "dtype", None) if held is None else held.dtype
-        shape = (self.batch, self.kv_heads, blocks.count, None, None if held is None else held.shape[4])
+        shape = (*self.wide, blocks.count, None, None if held is None else held.shape[4])
         due = "[batch, kv_heads, blocks, digests, width]"
         check_returned(what, made, due, shape, dtype=dtype, device=moment.device)
         made = made.detach()
@@ -213,7 +220,7 @@ class History(State):
             return None
         digests = self.digests.data
         scores = retriever.score(query, None if digests is None else digests[:, :, : self.count], self.count, moment)
-        wide = (self.batch, self.kv_heads)
+        wide = self.wide
         lead = tuple(1 if n == 1 else due for n, due in zip(getattr(scores, "shape", ()), wide, strict=False))
         check_returned(
             f"layer {self.layer}: {type(retriever).__name__}.score()",
@@ -247,7 +254,7 @@ class History(State):
     def block(self, form: Form, number: int) -> Blocks:
         """Archived block `number` of every row and head, with its own length. Waits for the device."""
         device = None if self.table.data is None else self.table.data.device
-        index = torch.full((self.batch, self.kv_heads, 1), number, device=device)
+        index = torch.full((*self.wide, 1), number, device=device)
         found = self._fetch(form, index, index[:, :1])
         tokens, offsets = self.most_tokens[form], found.where.offsets
         valid = tokens if found.bias is None else int((found.bias > -torch.inf).any(0).any(0).sum())
@@ -262,12 +269,10 @@ class History(State):
 
     def parts(self, form: Form, index: Int[Tensor, "batch kv_heads chosen"]) -> tuple[Tensor, Tensor]:
         """Keys and values of some blocks as the codec reads them back, [batch, kv_heads, chosen, tokens, width]."""
-        made = self.policy.codec.decode(self.stores[form].read(index), self.dtype)
-        who, lead = (
-            f"layer {self.layer}: {type(self.policy.codec).__name__}.decode()",
-            (*index.shape, self.most_tokens[form]),
-        )
-        return check_decoded(who, made, lead, self.widths, self.dtype, index.device)
+        codec, geometry, lead = self.policy.codec, self.geometry, (*index.shape, self.most_tokens[form])
+        made = codec.decode(self.stores[form].read(index), geometry.dtype)
+        who, widths = f"layer {self.layer}: {type(codec).__name__}.decode()", (geometry.head_dim, geometry.value_dim)
+        return check_decoded(who, made, lead, widths, geometry.dtype, index.device)
 
     def offsets_at(self, form: Form, index: Int[Tensor, "#batch #kv_heads chosen"]) -> Tensor:
         """Where the tokens of some blocks lie, [#batch, #kv_heads, #chosen, tokens, axes]."""
@@ -326,7 +331,7 @@ class History(State):
 
     def select_rows(self, at: Tensor) -> "History":
         other = super().select_rows(at)
-        other.batch = at.numel()
+        other.geometry = attrs.evolve(self.geometry, batch=at.numel())
         return other
 
     def empty(self, name: str) -> State:

@@ -6,8 +6,7 @@ history. `context` is pure. A verb that fails leaves the layer as it was, or the
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -16,24 +15,22 @@ from torch import Tensor
 
 from kvtiers import ageing, events
 from kvtiers.archive import ByteBudget
-from kvtiers.blocks import Blocks, Extent, Form, run_of
-from kvtiers.checks import admit, check_finite, check_layer
+from kvtiers.blocks import Blocks, Extent
+from kvtiers.checks import admit, check_finite, check_layer, check_placement
 from kvtiers.errors import SavedCacheError, SlotError
+from kvtiers.filled import check_layer_state
 from kvtiers.history import History
-from kvtiers.mid import HeldBlocks, MidTokens
-from kvtiers.placing import Placing
+from kvtiers.layer_state import LayerState
+from kvtiers.mid import Fetched, HeldBlocks
+from kvtiers.placed import Placed
 from kvtiers.policy import Policy
-from kvtiers.state import Saved, State
+from kvtiers.state import State
 from kvtiers.watched import Watched
-from kvtiers.window import Window
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
-class Layer(Placing):
-    """The tiers of one layer. It owns no tensor itself: window, history and what is watched do.
-
-    Its fields and what only reads them are in `kvtiers.reading`, how a context is put together in `kvtiers.placing`.
-    """
+class Layer(LayerState):
+    """The tiers of one layer, which only the methods here change. It owns no tensor itself: its parts do."""
 
     def __attrs_post_init__(self) -> None:
         check_layer(self.policy, self.geometry, self.rotary, self.layer)
@@ -46,44 +43,16 @@ class Layer(Placing):
         for field in attrs.fields(type(self)):
             if field.metadata.get("state") == "number":
                 setattr(self, field.name, field.default)
-        self.recent_start = self.timeline.sink
-        self.mid = self.live = None
-        self.broken = False
+        self.recent_start, self.live, self.broken = self.timeline.sink, None, False
 
     def begin(self, policy: Policy) -> None:
         """Empty tiers for `policy`."""
         geometry = self.geometry
-        per_step, anchors = geometry.tokens_per_step, policy.anchors(geometry)
         self.policy, self.timeline = policy, policy.timeline(geometry)
-        self.window = Window(capacity=policy.slots(geometry), front=self._front(policy))
-        self.unrotated = None
-        if policy.realigner.rotates and not policy.in_place:
-            kept = anchors * per_step if policy.realigner.sink_moves == "anew" else 0
-            slots = policy.unrotated_slots(geometry)
-            self.unrotated = Window(capacity=slots + kept if slots else None, front=kept)
-        self.history = History(
-            policy=policy,
-            batch=geometry.batch,
-            kv_heads=geometry.kv_heads,
-            even=geometry.even,
-            dtype=geometry.dtype,
-            widths=(geometry.head_dim, geometry.value_dim),
-            most_tokens=self._most_tokens(policy),
-            longest=policy.block_steps(geometry),
-            layer=self.layer,
-            budget=self.budget or ByteBudget(None),
-        )
+        self.placed = Placed.of(policy, geometry, self.rotary, self.layer)
+        budget = self.budget or ByteBudget(None)
+        self.history = History(policy=policy, geometry=geometry, layer=self.layer, budget=budget)
         self.watched = Watched.of(policy.compressor)
-
-    def _most_tokens(self, policy: Policy) -> dict[Form, int]:
-        """Tokens of the longest block in each form that `policy` archives or digests."""
-        forms = {*policy.forms, policy.retriever.digests} if policy.archives else set()
-        return {form: policy.block_tokens(self.geometry, form) for form in forms}
-
-    def _front(self, policy: Policy) -> int | None:
-        """Slots before recent that sink and mid may come to need; None if there is no limit."""
-        mid = None if policy.in_place or policy.recent is None else policy.mid_bound(self.geometry)
-        return None if mid is None else mid + policy.anchors(self.geometry) * self.geometry.tokens_per_step
 
     # ------------------------------------------------------------------ the verbs
 
@@ -117,10 +86,8 @@ class Layer(Placing):
         """Take one token that is in the windows already, behind their tails. The layer must be `plain`."""
         with self.changing():
             self._commit()
-            self.window.advance(1, recent=1)
-            if self.unrotated is not None:
-                self.unrotated.advance(1, recent=1)
-            self.unplaced, self.live = False, None
+            self.placed.advance()
+            self.live = None
             self._count(1)
             self.tell(events.Committed, steps=1, tokens=1)
 
@@ -136,7 +103,7 @@ class Layer(Placing):
         with self.changing():
             if self.selects:
                 first = 0 if query is None else self.num_steps - query.shape[2] // self.geometry.tokens_per_step
-                self.renew(None if query is None else self.turned(query, first))
+                self.renew(None if query is None else self.placed.turned(query, first))
             if watches and query is not None:
                 self.watched.look(query, self.place_query(query), self.window, masked=self.geometry.causal)
 
@@ -177,7 +144,7 @@ class Layer(Placing):
         return steps
 
     def crop(self, steps: int) -> None:
-        """Keep the first `steps` steps alone. The caller has asked `kvtiers.cropping` whether that is exact."""
+        """Keep the first `steps` steps alone. The caller has asked `kvtiers.changes` whether that is exact."""
         if steps == 0:
             self.clear()
             return
@@ -198,17 +165,15 @@ class Layer(Placing):
     def _take(self, keys: Tensor, values: Tensor) -> None:
         """Write current tokens behind recent. The first ones after a commit are due for a selection."""
         geometry = self.geometry
-        tokens, steps, plain = keys.shape[2], keys.shape[2] // geometry.tokens_per_step, keys.detach()
+        tokens, steps, noted = keys.shape[2], keys.shape[2] // geometry.tokens_per_step, None
         sink = max(0, min(self.timeline.sink - self.num_steps, steps)) * geometry.tokens_per_step
-        self.unplaced = self.stale and self.unrotated is not None  # rotated once, after the selection
-        placed = plain if self.unplaced else self.turned(plain, self.num_steps + self.window.recent_shift)
-        parts = {"rotated": placed, "values": values.detach()}
         if self.watched.counts and not self.window.planes:
-            shape = (geometry.batch, geometry.query_heads, tokens, 1)
-            parts["attention"] = plain.new_zeros(shape, dtype=torch.float32)
-        if not self.unplaced:
-            self.keep_unrotated(plain, sink)
-        self.window.append(parts, sink=sink)
+            noted = keys.new_zeros((geometry.batch, geometry.query_heads, tokens, 1), dtype=torch.float32)
+        if self.policy.compressor.given and geometry.even and self.policy.recent:
+            coming = self.committed_steps + steps  # keys of the blocks that leave at the next commit are not needed
+            stays = max(self.recent_start, self.policy.extended(self.timeline, coming).recent_start_at(coming))
+            self.placed.needed = max(0, self.committed_steps - stays) * geometry.tokens_per_step
+        self.placed.take(keys, values, self.num_steps, sink=sink, wait=self.stale, noted=noted)
         wants = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         self.live = (keys, values) if wants else None
         self._count(steps)
@@ -228,14 +193,9 @@ class Layer(Placing):
 
     def _retract(self, steps: int) -> None:
         """Give up the newest `steps` steps."""
-        per_step = self.geometry.tokens_per_step
-        self.window.retract(steps * per_step)
-        if self.unrotated is not None:
-            kept = steps * per_step - (self.current if self.unplaced else 0)
-            self.unrotated.retract(min(max(kept, 0), self.unrotated.recent + self.unrotated.sink))
+        self.placed.retract(steps * self.geometry.tokens_per_step, self.current)
         self.num_steps -= steps
-        self.pending = max(0, self.pending - steps)
-        self.unplaced, self.live = False, None
+        self.pending, self.live = max(0, self.pending - steps), None
         self.watched.retract()
         if self.num_steps < self.committed_steps:
             self.committed_steps = self.num_steps
@@ -262,9 +222,7 @@ class Layer(Placing):
                 )
         self.watched.commit(self.window)
         if is_anchor:
-            self.window.anchor(self.current)
-            if self.unrotated is not None and self.policy.realigner.sink_moves == "anew":
-                self.unrotated.anchor(self.current)
+            self.placed.anchor(self.current)
         steps = self.num_steps - start
         self.timeline, self.committed_steps = timeline, self.num_steps
         self.recent_start = max(self.recent_start, timeline.sink)
@@ -274,85 +232,69 @@ class Layer(Placing):
         stop = timeline.recent_start_at(self.num_steps)
         if stop > self.recent_start:
             self._age(timeline.blocks(self.recent_start, stop))
-        self._forget_unrotated()
+        self.placed.forget()
 
     def receive(self, compressed: Blocks, start: int) -> None:
         """Hold the compressed form of the current block, which begins at step `start`, until it leaves recent."""
-        held = attrs.evolve(
-            compressed,
-            keys=compressed.keys.detach().clone(),  # they may be views of far more
-            values=compressed.values.detach().clone(),
-            starts=torch.tensor([start], device=compressed.keys.device),
-        )
-        self.history.waiting = {**self.history.waiting, str(start): HeldBlocks.of(held)}
-
-    def _forget_unrotated(self) -> None:
-        """Unrotated keys are held of what is recent (and current), no longer."""
-        if self.unrotated is not None:
-            self.unrotated.leave(max(0, self.unrotated.recent - self.window.recent))
+        self.history.waiting = {**self.history.waiting, str(start): HeldBlocks.received(compressed, start)}
 
     # ------------------------------------------------------------------ age
 
     def _age(self, blocks: Sequence[Extent]) -> None:
         """Move `blocks`, the oldest of recent, out of it."""
-        per_step = self.geometry.tokens_per_step
-        stop, tokens = blocks[-1].stop, (blocks[-1].stop - blocks[0].start) * per_step
-        compressor, device = self.policy.compressor, self.window.planes["rotated"].device
+        tokens = (blocks[-1].stop - blocks[0].start) * self.geometry.tokens_per_step
+        compressor, device, stop = self.policy.compressor, self.window.planes["rotated"].device, blocks[-1].stop
         if self.policy.in_place or compressor.drops:
             if compressor.drops:
                 self.dropped += stop - blocks[0].start
                 self.tell(events.Compressed, blocks=len(blocks), tokens_before=tokens, tokens_after=0)
-            self.window.leave(tokens, stay=self.policy.in_place)
+            self.placed.leave(tokens, stay=self.policy.in_place)
             self.recent_start = stop
             if compressor.drops:
                 self.assemble(None)
             return
-        (mid_got, got), done, window = self._attention(tokens), 0, self.window
-        for _, alike in groupby(blocks, key=lambda block: block.start if compressor.given else block.steps):
-            run = list(alike)
-            span = run[0].steps
-            size = len(run) * span * per_step
-            leaving = self._leaving(run, None if got is None else got[:, :, done : done + size])
-            if compressor.rewrites:
-                ageing.rewrite(self.history, leaving, mid_got, self.moment(device))
-                mid_got = None if self.history.rewritten is None else self.history.rewritten.attention
-                mid_got = None if mid_got is None else mid_got.flatten(2, 3)
-            elif not ageing.archived(self.history, leaving, run[0].start, span, self.moment(device), self.tell):
-                self.dropped += len(run) * span
-            window.leave(size)
-            self._forget_unrotated()
-            self.recent_start, self.stale, self.mid, done = run[-1].stop, True, None, done + size
+        got = self.attention_of_leaving(tokens)
+        self.dropped += ageing.age(self.placed, self.history, blocks, got, self.moment(device), self.tell)
+        self.recent_start, self.stale = stop, True
         if compressor.rewrites:
             self.assemble(ageing.rewritten(self.history))
 
-    def _attention(self, tokens: int) -> tuple[Tensor | None, Tensor | None]:
-        """What attention mid and the oldest `tokens` recent tokens got, if it is watched."""
-        queries, placed = self.watched.latest, None
-        if self.watched.kind == "latest" and queries is not None:
-            first = self.num_steps - queries.shape[2] // self.geometry.tokens_per_step + self.window.recent_shift
-            placed = self.turned(queries, first)
-        stop = self.num_steps if self.geometry.causal else None
-        return self.watched.of_leaving(self.window, placed, tokens, stop=stop)
+    # ------------------------------------------------------------------ choose and place
 
-    def _leaving(self, run: Sequence[Extent], attention: Tensor | None) -> Blocks:
-        """The oldest blocks of recent, all of one length."""
-        first, span, count = run[0].start, run[0].steps, len(run)
-        tokens = count * span * self.geometry.tokens_per_step
-        where = slice(self.window.head, self.window.head + tokens)
-        keys, rotated = self.window.view("rotated", where), None
-        if self.unrotated is not None and not self.policy.compressor.given:
-            keys = self.unrotated.view("unrotated", slice(self.unrotated.head, self.unrotated.head + tokens))
-            rotated = self.turned(keys, first)
-        return run_of(
-            keys,
-            self.window.view("values", where),
-            count=count,
-            positions=self.geometry.positions(first, first + count * span, keys.device),
-            first=first,
-            span=span,
-            rotated=keys if rotated is None else rotated,
-            attention=attention,
-        )
+    def renew(self, query: Tensor | None) -> None:
+        """Choose which archived blocks are attended, by `query` as rotated at its origin, and put them in place."""
+        history = self.history
+        selection = history.select(query, self.moment(self.window.planes["rotated"].device))
+        fetched = None if selection is None else history.fetch(selection)
+        if selection is not None and fetched is not None:
+            blocks = selection.chosen.shape[-1] + selection.compressed.shape[-1]
+            size, location = fetched.keys.nbytes + fetched.values.nbytes, self.policy.archive.location
+            self.tell(events.Recalled, blocks=blocks, bytes=size, location=location)
+        self.assemble(fetched)
+        self.attended = self.window.tail - self.window.begin
+        history.selection, self.pending, self.selected_at = selection, 0, self.num_steps
+        if selection is not None:
+            if self.policy.retriever.needs_query and self.current > self.geometry.tokens_per_step:
+                self.together_at = self.num_steps
+            self.tell(events.Selected, chosen=selection.both, archived=history.count)
+
+    def assemble(self, mid: Fetched | None) -> None:
+        """Write the sink and mid right before recent, and place everything."""
+        placement, realigner, device = None, self.policy.realigner, self.window.planes["rotated"].device
+        if realigner.rotates:
+            nothing = torch.zeros(1, 1, 0, dtype=torch.long, device=device)
+            starts = nothing if mid is None else mid.where.starts
+            placement = realigner.place(
+                sink=min(self.timeline.sink, self.num_steps),
+                starts=starts,
+                spans=nothing if mid is None else mid.spans,
+                total=0 if mid is None else mid.total,
+                recent=self.recent_start,
+                moment=self.moment(device),
+            )
+            check_placement(f"layer {self.layer}: {type(realigner).__name__}.place()", placement, starts)
+        self.placed.place(mid, placement, recent=self.recent_start, now=self.committed_steps, current=self.current)
+        self.stale = False
 
     # ------------------------------------------------------------------ as a whole
 
@@ -366,6 +308,7 @@ class Layer(Placing):
         self.check_whole()
         other = super().select_rows(at)
         other.geometry, other.live = attrs.evolve(self.geometry, batch=at.numel()), None
+        other.placed.geometry = other.geometry
         return other
 
     def join(self, budget: ByteBudget) -> None:
@@ -373,23 +316,16 @@ class Layer(Placing):
         self.budget = budget
         self.history.join(budget)
 
-    def dump(self) -> Saved:
-        self.check_whole()
-        tensors, about = super().dump()
-        line = self.timeline
-        cuts = None if line.cuts is None else list(line.cuts)
-        return tensors, about | {"timeline": {"sink": line.sink, "origin": line.origin, "cuts": cuts}}
-
     def fill(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         line = about.get("timeline")
         if not isinstance(line, dict) or set(line) != {"sink", "origin", "cuts"}:
             raise SavedCacheError(f"layer {self.layer} is saved without its timeline")
         super().fill(tensors, {name: value for name, value in about.items() if name != "timeline"})
         self.timeline = self.timeline.restored(**line)
-        self.check_filled()
+        check_layer_state(self)
 
     def empty(self, name: str) -> State:
-        return MidTokens() if name == "mid" else getattr(self, name) or super().empty(name)
+        return cast(State, getattr(self, name))
 
     def set_policy(self, policy: Policy) -> None:
         """Go on under `policy`; the next write or select chooses anew. The caller has asked `kvtiers.changes`."""
@@ -402,9 +338,7 @@ class Layer(Placing):
             if policy.retriever != old.retriever:
                 history.digests = history.digest_again(policy, self.moment(self.window.planes["rotated"].device))
             self.policy = history.policy = policy
-            history.most_tokens = self._most_tokens(policy)
-            self.window.capacity = policy.slots(self.geometry)
-            self.window.front = self._front(policy)
+            self.placed.follow(policy)
             history.keep(policy.forms)
             self.pending = policy.refresh_steps
             if history.count:

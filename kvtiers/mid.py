@@ -51,6 +51,13 @@ class HeldBlocks(State):
     def of(blocks: Blocks) -> "HeldBlocks":
         return HeldBlocks(**{field.name: getattr(blocks, field.name) for field in attrs.fields(HeldBlocks)})
 
+    @staticmethod
+    def received(blocks: Blocks, start: int) -> "HeldBlocks":
+        """A copy of one block, which begins at step `start` and may be a view of far more."""
+        keys, values = blocks.keys.detach().clone(), blocks.values.detach().clone()
+        starts = torch.tensor([start], device=keys.device)
+        return HeldBlocks.of(attrs.evolve(blocks, keys=keys, values=values, starts=starts))
+
     @property
     def blocks(self) -> Blocks:
         return Blocks(**{field.name: getattr(self, field.name) for field in attrs.fields(HeldBlocks)})

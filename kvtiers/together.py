@@ -62,7 +62,7 @@ class SharedBuffer:
         """Move what `layers` hold, which serve `rows` of the batch, into one buffer."""
         counts, flat = [len(one) for one in rows], [row for one in rows for row in one]
         device = layers[0].window.planes["rotated"].device
-        second = [layer.unrotated for layer in layers if layer.unrotated is not None]
+        second = [layer.placed.unrotated for layer in layers if layer.placed.unrotated is not None]
         return SharedBuffer(
             rotated=Joined.of([layer.window for layer in layers], counts),
             unrotated=Joined.of(second, counts) if second else None,
@@ -71,7 +71,7 @@ class SharedBuffer:
 
     def holds(self, layers: Sequence[Layer], room: int = 1) -> bool:
         """Whether everything still lies here, and there is `room` for a token of each row."""
-        second = [layer.unrotated for layer in layers if layer.unrotated is not None]
+        second = [layer.placed.unrotated for layer in layers if layer.placed.unrotated is not None]
         return self.rotated.holds([layer.window for layer in layers], room) and (
             self.unrotated is None or self.unrotated.holds(second, room)
         )
@@ -82,8 +82,8 @@ class SharedBuffer:
         placed = turned(layers, keys, [layer.num_steps for layer in layers])
         for name, new in (("rotated", placed), ("values", values)):
             self.rotated.planes[name][:, :, slot : slot + 1] = new
-        if self.unrotated is not None and layers[0].unrotated is not None:
-            slot = layers[0].unrotated.tail
+        if self.unrotated is not None and layers[0].placed.unrotated is not None:
+            slot = layers[0].placed.unrotated.tail
             self.unrotated.planes["unrotated"][:, :, slot : slot + 1] = keys
         first = 0
         for layer in layers:
@@ -121,8 +121,11 @@ class SharedBuffer:
 
 def can_share(layer: Layer) -> bool:
     """Whether all that attention reads of `layer` is keys and values."""
-    plain = layer.unrotated is None or layer.unrotated.planes.keys() == {"unrotated"}
-    return plain and layer.window.planes.keys() == {"rotated", "values"}
+    second = layer.placed.unrotated
+    return (second is None or second.planes.keys() == {"unrotated"}) and layer.window.planes.keys() == {
+        "rotated",
+        "values",
+    }
 
 
 def turned(layers: Sequence[Layer], x: Tensor, steps: Sequence[int]) -> Tensor:

@@ -1,7 +1,8 @@
 """All or nothing: a change that fails is undone, or what was changed refuses to go on. Never silently wrong."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -49,6 +50,21 @@ class Undoable(State, ABC):
             return
         for one, state, _ in reversed(before):
             one.undo(state)
+
+
+@contextmanager
+def all_or_nothing(states: Sequence[Undoable], otherwise: Callable[[], None]) -> Iterator[None]:
+    """A change of several: if it fails, each is as it was before or refuses to go on, and `otherwise` is called."""
+    for state in states:
+        state.check_whole()
+    before = [state.before() for state in states]
+    try:
+        yield
+    except BaseException:
+        for state, was in zip(states, before, strict=True):
+            state.go_back(was)
+        otherwise()
+        raise
 
 
 class Change:

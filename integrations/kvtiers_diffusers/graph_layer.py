@@ -52,13 +52,14 @@ class GraphLayer(Layer):
     def _mid_with_graph(self) -> tuple[Tensor, Tensor]:
         """The selected blocks, placed, as they were computed."""
         selection, starts = self.history.selection, sorted(self.graph)[: self.history.count]
-        if selection is None or self.mid is None:
+        where = self.placed.mid
+        if selection is None or where is None:
             raise SelectionError(f"layer {self.layer} has no archived blocks to select")
         index = selection.both[..., None, None]
         keys, values = (torch.cat([self.graph[start][i] for start in starts], 2) for i in (0, 1))
         keys, values = (part.take_along_dim(index, 2).flatten(2, 3) for part in (keys, values))
         if self.policy.realigner.rotates and self.rotary is not None:
-            keys = self.rotary.rotate(keys, self.mid.at(self.mid.placed))
+            keys = self.rotary.rotate(keys, where.at(where.placed))
         return keys, values
 
     def select_rows(self, at: Int[Tensor, " rows"]) -> "GraphLayer":
@@ -80,7 +81,7 @@ class GraphLayer(Layer):
         held = {int(start): (one.keys, one.values) for start, one in history.waiting.items()}
         if history.count and history.starts is not None:
             index = torch.arange(history.count, device=history.starts.device)
-            index = index.expand(history.batch, history.kv_heads, -1)
+            index = index.expand(*history.wide, -1)
             keys, values = history.parts("compressed", index)
             each = zip(history.starts.tolist(), keys.split(1, 2), values.split(1, 2), strict=True)
             held |= {start: (k, v) for start, k, v in each}

@@ -125,7 +125,7 @@ class TieredSelfAttention(_Processor):
         cache.select(layer, query)
         context = cache.context(layer)
         added = context.logit_bias(query.shape[1], query.dtype)
-        return self._attend(cache.place_query(layer, query), context.keys, context.values, added)
+        return self._attend(cache.only(layer).place_query(query), context.keys, context.values, added)
 
     def _reduced(self, now: Pass, reduced: Reduced, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's reduced tokens attend the context and one another, and are kept for when the block has aged."""

@@ -108,7 +108,7 @@ def errors_of(codec: Codec, cache: TransformersCache) -> tuple[float, float]:
         history = layer.history
         if not history.count:
             raise click.UsageError("nothing was archived; read more --tokens, or take a --policy that archives")
-        everything = torch.arange(history.count).expand(history.batch, history.kv_heads, -1)
+        everything = torch.arange(history.count).expand(*history.wide, -1)
         exact = history.parts(next(iter(history.stores)), everything.to(cache.device))
         back = codec.decode(codec.encode(*exact), exact[0].dtype)
         for row, (x, y) in enumerate(zip(exact, back, strict=True)):

@@ -77,7 +77,11 @@ def test_contiguous_positions_begin_at_zero_and_incremental_ones_end_at_now(data
     for steps in data.draw(cuts(trial.policy)):
         placed = trial.feed(steps).placed
         if type(trial.policy.realigner).__name__ == "Contiguous":
-            first = trial.layer.mid.placed if trial.layer.mid is not None and not trial.layer.window.sink else placed
+            first = (
+                trial.layer.placed.mid.placed
+                if trial.layer.placed.mid is not None and not trial.layer.window.sink
+                else placed
+            )
             assert float(first.flatten()[0]) == 0
         else:
             assert float(placed[0, 0, -1, 0]) == trial.num_steps - 1
@@ -156,8 +160,10 @@ def test_the_kit_notices_one_token_that_is_off(off):
     if off == "value":
         layer.window.planes["values"][0, 1, layer.window.head] += 1e-3
     elif off == "place":
-        plain = layer.unrotated.view("unrotated", slice(layer.unrotated.head, layer.unrotated.head + 1))
-        turned = layer.turned(plain, layer.recent_start + layer.window.recent_shift + 1)
+        plain = layer.placed.unrotated.view(
+            "unrotated", slice(layer.placed.unrotated.head, layer.placed.unrotated.head + 1)
+        )
+        turned = layer.placed.turned(plain, layer.recent_start + layer.window.recent_shift + 1)
         layer.window.write("rotated", slice(layer.window.head, layer.window.head + 1), turned)
     elif off == "order":
         keys, first = layer.window.planes["rotated"], layer.window.head

@@ -144,7 +144,7 @@ def test_history_holds_no_graph():
         now = tokens.part(start, start + 2)
         layer.write(now.keys.clone().requires_grad_(), now.values.clone().requires_grad_())
         layer.select(now.query.clone().requires_grad_())
-    planes = [*layer.window.planes.values(), *layer.unrotated.planes.values(), layer.history.digests.buffer]
+    planes = [*layer.window.planes.values(), *layer.placed.unrotated.planes.values(), layer.history.digests.buffer]
     assert len(planes) == 4
     assert not any(plane.requires_grad for plane in planes)
     assert not any(part.requires_grad for part in layer.history.stores["full"].parts().values())

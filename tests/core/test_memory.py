@@ -218,7 +218,7 @@ def rewritten(path: Path, change) -> None:
 
 
 def one_tensor_missing(path: Path) -> None:
-    rewritten(path, lambda tensors, _: tensors.pop("0.0.window.planes.values"))
+    rewritten(path, lambda tensors, _: tensors.pop("0.0.placed.window.planes.values"))
 
 
 def numbers_changed(path: Path) -> None:

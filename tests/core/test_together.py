@@ -85,7 +85,7 @@ def test_bytes_are_told_as_they_are_held_in_the_shared_buffer():
         held = {plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes() for plane in planes}
         assert len(held) == 2
         of_history = [*(x for layer in layers for x in layer.history.tensors()), *(
-            x for layer in layers if layer.mid for x in layer.mid.tensors())]  # fmt: skip
+            x for layer in layers if layer.placed.mid for x in layer.placed.mid.tensors())]  # fmt: skip
         rest = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in of_history}
         stores = sum(n for layer in layers for store in layer.history.stores.values()
                      for n in store.bytes_by_location().values())  # fmt: skip

@@ -142,11 +142,11 @@ def test_no_more_is_held_at_any_step_than_the_bound_says(realigner, archive, sin
         check(())
     if archive == "host":
         assert most > 0.8 * found.bound_bytes(geometry, layer.history.count)
-    if layer.unrotated is not None:  # of what stays recent, and of the sink if it is rotated anew
+    if layer.placed.unrotated is not None:  # of what stays recent, and of the sink if it is rotated anew
         frames = found.unrotated_slots(geometry) // 64
         assert frames == (recent + 3) // 4 * 4
         anew = found.realigner.sink_moves == "anew"
-        assert layer.unrotated.slots == 64 * (frames + (-(-sink // 4) * 4 if anew else 0))
+        assert layer.placed.unrotated.slots == 64 * (frames + (-(-sink // 4) * 4 if anew else 0))
 
 
 def test_two_minutes_of_the_published_geometry_take_no_more_than_6_gb_on_the_device():

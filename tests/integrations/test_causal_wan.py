@@ -88,7 +88,7 @@ def test_the_rollouts_notice_a_block_too_many_or_too_few(name: str, off: dict[st
 
 def windows(layer: Layer) -> list[Window]:
     """What attention reads, and unrotated keys if there are any."""
-    return [window for window in (layer.window, layer.unrotated) if window is not None]
+    return layer.placed.windows()
 
 
 def stored(wan: CausalWan) -> list[Tensor]:

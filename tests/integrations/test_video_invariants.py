@@ -66,7 +66,7 @@ def layers(wan: CausalWan) -> list[Layer]:
 
 def windows(layer: Layer) -> list[Window]:
     """What attention reads, and unrotated keys if there are any."""
-    return [window for window in (layer.window, layer.unrotated) if window is not None]
+    return layer.placed.windows()
 
 
 def stored(wan: CausalWan) -> list[Tensor]:

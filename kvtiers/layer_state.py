@@ -11,16 +11,15 @@ from torch import Tensor
 from kvtiers import events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Context
-from kvtiers.errors import RotaryError, SavedCacheError, SelectionError
-from kvtiers.filled import check_history
+from kvtiers.errors import SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.history import History
 from kvtiers.masks import causal, dropping
-from kvtiers.mid import MidTokens
+from kvtiers.placed import Placed
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
 from kvtiers.slots import Moment
-from kvtiers.state import State, number, part
+from kvtiers.state import Saved, State, number, part
 from kvtiers.timeline import Timeline
 from kvtiers.undoing import Undoable
 from kvtiers.watched import Watched
@@ -44,7 +43,7 @@ class CurrentView:
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
-class Reading(Undoable):
+class LayerState(Undoable):
     """The fields of a layer, and what reads them.
 
     layer: the model's number for it. rotary: how it rotates, or None. observe: told of every event; it must not raise.
@@ -58,13 +57,9 @@ class Reading(Undoable):
     check: bool = False
     budget: ByteBudget | None = None
     timeline: Timeline = attrs.field(init=False)
-    window: Window = part(None)
-    unrotated: Window | None = part(None)
-    """Unrotated keys of recent and current (and of the sink, if a realigner rotates it anew)."""
+    placed: Placed = part(None)
     history: History = part(None)
     watched: Watched = part(None)
-    mid: MidTokens | None = part(None)
-    """Where the mid tokens of the window come from and lie; None if there are none, or history stays in place."""
     num_steps: int = number(0)
     """Steps written."""
     committed_steps: int = number(0)
@@ -75,8 +70,6 @@ class Reading(Undoable):
     """Steps that a policy dropped."""
     stale: bool = number(False)
     """Whether blocks were archived since the last selection."""
-    unplaced: bool = number(False)
-    """Whether the current keys wait, unrotated, for the selection."""
     pending: int = number(0)
     """Steps written since the last selection."""
     drafted: bool = number(False)
@@ -92,7 +85,12 @@ class Reading(Undoable):
     """Current keys and values with their graph, where gradients are wanted."""
 
     def pieces(self) -> list[State]:
-        return [self, self.window, self.history, self.watched, *([] if self.unrotated is None else [self.unrotated])]
+        return [self, self.placed, *self.placed.windows(), self.history, self.watched]
+
+    @property
+    def window(self) -> Window:
+        """The buffer that attention reads."""
+        return self.placed.window
 
     @property
     def current(self) -> int:
@@ -129,7 +127,7 @@ class Reading(Undoable):
         keys, values = self.window.view("rotated", where), self.window.view("values", where)
         if self.live is not None:
             live_keys, live_values = self.live
-            live_keys = self.turned(live_keys, self.committed_steps + self.window.recent_shift)
+            live_keys = self.placed.near(live_keys, self.committed_steps)
             keys = torch.cat([keys[:, :, :-current], live_keys], 2)
             values = torch.cat([values[:, :, :-current], live_values], 2)
         elif torch.is_grad_enabled():  # the query may need them in backward, when they have been written over
@@ -146,35 +144,17 @@ class Reading(Undoable):
             locate=self._locate,
         )
 
-    def turned(self, keys: Tensor, first: int) -> Tensor:
-        """Consecutive tokens, rotated to the positions from step `first`, if a realigner rotates."""
-        if not self.policy.realigner.rotates:
-            return keys
-        if self.rotary is None:
-            raise RotaryError(f"layer {self.layer} has no rotary embedding")
-        per_step = self.geometry.tokens_per_step
-        if keys.shape[-2] % per_step:  # the last tokens of a step
-            steps = -(-keys.shape[-2] // per_step)
-            cos, sin = self.rotary.run(first, steps, self.geometry.grid, keys.device, keys.dtype)
-            return self.rotary.apply(keys, (cos[-keys.shape[-2] :], sin[-keys.shape[-2] :]))
-        steps = keys.shape[-2] // per_step
-        return self.rotary.apply(keys, self.rotary.run(first, steps, self.geometry.grid, keys.device, keys.dtype))
-
     def place_query(
         self, query: Float[Tensor, "batch query_heads tokens head_dim"]
     ) -> Float[Tensor, "batch query_heads tokens head_dim"]:
         """Rotate the current tokens' queries to where their keys are placed (nothing to do if none are rotated)."""
-        return self.turned(query, self.committed_steps + self.window.recent_shift)
+        return self.placed.near(query, self.committed_steps)
 
     def place_beside(
         self, x: Float[Tensor, "batch heads tokens head_dim"], offsets: Float[Tensor, "tokens axes"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Rotate tokens that lie at `offsets` from the start of the current block to where it is placed."""
-        if not self.policy.realigner.rotates or self.rotary is None:
-            return x
-        where = offsets.double().clone()
-        where[:, 0] += self.committed_steps + self.window.recent_shift
-        return self.rotary.apply(x, self.rotary.table(where, x.dtype))
+        return self.placed.beside(x, offsets, self.committed_steps)
 
     def current_view(self) -> CurrentView | None:
         """Where further passes may write the current block, if its selection holds; None if they must `write`."""
@@ -214,38 +194,21 @@ class Reading(Undoable):
             "dropped": self.dropped,
         }
 
-    def check_filled(self) -> None:
-        """Raise `SavedCacheError` unless what was loaded makes sense together."""
-        geometry, per_step, window = self.geometry, self.geometry.tokens_per_step, self.window
+    def attention_of_leaving(self, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        """What attention mid and the oldest `tokens` recent tokens got, if it is watched."""
+        queries, placed = self.watched.latest, None
+        if self.watched.kind == "latest" and queries is not None:
+            first = self.num_steps - queries.shape[2] // self.geometry.tokens_per_step
+            placed = self.placed.near(queries, first)
+        stop = self.num_steps if self.geometry.causal else None
+        return self.watched.of_leaving(self.window, placed, tokens, stop=stop)
+
+    def dump(self) -> Saved:
+        self.check_whole()
+        tensors, about = super().dump()
         line = self.timeline
-        anchors = min(line.sink, self.num_steps)
-        recent = max(0, self.num_steps - max(self.recent_start, anchors))
-        numbers = (0, self.committed_steps, self.num_steps)
-        wrong = sorted(numbers) != list(numbers) or min(self.dropped, self.pending) < 0
-        wrong = wrong or self.recent_start > max(self.num_steps, line.sink)
-        wrong = wrong or window.sink != anchors * per_step or window.recent != recent * per_step
-        wrong = wrong or (self.num_steps > 0) != bool(window.planes)
-        if line.cuts is not None:
-            wrong = (
-                wrong or list(line.cuts) != sorted(set(line.cuts)) or (line.cuts or (0,))[-1] != self.committed_steps
-            )
-        if wrong:
-            raise SavedCacheError(f"the numbers of layer {self.layer} do not fit together: {self.tier_counts()}")
-        lead = (geometry.batch, geometry.kv_heads)
-        shapes = {"rotated": (*lead, geometry.head_dim), "values": (*lead, geometry.value_dim), "bias": (*lead, 1)}
-        if self.watched.counts:
-            shapes["attention"] = (geometry.batch, geometry.query_heads, 1)
-        window.check(f"layer {self.layer}", shapes)
-        if self.unrotated is not None:
-            self.unrotated.check(f"layer {self.layer} (unrotated)", {"unrotated": (*lead, geometry.head_dim)})
-        if window.planes:
-            check_history(self.history, self.moment(window.planes["rotated"].device))
-        if self.mid is not None:
-            parts = (self.mid.offsets, self.mid.starts, self.mid.placed)
-            if any(x is None for x in parts) or self.mid.offsets.dim() != 4 or self.mid.offsets.shape[2] != window.mid:
-                raise SavedCacheError(f"the mid tokens of layer {self.layer} lie nowhere")
-        elif window.mid and not self.policy.in_place:
-            raise SavedCacheError(f"the mid tokens of layer {self.layer} lie nowhere")
+        cuts = None if line.cuts is None else list(line.cuts)
+        return tensors, about | {"timeline": {"sink": line.sink, "origin": line.origin, "cuts": cuts}}
 
     def tell(self, kind: Any, **about: Any) -> None:
         """Send an event of this layer to whoever observes it."""
@@ -269,19 +232,5 @@ class Reading(Undoable):
 
     def _locate(self) -> tuple[Tensor, Tensor]:
         """Original and placed positions of the tokens of the context."""
-        device, geometry, window = self.window.planes["rotated"].device, self.geometry, self.window
         anchors = min(self.timeline.sink, self.num_steps)
-        sink = geometry.positions(0, anchors, device)
-        first = anchors if self.policy.in_place else self.recent_start
-        recent = geometry.positions(first, max(self.num_steps, first), device)
-        shift = torch.zeros(sink.shape[-1], dtype=sink.dtype, device=device)
-        shift[0] = 1
-        parts = [(sink, sink + shift * window.sink_shift), (recent, recent + shift * window.recent_shift)]
-        if self.mid is not None:
-            parts.insert(1, (self.mid.at(self.mid.starts), self.mid.at(self.mid.placed)))
-        both = []
-        for which in (0, 1):
-            wide = [part[which].to(sink.dtype) for part in parts]
-            lead = torch.broadcast_shapes(*(p.shape[:-2] for p in wide), (1, 1))
-            both.append(torch.cat([p.expand(*lead, *p.shape[-2:]) for p in wide], -2))
-        return both[0], both[1]
+        return self.placed.locate(anchors, anchors if self.policy.in_place else self.recent_start, self.num_steps)
