@@ -126,8 +126,7 @@ class Layer(Placing):
         query = None if query is None else query.detach()
         with self.changing():
             if self.stale or again:
-                first = 0 if query is None else self.num_steps - query.shape[2] // self.geometry.tokens_per_step
-                self.renew(None if query is None else self.turned(query, first))
+                self.renew(None if query is None else self.looked_at(query))
             if watches and query is not None:
                 self.watched.look(query, self.place_query(query), self.window, masked=self.geometry.causal)
 

@@ -33,6 +33,11 @@ class Placing(Reading):
                 self.together_at = self.num_steps
             self.tell(events.Selected, chosen=selection.both, archived=history.count)
 
+    def looked_at(self, query: Tensor) -> Tensor:
+        """Those of the current tokens' queries that the retriever looks at, rotated at their origin."""
+        first = self.num_steps - query.shape[2] // self.geometry.tokens_per_step
+        return self.turned(query, first, self.policy.retriever.queries)
+
     def assemble(self, mid: Fetched | None) -> None:
         """Write the sink and mid right before recent, and place everything."""
         window, device = self.window, self.window.planes["rotated"].device
@@ -102,7 +107,7 @@ class Placing(Reading):
                 keys = plain.view("unrotated", slice(plain.tail - (window.recent - late), plain.tail))
                 window.write("rotated", slice(window.head, stop), self.turned(keys, first))
             if late:
-                keys = window.view("rotated", slice(stop, window.tail)).clone()
+                keys = window.view("rotated", slice(stop, window.tail))
                 self.keep_unrotated(keys, 0)
                 at = self.committed_steps + placement.recent_shift
                 window.write("rotated", slice(stop, window.tail), self.turned(keys, at))
@@ -118,8 +123,8 @@ class Placing(Reading):
         if window is None:
             return
         if self.policy.compressor.given and self.geometry.even and self.policy.recent:
-            steps = self.committed_steps + keys.shape[2] // per_step
-            first = max(self.recent_start, self.policy.extended(self.timeline, steps).recent_start_at(steps))
+            first = self.timeline.recent_start_at(self.committed_steps + keys.shape[2] // per_step)
+            first = max(self.recent_start, first)
             window.leave(max(0, window.recent - max(0, self.committed_steps - first) * per_step))
         kept = sink if self.policy.realigner.sink_moves == "anew" else 0
         if kept or sink < keys.shape[2]:

@@ -12,7 +12,7 @@ from kvtiers import events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Context
 from kvtiers.errors import RotaryError, SavedCacheError, SelectionError
-from kvtiers.geometry import Geometry
+from kvtiers.geometry import Geometry, spread
 from kvtiers.history import History
 from kvtiers.masks import causal, dropping
 from kvtiers.mid import MidTokens
@@ -128,19 +128,21 @@ class Reading(Undoable):
             locate=self._locate,
         )
 
-    def turned(self, keys: Tensor, first: int) -> Tensor:
-        """Consecutive tokens, rotated to the positions from step `first`, if a realigner rotates."""
+    def turned(self, keys: Tensor, first: int, most: int | None = None) -> Tensor:
+        """Consecutive tokens, or at `most` so many of them, evenly spaced, rotated to the positions from step `first`
+        if a realigner rotates."""
+        tokens, per_step = keys.shape[-2], self.geometry.tokens_per_step
+        if most is not None and most < tokens:
+            keys = keys.index_select(2, spread(most, tokens, keys.device))
         if not self.policy.realigner.rotates:
             return keys
         if self.rotary is None:
             raise RotaryError(f"layer {self.layer} has no rotary embedding")
-        per_step = self.geometry.tokens_per_step
-        if keys.shape[-2] % per_step:  # the last tokens of a step
-            steps = -(-keys.shape[-2] // per_step)
-            cos, sin = self.rotary.run(first, steps, self.geometry.grid, keys.device, keys.dtype)
-            return self.rotary.apply(keys, (cos[-keys.shape[-2] :], sin[-keys.shape[-2] :]))
-        steps = keys.shape[-2] // per_step
-        return self.rotary.apply(keys, self.rotary.run(first, steps, self.geometry.grid, keys.device, keys.dtype))
+        steps = -(-tokens // per_step)
+        cos, sin = self.rotary.run(first, steps, self.geometry.grid, keys.device, keys.dtype, most=most)
+        if tokens % per_step:  # the last tokens of a step
+            cos, sin = cos[-tokens:], sin[-tokens:]
+        return self.rotary.apply(keys, (cos, sin))
 
     def place_query(
         self, query: Float[Tensor, "batch query_heads tokens head_dim"]

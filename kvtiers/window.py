@@ -98,10 +98,8 @@ class Window(State):
             self._relocate(max(self.sink + tokens, self._front()), 0, keep_mid=False)
         slot = self.head - tokens - self.sink
         self.moves += 1
-        if slot != self.sink_slot and self.sink:
-            for plane in self.planes.values():
-                anchors = plane[:, :, self.sink_slot : self.sink_slot + self.sink].clone()
-                plane[:, :, slot : slot + self.sink] = anchors
+        for plane in self.planes.values():
+            _move(plane, self.sink_slot, slot, self.sink)
         for name, plane in self.planes.items():
             if parts is not None:
                 plane[:, :, self.head - tokens : self.head] = parts.get(name, 0)
@@ -165,23 +163,37 @@ class Window(State):
             self._relocate(self._front(), tokens, keep_mid=True)
 
     def _relocate(self, head: int, extra: int, *, keep_mid: bool) -> None:
-        """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
+        """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be.
+
+        A sink that is not next to mid and recent, for `insert` is to put it there, stays where it is if it can.
+        """
         sink, mid, old = self.sink, self.mid if keep_mid else 0, self.head
+        loose = not keep_mid or self.sink_slot != self.begin
+        slot = min(head - mid - sink, self.sink_slot) if loose else head - mid - sink
         needed = head + self.recent + extra
         grows = needed > self.slots
         room = self.slots if not grows else needed if self.capacity is not None else max(needed, 2 * self.slots)
+        self.moves += not grows
         made = {}
         for name, plane in self.planes.items():
+            target = lasting((*plane.shape[:2], room, plane.shape[3]), like=plane) if grows else plane
             anchors = plane[:, :, self.sink_slot : self.sink_slot + sink]
-            rest = plane[:, :, old - mid : self.tail]
-            target = plane
-            if grows:
-                target = lasting((*plane.shape[:2], room, plane.shape[3]), like=plane)
-            else:
-                anchors, rest = anchors.clone(), rest.clone()
-                self.moves += 1
-            target[:, :, head - mid : head + self.recent] = rest
-            target[:, :, head - mid - sink : head - mid] = anchors
+            if not grows and slot != self.sink_slot:
+                anchors = anchors.clone()  # recent may be written over them
+            _move(plane, old - mid, head - mid, mid + self.recent, target)
+            if grows or slot != self.sink_slot:
+                target[:, :, slot : slot + sink] = anchors
             made[name] = target
-        self.planes, self.tail, self.sink_slot = made, head + self.recent, head - mid - sink
+        self.planes, self.tail, self.sink_slot = made, head + self.recent, slot
         self.mid = mid
+
+
+def _move(plane: Tensor, old: int, new: int, tokens: int, target: Tensor | None = None) -> None:
+    """Copy `tokens` tokens from slot `old` of a plane to slot `new`, of another plane if there is a `target`."""
+    if target is None or target is plane:
+        if old == new or not tokens:
+            return
+        target = plane
+    source = plane[:, :, old : old + tokens]
+    overlaps = target is plane and abs(old - new) < tokens
+    target[:, :, new : new + tokens] = source.clone() if overlaps else source
