@@ -155,8 +155,7 @@ class Layer(Placing):
             if stop <= max(self.recent_start, self.timeline.sink):
                 return
             blocks = self.timeline.blocks(self.recent_start, stop)
-            if self.timeline.cuts is None:
-                self.timeline = attrs.evolve(self.timeline, origin=stop)
+            self.timeline = attrs.evolve(self.timeline, origin=stop)
             self._age(blocks)
 
     def rewind_recent(self) -> int:
@@ -164,6 +163,8 @@ class Layer(Placing):
         steps = self.num_steps - max(self.recent_start, min(self.timeline.sink, self.num_steps))
         with self.changing():
             self._retract(steps)
+            if self.recent_start > self.timeline.start:  # what is left has left recent
+                self.timeline = attrs.evolve(self.timeline, origin=self.recent_start)
         return steps
 
     def crop(self, steps: int) -> None:
@@ -225,10 +226,8 @@ class Layer(Placing):
         if self.num_steps < self.committed_steps:
             self.committed_steps = self.num_steps
             self.history.crop(self.num_steps)
+            self.timeline = self.timeline.cropped(self.num_steps)
             if self.timeline.cuts is not None:
-                cuts = tuple(cut for cut in self.timeline.cuts if cut <= self.num_steps)
-                sink = min(self.timeline.sink, self.num_steps)
-                self.timeline = attrs.evolve(self.timeline, cuts=cuts, sink=sink)
                 self.recent_start = min(self.recent_start, self.num_steps)
 
     def _commit(self, compressed: Blocks | None = None) -> None:
