@@ -78,7 +78,8 @@ class Selection:
     @property
     def both(self) -> Int[Tensor, "batch kv_heads blocks"]:
         """All attended blocks in order of origin."""
-        return torch.cat([self.chosen, self.compressed], -1).sort(-1).values
+        more = self.compressed.shape[-1]
+        return torch.cat([self.chosen, self.compressed], -1).sort(-1).values if more else self.chosen
 
 
 @attrs.frozen(eq=False, kw_only=True)

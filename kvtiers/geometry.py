@@ -1,12 +1,12 @@
 """The shape of one layer's keys and values, and where a step's tokens lie."""
 
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import attrs
 import torch
 from attrs import validators as v
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _POSITIVE = [v.instance_of(int), v.ge(1)]
@@ -72,3 +72,11 @@ class Geometry:
             return time[:, None]
         axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in self.grid)]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+@lru_cache(maxsize=8)
+def spread(count: int, of: int, device: torch.device | None = None) -> Int[Tensor, " numbers"]:
+    """`count` evenly spaced numbers below `of` (the middles of equal parts), or all of them if there are no more."""
+    count = min(count, of)
+    with torch.inference_mode(False):  # it is remembered
+        return (2 * torch.arange(count, device=device) + 1) * of // (2 * count)

@@ -102,8 +102,7 @@ class Layer(LayerState):
         query = None if query is None else query.detach()
         with self.changing():
             if self.selects:
-                first = 0 if query is None else self.num_steps - query.shape[2] // self.geometry.tokens_per_step
-                self.renew(None if query is None else self.placed.turned(query, first))
+                self.renew(None if query is None else self.looked_at(query))
             if watches and query is not None:
                 self.watched.look(query, self.place_query(query), self.window, masked=self.geometry.causal)
 
@@ -132,8 +131,7 @@ class Layer(LayerState):
             if stop <= max(self.recent_start, self.timeline.sink):
                 return
             blocks = self.timeline.blocks(self.recent_start, stop)
-            if self.timeline.cuts is None:
-                self.timeline = attrs.evolve(self.timeline, origin=stop)
+            self.timeline = attrs.evolve(self.timeline, origin=stop)
             self._age(blocks)
 
     def rewind_recent(self) -> int:
@@ -141,6 +139,8 @@ class Layer(LayerState):
         steps = self.num_steps - max(self.recent_start, min(self.timeline.sink, self.num_steps))
         with self.changing():
             self._retract(steps)
+            if self.recent_start > self.timeline.start:  # what is left has left recent
+                self.timeline = attrs.evolve(self.timeline, origin=self.recent_start)
         return steps
 
     def crop(self, steps: int) -> None:
@@ -171,7 +171,7 @@ class Layer(LayerState):
             noted = keys.new_zeros((geometry.batch, geometry.query_heads, tokens, 1), dtype=torch.float32)
         if self.policy.compressor.given and geometry.even and self.policy.recent:
             coming = self.committed_steps + steps  # keys of the blocks that leave at the next commit are not needed
-            stays = max(self.recent_start, self.policy.extended(self.timeline, coming).recent_start_at(coming))
+            stays = max(self.recent_start, self.timeline.recent_start_at(coming))
             self.placed.needed = max(0, self.committed_steps - stays) * geometry.tokens_per_step
         self.placed.take(keys, values, self.num_steps, sink=sink, wait=self.stale, noted=noted)
         wants = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
@@ -200,10 +200,8 @@ class Layer(LayerState):
         if self.num_steps < self.committed_steps:
             self.committed_steps = self.num_steps
             self.history.crop(self.num_steps)
+            self.timeline = self.timeline.cropped(self.num_steps)
             if self.timeline.cuts is not None:
-                cuts = tuple(cut for cut in self.timeline.cuts if cut <= self.num_steps)
-                sink = min(self.timeline.sink, self.num_steps)
-                self.timeline = attrs.evolve(self.timeline, cuts=cuts, sink=sink)
                 self.recent_start = min(self.recent_start, self.num_steps)
 
     def _commit(self, compressed: Blocks | None = None) -> None:

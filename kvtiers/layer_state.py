@@ -102,6 +102,11 @@ class LayerState(Undoable):
         """Whether blocks leave recent once the current tokens are history."""
         return self.timeline.recent_start_at(self.num_steps) > self.recent_start
 
+    def looked_at(self, query: Tensor) -> Tensor:
+        """Those of the current tokens' queries that the retriever looks at, rotated at their origin."""
+        first = self.num_steps - query.shape[2] // self.geometry.tokens_per_step
+        return self.placed.turned(query, first, most=self.policy.retriever.queries)
+
     @property
     def selects(self) -> bool:
         """Whether it is time to choose archived blocks."""

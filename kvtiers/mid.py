@@ -29,7 +29,7 @@ class MidTokens(State):
             per_token = starts.repeat_interleave(self.offsets.shape[-2] // starts.shape[-1], dim=-1)
         else:
             per_token = starts.expand(*self.owner.shape[:2], -1).gather(-1, self.owner)
-        lead = torch.broadcast_shapes(per_token.shape[:-1], self.offsets.shape[:-2])
+        lead = [max(a, b) for a, b in zip(per_token.shape[:2], self.offsets.shape[:2], strict=True)]  # one is 1 if any
         positions = self.offsets.double().expand(*lead, *self.offsets.shape[-2:]).clone()
         positions[..., 0] += per_token
         return positions

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvtiers.errors import RotaryError, SelectionError
-from kvtiers.geometry import Geometry
+from kvtiers.geometry import Geometry, spread
 from kvtiers.mid import Fetched, MidTokens
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
@@ -74,15 +74,18 @@ class Placed(State):
 
     # ------------------------------------------------------------------ rotate
 
-    def turned(self, x: Tensor, first: int) -> Tensor:
-        """Consecutive tokens, rotated to the positions from step `first`, if a realigner rotates."""
+    def turned(self, x: Tensor, first: int, *, most: int | None = None) -> Tensor:
+        """Consecutive tokens, or at `most` so many of them, evenly spaced, rotated to the positions from step `first`
+        if a realigner rotates."""
+        geometry, tokens = self.geometry, x.shape[-2]
+        if most is not None and most < tokens:
+            x = x.index_select(2, spread(most, tokens, x.device))
         if not self.rotates:
             return x
         if self.rotary is None:
             raise RotaryError(f"layer {self.layer} has no rotary embedding")
-        geometry, tokens = self.geometry, x.shape[-2]
         steps = -(-tokens // geometry.tokens_per_step)
-        cos, sin = self.rotary.run(first, steps, geometry.grid, x.device, x.dtype)
+        cos, sin = self.rotary.run(first, steps, geometry.grid, x.device, x.dtype, most=most)
         if tokens < steps * geometry.tokens_per_step:  # the last tokens of a step
             cos, sin = cos[-tokens:], sin[-tokens:]
         return self.rotary.apply(x, (cos, sin))
@@ -220,7 +223,7 @@ class Placed(State):
             keys = plain.view("unrotated", slice(plain.tail - (window.recent - late), plain.tail))
             window.write("rotated", slice(window.head, stop), self.turned(keys, recent + shift))
         if late:
-            keys = window.view("rotated", slice(stop, window.tail)).clone()
+            keys = window.view("rotated", slice(stop, window.tail))
             self._keep(keys, 0)
             window.write("rotated", slice(stop, window.tail), self.turned(keys, now + shift))
             self.waiting = False

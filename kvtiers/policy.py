@@ -3,8 +3,9 @@
 from typing import Any, Literal
 
 import attrs
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor, sort
+from torch import Tensor
 
 from kvtiers.archive import Archive, Codec
 from kvtiers.blocks import Extent, Form
@@ -137,5 +138,5 @@ class Policy(Bounds):
 def choose(scores: Float[Tensor, "batch kv_heads archived"], count: int) -> Int[Tensor, "batch kv_heads chosen"]:
     """The indices of the `count` highest scores, best first; of equal scores the newer block wins."""
     newest_first = scores.flip(-1)
-    order = sort(newest_first, dim=-1, descending=True, stable=True).indices[..., :count]
+    order = torch.sort(newest_first, dim=-1, descending=True, stable=True).indices[..., :count]
     return scores.shape[-1] - 1 - order

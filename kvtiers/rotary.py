@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvtiers.errors import RotaryError
+from kvtiers.geometry import spread
 
 Layout = Literal["half", "interleaved"]
 _TABLES_KEPT = 8
@@ -38,6 +39,8 @@ class Rotary:
         if layout == "half" and len(frequencies) > 1:
             raise RotaryError(f"layout 'half' rotates one axis, got {len(frequencies)}; use layout='interleaved'")
         self.frequencies = tuple(f.detach().to(angle_dtype).clone() for f in frequencies)
+        self._axes = torch.cat([torch.full((f.numel(),), i, device=f.device) for i, f in enumerate(self.frequencies)])
+        """The axis that each frequency belongs to."""
         self.layout: Layout = layout
         self.scaling = float(scaling)
         self.angle_dtype = angle_dtype
@@ -62,10 +65,13 @@ class Rotary:
         dtype: of what will be rotated: float64 is rotated in float64, everything else in float32.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        positions = positions.to(self.angle_dtype)
-        frequencies = [f.to(positions.device) for f in self.frequencies]
-        angles = torch.cat([positions[..., i, None] * f for i, f in enumerate(frequencies)], dim=-1)
-        cos, sin = ((part * self.scaling).to(wide) for part in (angles.cos(), angles.sin()))
+        self._axes = self._axes.to(positions.device)
+        frequencies = torch.cat(self.frequencies).to(positions.device)
+        angles = positions.to(self.angle_dtype).index_select(-1, self._axes) * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self.scaling != 1:
+            cos, sin = cos * self.scaling, sin * self.scaling
+        cos, sin = cos.to(wide), sin.to(wide)
         if self.layout == "half":
             return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
@@ -77,15 +83,21 @@ class Rotary:
         grid: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        *,
+        most: int | None = None,
     ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "tokens width"]]:
-        """`table` of consecutive steps from `start`, remembered: all layers of a forward ask for the same few."""
+        """`table` of consecutive steps from `start`, remembered: all layers of a forward ask for the same few.
+
+        most: of no more than so many of their tokens, evenly spaced.
+        """
 
         def positions() -> Tensor:
             time = torch.arange(steps, dtype=torch.float64, device=device) + start
             axes = [time, *(torch.arange(n, dtype=torch.float64, device=device) for n in grid)]
-            return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2) if grid else time[:, None]
+            found = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2) if grid else time[:, None]
+            return found if most is None else found.index_select(0, spread(most, len(found), device))
 
-        return self._remembered((start, steps, grid, device, dtype == torch.float64), positions, dtype)
+        return self._remembered((start, steps, grid, device, dtype == torch.float64, most), positions, dtype)
 
     def at(
         self, steps: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
@@ -119,7 +131,7 @@ class Rotary:
         if self.layout == "half":
             partner = turned.roll(width // 2, -1)
         else:
-            partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            partner = turned.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # roll takes half the time of flip
         out = torch.addcmul(turned * cos, partner, sin)
         out = out if out.dtype == x.dtype else out.to(x.dtype)
         return out if rest is None else torch.cat([out, rest], -1)

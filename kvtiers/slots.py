@@ -120,6 +120,11 @@ class Retriever(ABC):
         """The form of a block that `digest` is given."""
         return "full"
 
+    @property
+    def queries(self) -> int | None:
+        """How many evenly spaced queries of a pass `score` needs to be given; None: all. Others are not rotated."""
+        return None
+
     def most(self, top_k: int) -> int:
         """The most blocks that are attended, where not all are."""
         return top_k

@@ -21,7 +21,8 @@ class Timeline:
     `recent` until then; an unfinished block is recent. For video the grid is given: `cuts` are the ends of the
     committed blocks, in order, and `sink` is the end of the last block that is an anchor.
 
-    origin: where the grid starts (None: where the sink ends); a block that was cut short moves it to its end.
+    origin: where blocks are still to leave recent, and text's grid starts (None: where the sink ends); what is made to
+    leave before its time moves it to its end.
     """
 
     sink: int = attrs.field(validator=_COUNT)
@@ -33,12 +34,20 @@ class Timeline:
 
     @property
     def start(self) -> int:
-        """The first step of the grid."""
+        """The first step that was not made to leave recent."""
         return self.sink if self.origin is None else self.origin
 
     def extended(self, stop: int, *, anchor: bool) -> "Timeline":
         """With one more committed block, which ends at `stop` and is an anchor or not (video)."""
         return attrs.evolve(self, cuts=(*(self.cuts or ()), stop), sink=stop if anchor else self.sink)
+
+    def cropped(self, steps: int) -> "Timeline":
+        """Of the first `steps` steps alone."""
+        origin = None if self.origin is None else min(self.origin, steps)
+        if self.cuts is None:
+            return attrs.evolve(self, origin=origin)
+        cuts = self.cuts[: bisect_right(self.cuts, steps)]
+        return attrs.evolve(self, origin=origin, cuts=cuts, sink=min(self.sink, steps))
 
     def restored(self, *, sink: object, origin: object, cuts: object) -> "Timeline":
         """With what a file says of it. Raises `SavedCacheError` for what no timeline of these settings could be."""
@@ -55,14 +64,12 @@ class Timeline:
 
     def recent_start_at(self, steps: int) -> int:
         """The first step of the recent tier when `steps` steps are history (at least the end of the sink)."""
-        first = min(self.sink, steps)
-        if self.recent is None:
+        first = min(self.start, steps)
+        if self.recent is None or steps < self.start:
             return first
         if self.cuts is not None:
             past = bisect_right(self.cuts, steps - self.recent)
             return max(first, self.cuts[past - 1]) if past else first
-        if steps < self.start:
-            return first
         return self.start + max(0, steps - self.recent - self.start) // self.block_size * self.block_size
 
     def mid_blocks(self, steps: int) -> int:

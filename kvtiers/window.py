@@ -104,10 +104,8 @@ class Window(State):
             self._relocate(max(self.sink + tokens, self.room_before), 0)
         slot = self.head - tokens - self.sink
         self.moves += 1
-        if slot != self.sink_slot and self.sink:
-            for plane in self.planes.values():
-                anchors = plane[:, :, self.sink_slot : self.sink_slot + self.sink].clone()
-                plane[:, :, slot : slot + self.sink] = anchors
+        for plane in self.planes.values():
+            _move(plane, self.sink_slot, slot, self.sink, plane)
         for name, plane in self.planes.items():
             if parts is not None:
                 plane[:, :, self.head - tokens : self.head] = parts.get(name, 0)
@@ -180,15 +178,28 @@ class Window(State):
         self.move(made, head + self.recent)
 
     def move(self, planes: dict[str, Tensor], tail: int) -> None:
-        """Move everything into `planes` (they may be the own ones), so that it ends at slot `tail`."""
-        old, head = self.head, tail - self.recent
+        """Move everything into `planes` (they may be the own ones), so that it ends at slot `tail`.
+
+        A sink that is not next to mid and recent, for `insert` is to put it there, stays where it is if it can.
+        """
+        old, head, own = self.head, tail - self.recent, planes is self.planes
         start = head - self.mid - self.sink
+        slot = start if self.sink_slot == self.begin else min(start, self.sink_slot)
+        stays = own and slot == self.sink_slot
+        self.moves += own
         for name, plane in self.planes.items():
             anchors = plane[:, :, self.sink_slot : self.sink_slot + self.sink]
-            rest = plane[:, :, old - self.mid : self.tail]
-            if planes is self.planes:
-                anchors, rest = anchors.clone(), rest.clone()
-                self.moves += 1
-            planes[name][:, :, start + self.sink : tail] = rest
-            planes[name][:, :, start : start + self.sink] = anchors
-        self.__dict__.update(planes=planes, tail=tail, sink_slot=start)  # at once, whatever interrupts
+            anchors = anchors.clone() if own and not stays else anchors  # recent may be written over them
+            _move(plane, old - self.mid, head - self.mid, self.mid + self.recent, planes[name])
+            if not stays:
+                planes[name][:, :, slot : slot + self.sink] = anchors
+        self.__dict__.update(planes=planes, tail=tail, sink_slot=slot)  # at once, whatever interrupts
+
+
+def _move(plane: Tensor, old: int, new: int, tokens: int, target: Tensor) -> None:
+    """Copy `tokens` tokens from slot `old` of a plane to slot `new` of `target`, which may be the same plane."""
+    if not tokens or (target is plane and old == new):
+        return
+    source = plane[:, :, old : old + tokens]
+    overlaps = target is plane and abs(old - new) < tokens
+    target[:, :, new : new + tokens] = source.clone() if overlaps else source

@@ -190,8 +190,9 @@ def _model_alone(wan: CausalWan, block: Tensor, text: Tensor) -> Callable[[], ob
 
 
 def _overhead(wan: CausalWan, block: Tensor, text: Tensor, steps: int, *, rounds: int) -> float:
-    """The share of a block's denoise steps that is not the model's own: the first step, which chooses and recalls what
-    is attended, and the others, beside the model alone with as many keys and values, in turns."""
+    """The share of a block's denoise steps that is not the model's own: of blocks that are denoised and committed in
+    turn, the first step, which makes room and recalls what is attended, and the others, beside the model alone with as
+    many keys and values."""
     device = block.device
     ours: dict[int, Any] = {layer: part.attn1.processor for layer, part in enumerate(wan.transformer.blocks)}
     first, further, alone = [], [], []
@@ -207,6 +208,7 @@ def _overhead(wan: CausalWan, block: Tensor, text: Tensor, steps: int, *, rounds
             wan._switch.serving = None
             for layer, processor in ours.items():
                 wan.transformer.blocks[layer].attn1.processor = processor
+        wan.commit(block.clone(), text)
     whole = median(first) + (steps - 1) * median(further)
     return 1 - steps * median(alone) / whole
 

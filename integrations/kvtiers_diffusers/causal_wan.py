@@ -313,7 +313,8 @@ class CausalWan:
 
     def _eager(self) -> AbstractContextManager[Any]:
         """A pass that asks the cache cannot be compiled: it runs as it is, in a model that is."""
-        compiled = any(module._compiled_call_impl is not None for module in self.transformer.modules())
+        parts = (part for block in self.transformer.blocks for part in (block, block.attn1, block.attn2))
+        compiled = any(part._compiled_call_impl is not None for part in (self.transformer, *parts))
         return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     # ------------------------------------------------------------------ what comes in

@@ -148,9 +148,10 @@ class TieredSelfAttention(_Processor):
         added = context.logit_bias(query.shape[1], query.dtype)
         if added is not None:
             added = torch.nn.functional.pad(added[..., history], (0, tokens))
+        query, key = own.place_beside(torch.cat([query, key], 1), reduced.offsets).chunk(2, 1)
         return self._attend(
-            own.place_beside(query, reduced.offsets),
-            torch.cat([context.keys[:, :, history], own.place_beside(key, reduced.offsets)], 2),
+            query,
+            torch.cat([context.keys[:, :, history], key], 2),
             torch.cat([context.values[:, :, history], value], 2),
             added,
         )

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kvtiers.blocks import Blocks, Form
 from kvtiers.errors import SlotError
-from kvtiers.geometry import Geometry
+from kvtiers.geometry import Geometry, spread
 from kvtiers.slots import Moment, Retriever
-from kvtiers_policies.digests import absent, groups, query_groups, spread
+from kvtiers_policies.digests import absent, groups, query_groups
 from kvtiers_policies.packing import Packing
 
 _OPTIONAL_COUNT = v.optional([v.instance_of(int), v.ge(1)])
@@ -81,7 +81,7 @@ class Affinity(Retriever):
         if query is None or digests is None:
             raise SlotError("retriever 'affinity' needs a query and digests")
         if self.queries is not None and self.queries < query.shape[2]:
-            query = query[:, :, spread(self.queries, query.shape[2])]
+            query = query.index_select(2, spread(self.queries, query.shape[2], query.device))
         if self.heads == "mean":
             half, group = max(1, query.shape[1] // 2), query.shape[1] // digests.shape[1]
             kv_heads = -(-half // group)  # of the others nothing is looked at
@@ -104,7 +104,8 @@ class Affinity(Retriever):
         if self.normalise == "none" and self.combine == "sum":
             grouped = grouped.sum(3, keepdim=True)
             if self.packing is None:
-                return torch.einsum("bkhd,bknd->bkhn", grouped.squeeze(3), digests.sum(3))
+                of_block = digests[:, :, :, 0] if digests.shape[3] == 1 else digests.sum(3)
+                return torch.einsum("bkhd,bknd->bkhn", grouped.squeeze(3), of_block)
         logits = self._logits(grouped, digests.flatten(2, 3))
         if moment.blocks_differ and (self.normalise == "softmax" or self.combine == "max"):
             logits = logits.masked_fill(absent(digests).flatten(2)[:, :, None, None], -torch.inf)

@@ -28,8 +28,3 @@ def query_groups(
     """Query heads by the KV head that serves them; consecutive query heads share one."""
     grouped: Tensor = query.unflatten(1, (kv_heads, -1))
     return grouped
-
-
-def spread(count: int, of: int) -> list[int]:
-    """`count` evenly spaced numbers below `of` (the middles of equal parts), or all of them if there are no more."""
-    return list(range(of)) if count >= of else [(2 * i + 1) * of // (2 * count) for i in range(count)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.blocks import Blocks, Context
+from kvtiers.changes import why_not_crop
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
 from kvtiers.planning import Shape, cost
@@ -22,7 +23,8 @@ def wan_rotary(head_dim: int) -> Rotary:
 
 
 def one_block(layer: Layer, make: object, *, steps: int = 2) -> Context:
-    """Denoise in `steps` passes, then the clean pass with reduced tokens; returns the last denoising context."""
+    """Denoise in `steps` passes, then the clean pass, with reduced tokens if the policy wants them; returns the last
+    denoising context."""
     geometry, compressor = layer.geometry, layer.policy.compressor
     tokens = geometry.steps_per_commit * geometry.tokens_per_step
     shape = (geometry.batch, geometry.kv_heads, tokens, geometry.head_dim)
@@ -32,6 +34,9 @@ def one_block(layer: Layer, make: object, *, steps: int = 2) -> Context:
         context = layer.context()
     layer.write(make(shape), make(shape), replace=True)
     layer.select(make(shape))
+    if not compressor.given:
+        layer.commit()
+        return context
     offsets = compressor.offsets(geometry.steps_per_commit, geometry.grid).to(make((1,)).device)
     small = (*shape[:2], len(offsets), shape[3])
     layer.commit(
@@ -157,3 +162,57 @@ def test_two_minutes_of_the_published_geometry_take_no_more_than_6_gb_on_the_dev
     found = cost(policy("packforcing"), two_minutes)
     assert (found.attended, found.device_bytes <= 6.0e9) == (27_872, True)
     assert found.device_bytes > found.cached_bytes + 30 * 6_240 * geometry.token_bytes  # the current block is counted
+
+
+def by_tier(layer: Layer) -> dict[str, int]:
+    """Steps by tier, as the layout has it; it knows no blocks that are dropped."""
+    found = dict.fromkeys(("sink", "mid", "recent"), 0)
+    for extent, tier in layer.timeline.layout(layer.committed_steps):
+        found[tier] += extent.steps
+    return found
+
+
+@pytest.mark.parametrize("kept", [0, 2, 5, 9])
+@pytest.mark.parametrize("name", ["packforcing", "rolling-window", "sink-rolling-window", "archive", "full"])
+@torch.no_grad()
+def test_the_layout_agrees_with_the_tiers_also_after_compact_and_rewind(name, kept):
+    geometry = Geometry(kv_heads=1, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False)
+    found = policy(name)
+    sizes = {"sink": 4, "recent": 4} if name != "full" else {}
+    found = policy(found, **{key: value for key, value in sizes.items() if key != "sink" or found.sink})
+    layer, moved = Layer(policy=found, geometry=geometry, rotary=wan_rotary(12)), 0
+
+    def agree() -> None:
+        counts = layer.tier_counts()
+        assert by_tier(layer) == {
+            "sink": counts["sink"],
+            "mid": counts["mid"] + counts["dropped"],
+            "recent": counts["recent"],
+        }
+
+    for number in range(14):
+        one_block(layer, torch.randn, steps=1)
+        agree()
+        if number % 5 == 4:
+            before = layer.recent_start
+            layer.compact(kept)
+            moved += layer.recent_start - before
+            agree()
+        if number == 11:
+            again = layer.rewind_recent()
+            assert layer.num_steps == layer.recent_start == 24 - again
+            agree()
+    assert moved == 0 if kept > 4 and name != "full" else moved > 0
+
+
+def test_a_video_can_be_rolled_back_to_blocks_that_had_left_recent_before_as_they_had_now():
+    geometry = Geometry(kv_heads=1, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False)
+    layer = Layer(policy=policy("archive", sink=0, recent=4), geometry=geometry, rotary=wan_rotary(12))
+    for _ in range(3):
+        one_block(layer, torch.randn)
+    layer.compact(0)
+    one_block(layer, torch.randn)
+    assert why_not_crop(layer, 6) is None
+    assert "have left recent since then" in str(why_not_crop(layer, 4))
+    layer.crop(6)
+    assert (by_tier(layer), layer.tier_counts()["mid"]) == ({"sink": 0, "mid": 6, "recent": 0}, 6)

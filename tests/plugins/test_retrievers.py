@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvtiers.blocks import Blocks
 from kvtiers.errors import SlotError
-from kvtiers.geometry import Geometry
+from kvtiers.geometry import Geometry, spread
 from kvtiers.layer import Layer
 from kvtiers.policy import choose
 from kvtiers.presets import policy
@@ -19,7 +19,6 @@ from kvtiers.rotary import Rotary
 from kvtiers.slots import Moment
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
-from kvtiers_policies.digests import spread
 from kvtiers_policies.no_blocks import NoBlocks
 from kvtiers_policies.page_bounds import PageBounds
 from kvtiers_policies.recency import Recency
@@ -237,7 +236,7 @@ def test_scoring_without_a_query_or_digests_is_a_clear_error(retriever):
 
 @given(count=st.integers(1, 20), of=st.integers(1, 50))
 def test_sampled_queries_are_evenly_spaced(count, of):
-    numbers = spread(count, of)
+    numbers = spread(count, of).tolist()
     assert len(numbers) == min(count, of)
     assert all(0 <= n < of for n in numbers)
     gaps = [b - a for a, b in pairwise(numbers)]
