@@ -1,5 +1,7 @@
 """Vectors in few bits, which queries are multiplied with piece by piece: digests that take little room."""
 
+from functools import lru_cache
+
 import attrs
 import torch
 from attrs import validators as v
@@ -92,19 +94,21 @@ def turned(vectors: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows cha
     The Hadamard matrix is as large as the greatest power of two that divides the number of channels. Source: QuIP#
     (arXiv 2402.04396) section 3. Deviation: the signs are the same for all.
     """
-    return _hadamard(vectors * _signs(vectors))
+    return _hadamard(vectors * _signs(vectors.shape[-1], vectors.device))
 
 
 def turned_back(vectors: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
     """The inverse of `turned`."""
-    return _hadamard(vectors) * _signs(vectors)
+    return _hadamard(vectors) * _signs(vectors.shape[-1], vectors.device)
 
 
-def _signs(like: Tensor) -> Tensor:
-    """One sign per channel, without pattern: a bit of its square times the golden ratio. Made on the device."""
-    channel = torch.arange(1, like.shape[-1] + 1, device=like.device)
-    signs: Tensor = 1.0 - 2.0 * ((channel * channel * 2_654_435_769 >> 24) & 1)
-    return signs
+@lru_cache(maxsize=8)
+def _signs(channels: int, device: torch.device) -> Float[Tensor, " channels"]:
+    """One sign per channel, without pattern: a bit of its square times the golden ratio."""
+    with torch.inference_mode(False):  # they are remembered
+        channel = torch.arange(1, channels + 1, device=device)
+        signs: Tensor = 1.0 - 2.0 * ((channel * channel * 2_654_435_769 >> 24) & 1)
+        return signs
 
 
 def _hadamard(vectors: Tensor) -> Tensor:
