@@ -6,6 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from kvtiers.errors import SavedCacheError
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
+from kvtiers.locks import OURS, left_behind, locked
 from kvtiers.policy import Policy
 from kvtiers.presets import describe
 from kvtiers.rotary import Rotary
@@ -48,22 +50,36 @@ def save(
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all. Raises `SavedCacheError` if that cannot be."""
+    """Write a safetensors file, whole or not at all. Raises `SavedCacheError` if that cannot be.
+
+    What a process that was killed while it wrote to the same folder has left there is removed.
+    """
     try:
         if (path.is_symlink() or path.exists()) and not stat.S_ISREG(path.lstat().st_mode):
             kind = "a folder" if path.is_dir() else "a symbolic link" if path.is_symlink() else "no regular file"
             raise SavedCacheError(f"{path} is {kind}, which would be replaced; give the path of a file")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".{os.getpid()}.partial")
+        for left, handle in left_behind(path.parent, f".{OURS}*.partial"):
+            with os.fdopen(handle), suppress(OSError):
+                left.unlink(missing_ok=True)
+        temporary, lock = locked(lambda: _temporary(path.parent))
     except (OSError, ValueError) as error:
         raise SavedCacheError(f"{path} cannot be written: {error}; give a path in a folder that exists") from error
-    os.close(handle)
     try:
         save_file(dict(tensors), temporary, metadata=metadata)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise SavedCacheError(f"{path} cannot be written: {error}; is the disk full?") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary(folder: Path) -> Path:
+    """A new, empty file of this process."""
+    handle, path = tempfile.mkstemp(dir=folder, prefix=f".{OURS}", suffix=".partial")
+    os.close(handle)
+    return Path(path)
 
 
 def extra(path: Path) -> dict[str, Any]:

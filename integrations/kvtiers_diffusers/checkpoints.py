@@ -1,5 +1,6 @@
 """Loading checkpoints of causal Wan models, as Self-Forcing and its kin publish them, into diffusers' own model."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ _INSIDE = ("generator_ema", "generator", "model", "state_dict")
 """What a checkpoint may keep its weights under; the first that is there, and not empty, is taken."""
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What training wrappers put anywhere in a name."""
+_MOST_UNPACKED = 4
+"""How many times larger than its file a checkpoint may be."""
 _PREFIXES = ("model.", "module.")
 
 
@@ -22,7 +25,8 @@ def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
     """Load the weights at `path` (.safetensors, or .pt read with `weights_only=True`) into a `WanTransformer3DModel`.
 
     Wan's original names and diffusers' are both understood, and the names that training wrappers add. Raises
-    `UnsupportedModelError`, naming them, if keys are missing or unexpected, and changes nothing then.
+    `UnsupportedModelError`, naming them, if keys are missing or unexpected or weights are not finite, and changes
+    nothing then.
     """
     weights = {_stripped(key): part for key, part in _read(Path(path)).items()}
     if any(".self_attn." in key for key in weights):
@@ -41,20 +45,32 @@ def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
             f"{path} does not fit this {type(transformer).__name__}: {said}; make the model with the configuration "
             "that the checkpoint was trained with"
         )
+    unfit = sorted(key for key, part in weights.items() if part.is_floating_point() and not part.isfinite().all())
+    if unfit:
+        raise UnsupportedModelError(
+            f"{path} holds NaN or infinity in {len(unfit)} weights: {_some(unfit)}; get the file again, or an earlier "
+            "checkpoint of a training that has diverged"
+        )
     transformer.load_state_dict(weights, strict=True)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
+    found: Any = None
     try:
-        found: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        size, unpacked = path.stat().st_size, _unpacked(path)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        elif unpacked <= _MOST_UNPACKED * size:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UnsupportedModelError(
             f"{path} cannot be read as a checkpoint: {error}; it must be .safetensors, or a .pt of tensors alone"
         ) from error
+    if found is None and unpacked > _MOST_UNPACKED * size:
+        raise UnsupportedModelError(
+            f"{path} has {size:,} bytes and would unpack to {unpacked:,}; weights do not compress like that, and "
+            f"{_MOST_UNPACKED} times its size is allowed: do not trust the file, or write it anew with torch.save"
+        )
     for name in _INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping) and found[name]:
             found = found[name]
@@ -62,6 +78,14 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(part, Tensor) for part in found.values()):
         raise UnsupportedModelError(f"{path} holds no weights under any of {', '.join(_INSIDE)} or at its top")
     return found
+
+
+def _unpacked(path: Path) -> int:
+    """Bytes that an archive unpacks to; those of the file, if it is none."""
+    if not zipfile.is_zipfile(path):
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
 
 
 def _stripped(key: str) -> str:

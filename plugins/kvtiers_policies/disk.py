@@ -9,16 +9,13 @@ was left by a process that was killed, and is removed when the next archive is o
 import contextlib
 import json
 import os
-import sys
 import tempfile
 import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
-from platform import node
 from typing import Any, ClassVar
 
 import attrs
@@ -31,12 +28,8 @@ from torch import Tensor
 from kvtiers.archive import Archive, BlockStore, ByteBudget, Parts, Storages
 from kvtiers.blocks import Location
 from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError
+from kvtiers.locks import OURS, left_behind, locked
 
-if sys.platform != "win32":
-    import fcntl
-
-# Another machine may see the same folder and not the locks on it, so each removes only what it left itself.
-_PREFIX = f"kvtiers-{sha256(node().encode()).hexdigest()[:8]}-"
 _AT_ONCE = 2**18
 """So many words are summed at a time: their products stay in the processor's cache."""
 
@@ -46,7 +39,7 @@ class Folder:
 
     def __init__(self, parent: Path) -> None:
         self.process = os.getpid()
-        self.path, handle = _made(parent)
+        self.path, handle = locked(lambda: Path(tempfile.mkdtemp(prefix=OURS, dir=parent)))
         weakref.finalize(self, _leave, self.path, handle, self.process)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Folder":
@@ -83,7 +76,8 @@ class Home:
             else:
                 parent = Path(self.directory).absolute()
                 parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _reclaim(parent)
+            for path, handle in left_behind(parent, f"{OURS}*"):
+                _leave(path, handle, os.getpid())
             return Folder(parent)
         except OSError as error:
             raise ArchiveFullError(
@@ -353,48 +347,7 @@ def _kinds(data: bytes, parts: Parts) -> dict[str, Kind]:
     return {name: Kind(shape=x.shape, dtype=x.dtype, start=first + offsets[name]) for name, x in parts.items()}
 
 
-# ---------------------------------------------------------------------- folders and their locks
-
-
-def _made(parent: Path) -> tuple[Path, int | None]:
-    """A new private folder, and the handle that locks it."""
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        try:
-            return path, _lock(path, wait=True)
-        except FileNotFoundError:
-            continue  # another process took it for one that was left, before it was locked
-        except OSError:  # nothing can be locked there, so no name must say that an unlocked folder may be removed
-            return path.rename(path.with_name(f"unlocked-{path.name}")), None
-
-
-def _lock(path: Path, *, wait: bool) -> int:
-    """Lock a private folder of this user. The lock ends with the last process that holds the handle.
-
-    Raises FileNotFoundError if the folder is gone, another OSError if it is locked, not ours, or cannot be locked.
-    """
-    if sys.platform == "win32":
-        raise OSError("folders cannot be locked")
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        about = path.lstat()  # it may have been removed before it was locked
-        if about.st_uid != os.getuid() or about.st_mode & 0o077:
-            raise PermissionError(f"{path} is not private")
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _reclaim(parent: Path) -> None:
-    """Remove the folders in `parent` that a process of this user left when it was killed."""
-    for path in parent.glob(f"{_PREFIX}*"):
-        try:
-            handle = _lock(path, wait=False)
-        except OSError:
-            continue  # a process that lives holds it, or it is not ours
-        _leave(path, handle, os.getpid())
+# ---------------------------------------------------------------------- what is deleted
 
 
 def _leave(path: Path, handle: int | None, process: int) -> None:

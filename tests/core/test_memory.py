@@ -1,7 +1,10 @@
 """Invariant 10: what was saved, forked or rolled back goes on exactly as if nothing had happened."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -329,6 +332,43 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         cache.save(path)
     assert path.read_bytes() == old
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+WRITES = """
+import sys, time
+import torch
+from kvtiers import saving
+
+def half_of_it(tensors, path, metadata):
+    open(path, "wb").write(b"half")
+    print("ready", flush=True)
+    sys.stdin.read()
+
+saving.save_file = half_of_it
+saving.write_file(saving.Path(sys.argv[1]), {}, {})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files cannot be locked there")
+def test_what_a_save_that_was_killed_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path):
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "other")]
+    path = os.pathsep.join(filter(None, sys.path))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes) for _ in range(3)]
+    try:
+        assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 3
+        for writer in writers[:2]:
+            writer.kill()
+            writer.wait()
+        assert len(list(tmp_path.iterdir())) == 3
+        saved(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2  # what was saved, and what is being written
+        writers[2].communicate("")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.safetensors", "other"]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
 
 
 def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):

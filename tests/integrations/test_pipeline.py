@@ -1,5 +1,6 @@
 """The pipeline: a video of blocks equals the loop by hand, is streamed, changes prompts, goes on from a clip."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,36 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_its_keys_and_changes_nothi
     torch.save({"generator": {"step": 3}}, tmp_path / "number.pt")
     with pytest.raises(UnsupportedModelError, match="holds no weights under any of generator_ema, generator"):
         load_causal_checkpoint(model, tmp_path / "number.pt")
+
+
+def test_a_small_checkpoint_that_unpacks_to_a_large_one_is_refused_unread(tmp_path: Path) -> None:
+    model = build(heads=2, head_dim=48, text_dim=32, freq_dim=64, ffn_dim=192, seed=1)
+    torch.save({key: torch.zeros_like(part) for key, part in original("model.").items()}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "small.pt", "w") as small:
+        for entry in whole.namelist():
+            small.writestr(entry, whole.read(entry), compress_type=zipfile.ZIP_DEFLATED)
+    load_causal_checkpoint(model, tmp_path / "whole.pt")
+    before = {name: part.clone() for name, part in golden("full").model.state_dict().items()}
+    model.load_state_dict(before)
+    with pytest.raises(UnsupportedModelError, match=r"small.pt has [\d,]+ bytes and would unpack to [\d,]+; weights"):
+        load_causal_checkpoint(model, tmp_path / "small.pt")
+    assert all(torch.equal(model.state_dict()[name], part) for name, part in before.items())
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_their_names(
+    wrong: float, kind: str, tmp_path: Path
+) -> None:
+    model = build(heads=2, head_dim=48, text_dim=32, freq_dim=64, ffn_dim=192, seed=1)
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    weights = {key: part.clone() for key, part in original("").items()}
+    weights["blocks.0.self_attn.q.weight"][3, 5] = wrong
+    path = tmp_path / f"model.{kind}"
+    save_file(weights, path) if kind == "safetensors" else torch.save(weights, path)
+    with pytest.raises(UnsupportedModelError, match=r"NaN or infinity in 1 weights: blocks.0.attn1.to_q.weight; get"):
+        load_causal_checkpoint(model, path)
+    assert all(torch.equal(model.state_dict()[name], part) for name, part in before.items())
 
 
 # ---------------------------------------------------------------- what is refused

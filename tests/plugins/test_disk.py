@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvtiers.archive import Archive, BlockStore, ByteBudget
 from kvtiers.errors import ArchiveFullError, GeometryError, SavedCacheError
-from kvtiers_policies import disk
+from kvtiers.locks import OURS
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.disk import DiskArchive
 from kvtiers_policies.host import HostArchive
@@ -599,7 +599,7 @@ def test_a_forked_process_that_ends_leaves_what_its_parent_holds(tmp_path):
 
 def left(parent: Path) -> Path:
     """A folder as a killed process leaves it."""
-    path = Path(tempfile.mkdtemp(prefix=disk._PREFIX, dir=parent))
+    path = Path(tempfile.mkdtemp(prefix=OURS, dir=parent))
     (path / "some.safetensors").write_bytes(b"x")
     return path
 
