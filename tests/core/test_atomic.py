@@ -5,86 +5,57 @@ only: the same call made again gives bit-identical results from there on (or, if
 taken, the next call), or the cache refuses to go on.
 """
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import attrs
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from jaxtyping import config as shapes
 
 import kvtiers
-from kvtiers import Geometry, InterruptedForwardError, Policy, TieredCache
+from faults import sweep
+from kvtiers import Blocks, Geometry, Policy, Rotary, TieredCache
 from strategies import Stream, copied, rotary, same, stream
 
 GEOMETRY = Geometry(kv_heads=2, query_heads=4, head_dim=8, batch=2)
 LENGTHS = (6, 1, 1, 4, 1, 1, 1, 5, 1, 1, 1, 1)
 SMALL = {"sink": 2, "recent": 3, "block_size": 2, "top_k": 2, "chunk_size": 6}
 PRESETS = ("full", "sliding-window", "streaming", "archive", "packforcing-lm")
+Verb = Callable[[TieredCache], object]
 
 
-class Fault(BaseException):
-    """What is raised: no `Exception`, as Ctrl-C is none."""
+@pytest.fixture(autouse=True)
+def _shapes_go_unchecked(_shapes_are_checked: None) -> None:
+    """They are checked elsewhere, and the same calls are made here some thousand times."""
+    shapes.update("jaxtyping_disable", True)
 
 
-class AtOperation(TorchDispatchMode):
-    """Raises `Fault` in place of the n-th tensor operation."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.left = number
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            raise Fault
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def at_line(number: int) -> Iterator[list[int]]:
-    """Raises `Fault` at the n-th line of the core; gives how many were left."""
-    left = [number]
-
-    def trace(frame: FrameType, event: str, _arg: object) -> Any:
-        if "/kvtiers/" not in frame.f_code.co_filename.replace("\\", "/"):
-            return None
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                sys.settrace(None)
-                raise Fault
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield left
-    finally:
-        sys.settrace(before)
-
-
-def small(name: str, **changes: Any) -> Policy:
+def small(name: str, sizes: dict[str, int], **changes: Any) -> Policy:
     found = kvtiers.policy(name, **changes)
-    sizes = {key: value for key, value in SMALL.items() if getattr(found, key) is not None}
-    return attrs.evolve(found, **{key: value for key, value in sizes.items() if key != "sink" or found.sink})
+    own = {key: value for key, value in sizes.items() if getattr(found, key) is not None}
+    return attrs.evolve(found, **{key: value for key, value in own.items() if key != "sink" or found.sink})
+
+
+def equal(a: list[Any], b: list[Any]) -> bool:
+    return a[0] == b[0] and all(same(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+
+
+# ---------------------------------------------------------------- text
 
 
 def policies() -> dict[str, Policy]:
-    found = {name: small(name) for name in PRESETS}
-    found["archive on disk"] = small("archive", archive="disk", codec="int8")
-    found["both forms"] = small("packforcing-lm", attend="full", top_k_compressed=1, archive="device")
-    found["incremental"] = small("packforcing-lm", realigner="incremental")
+    found = {name: small(name, SMALL) for name in PRESETS}
+    found["archive on disk"] = small("archive", SMALL, archive="disk", codec="int8")
+    found["both forms"] = small("packforcing-lm", SMALL, attend="full", top_k_compressed=1, archive="device")
+    found["incremental"] = small("packforcing-lm", SMALL, realigner="incremental")
     found["top-tokens by attention"] = small(
-        "archive", compressor=("top-tokens", {"by": "attention", "keep": 1}), attend="compressed"
+        "archive", SMALL, compressor=("top-tokens", {"by": "attention", "keep": 1}), attend="compressed"
     )
     return found
 
 
-def verbs(tokens: Stream) -> Iterator[tuple[str, Callable[[TieredCache], None]]]:
+def verbs(tokens: Stream) -> Iterator[tuple[str, Verb]]:
     """Every verb of a stream of forwards, and then changes of the whole cache."""
     start = 0
     for length in LENGTHS:
@@ -96,10 +67,6 @@ def verbs(tokens: Stream) -> Iterator[tuple[str, Callable[[TieredCache], None]]]
     yield "commit", lambda cache: cache.commit()
     yield "compact", lambda cache: cache.compact(recent=1)
     yield "swap", lambda cache: cache.swap(attrs.evolve(cache.policies[0], top_k=1))
-
-
-def made(policy: Policy) -> TieredCache:
-    return TieredCache(policy, [GEOMETRY], rotaries=[rotary(8)])
 
 
 def outcome(cache: TieredCache, tokens: Stream) -> list[Any]:
@@ -114,53 +81,136 @@ def outcome(cache: TieredCache, tokens: Stream) -> list[Any]:
     return found
 
 
-def equal(a: list[Any], b: list[Any]) -> bool:
-    return a[0] == b[0] and all(same(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+def taken(said: str, before: TieredCache, after: TieredCache) -> bool:
+    """Whether a write that failed has taken its tokens."""
+    return said.startswith("write") and after.num_steps > before.num_steps
 
 
-SWEEPS = [
-    pytest.param("operation", 7, id="operations"),
-    pytest.param("line", 89, id="lines"),
-    pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
-    pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("how", "step"), SWEEPS)
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        pytest.param("operation", 17, id="operations"),
+        pytest.param("line", 199, id="lines"),
+        pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
+        pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", policies())
-def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(
-    name: str, how: str, step: int, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(name: str, how: str, step: int) -> None:
     policy, tokens = policies()[name], stream(GEOMETRY, sum(LENGTHS) + 3)
-    every = list(verbs(tokens))
-    cache, snapshots = made(policy), []
-    for _, verb in every:
-        snapshots.append(cache.fork())
-        verb(cache)
-    right = outcome(cache, tokens)
-    tried = refused = 0
-    for at, (said, verb) in enumerate(every):
-        number = 1 + at % step
-        while True:
-            other = snapshots[at].fork()
-            try:
-                if how == "operation":
-                    with AtOperation(number):
-                        verb(other)
-                else:
-                    with at_line(number):
-                        verb(other)
-            except Fault:
-                tried += 1
-            else:
-                break  # it was over before the n-th
-            done = said.startswith("write") and other.num_steps > snapshots[at].num_steps
-            try:
-                for _, again in every[at + done :]:
-                    again(other)
-                assert equal(outcome(other, tokens), right), f"{said}: silently wrong after a fault at {how} {number}"
-            except InterruptedForwardError:
-                refused += 1
-            number += step
-    record_property("points", f"{tried} tried, {refused} refused")
+    tried, _ = sweep(
+        list(verbs(tokens)),
+        lambda: TieredCache(policy, [GEOMETRY], rotaries=[rotary(8)]),
+        lambda cache: outcome(cache, tokens),
+        equal,
+        how=how,
+        step=step,
+        done=taken,
+    )
     assert tried > 10
+
+
+# ---------------------------------------------------------------- video
+
+FRAMES = Geometry(kv_heads=2, head_dim=12, grid=(4, 4), steps_per_commit=2, causal=False)
+FEW = {"sink": 2, "recent": 4, "top_k": 2}
+FILLED = 6
+"""Blocks before the first fault: anchors, an archive of more blocks than are attended, and recent."""
+
+
+def video_policies() -> dict[str, Policy]:
+    found = {name: small(name, FEW) for name in ("packforcing", "rolling-window", "sink-rolling-window", "full")}
+    found["packforcing on disk, anchors rotated anew"] = small(
+        "packforcing", FEW, realigner=("incremental", {"rotations": "once"}), archive="disk", codec="int8"
+    )
+    found["packforcing, anchors rotated again"] = small("packforcing", FEW, realigner="incremental")
+    return found
+
+
+class Take:
+    """Random numbers for two layers: what the passes over one block hand to the cache, and its compressed form."""
+
+    def __init__(self, policy: Policy, seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        heads, width, steps = FRAMES.kv_heads, FRAMES.head_dim, FRAMES.steps_per_commit
+        shape = (1, heads, steps * FRAMES.tokens_per_step, width)
+        self.passes = [[torch.randn(3, *shape, generator=random) for _ in (0, 1)] for _ in range(3)]
+        self.compressed: list[Blocks | None] | None = None
+        if policy.compressor.given:
+            offsets = policy.compressor.offsets(steps, FRAMES.grid)  # type: ignore[attr-defined]
+            small = (1, heads, 1, len(offsets), width)
+            self.compressed = [
+                Blocks(
+                    keys=torch.randn(small, generator=random),
+                    values=torch.randn(small, generator=random),
+                    offsets=offsets[None, None, None],
+                    starts=torch.zeros(1, dtype=torch.long),
+                    span=steps,
+                )
+                for _ in (0, 1)
+            ]
+
+    def verbs(self) -> Iterator[tuple[str, Verb]]:
+        """Two denoise steps, a clean pass and the commit."""
+        for number, layers in enumerate(self.passes):
+            for layer, (query, keys, values) in enumerate(layers):
+                yield (
+                    f"write {number} of layer {layer}",
+                    lambda cache, layer=layer, k=keys, v=values: cache.write(layer, k, v, replace=True),
+                )
+                yield (
+                    f"select {number} of layer {layer}",
+                    lambda cache, layer=layer, q=query: cache.select(layer, q),
+                )
+        yield "commit", lambda cache: cache.commit(compressed=self.compressed)
+
+
+def video_verbs(policy: Policy) -> Iterator[tuple[str, Verb]]:
+    """A block; what is recent leaves before its time; another, which is cut off and begun again."""
+    yield from Take(policy, 100).verbs()
+    yield "compact", lambda cache: cache.compact(recent=2)
+    yield from list(Take(policy, 101).verbs())[:5]
+    yield "reselect", lambda cache: cache.reselect()
+    yield from Take(policy, 102).verbs()
+    yield "rewind", lambda cache: cache.rewind_recent()
+    yield from list(Take(policy, 103).verbs())[:4]
+
+
+def video_outcome(cache: TieredCache, policy: Policy) -> list[Any]:
+    """What the cache gives in this block and in the next two."""
+    found: list[Any] = [[cache.tier_counts(layer) for layer in (0, 1)], copied(cache.context(0))]
+    for seed in (104, 105):
+        for said, verb in Take(policy, seed).verbs():
+            if said == "commit":
+                found += [copied(cache.context(layer)) for layer in (0, 1)]
+            verb(cache)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        pytest.param("operation", 97, id="operations"),
+        pytest.param("line", 1499, id="lines"),
+        pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
+        pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", video_policies())
+@torch.no_grad()
+def test_a_fault_in_a_verb_of_a_video_is_undone_or_the_cache_refuses_to_go_on(name: str, how: str, step: int) -> None:
+    policy = video_policies()[name]
+    turn = Rotary([torch.tensor([1.0, 0.1])] * 3, layout="interleaved")
+    filled = TieredCache(policy, [FRAMES] * 2, rotaries=[turn] * 2)
+    for seed in range(FILLED):
+        for _, verb in Take(policy, seed).verbs():
+            verb(filled)
+    tried, _ = sweep(
+        list(video_verbs(policy)),
+        filled.fork,
+        lambda cache: video_outcome(cache, policy),
+        equal,
+        how=how,
+        step=step,
+    )
+    assert tried > 3
