@@ -326,7 +326,7 @@ class Layer(Placing):
         tokens = count * span * self.geometry.tokens_per_step
         where = slice(self.window.head, self.window.head + tokens)
         keys, rotated = self.window.view("rotated", where), None
-        if self.unrotated is not None and not self.policy.compressor.given:
+        if self.unrotated is not None and not self.policy.leaves_without_keys:
             keys = self.unrotated.view("unrotated", slice(self.unrotated.head, self.unrotated.head + tokens))
             rotated = self.turned(keys, first)
         return run_of(

@@ -112,12 +112,12 @@ class Placing(Reading):
     def keep_unrotated(self, keys: Tensor, sink: int) -> None:
         """Keep unrotated what may be rotated again, or archived, once it is not current; the first `sink` are anchors.
 
-        Where the compressed form is given, keys of the blocks that leave at the next commit are not needed.
+        Where blocks leave without their keys, those of blocks that leave at the next commit are not needed.
         """
         window, per_step = self.unrotated, self.geometry.tokens_per_step
         if window is None:
             return
-        if self.policy.compressor.given and self.geometry.even and self.policy.recent:
+        if self.policy.leaves_without_keys and self.geometry.even and self.policy.recent:
             steps = self.committed_steps + keys.shape[2] // per_step
             first = max(self.recent_start, self.policy.extended(self.timeline, steps).recent_start_at(steps))
             window.leave(max(0, window.recent - max(0, self.committed_steps - first) * per_step))
