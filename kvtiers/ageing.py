@@ -40,9 +40,8 @@ def age(
     for _, alike in groupby(blocks, key=lambda block: block.start if compressor.given else block.steps):
         run = list(alike)
         size = len(run) * run[0].steps * per_step
-        leaving = _leaving(
-            placed, run, None if got is None else got[:, :, done : done + size], moment, compressor.given
-        )
+        of_run = None if got is None else got[:, :, done : done + size]
+        leaving = _leaving(placed, run, of_run, moment, unrotated=not history.policy.leaves_without_keys)
         if compressor.rewrites:
             rewrite(history, leaving, of_mid, moment)
             of_mid = None if history.rewritten is None else history.rewritten.attention
@@ -55,11 +54,13 @@ def age(
     return dropped
 
 
-def _leaving(placed: Placed, run: Sequence[Extent], attention: Tensor | None, moment: Moment, given: bool) -> Blocks:
+def _leaving(
+    placed: Placed, run: Sequence[Extent], attention: Tensor | None, moment: Moment, *, unrotated: bool
+) -> Blocks:
     """The oldest blocks of recent, all of one length."""
     first, span, count = run[0].start, run[0].steps, len(run)
     tokens = count * span * moment.geometry.tokens_per_step
-    keys, rotated, values = placed.oldest(tokens, first, unrotated=not given)
+    keys, rotated, values = placed.oldest(tokens, first, unrotated=unrotated)
     return run_of(
         keys,
         values,
@@ -68,7 +69,7 @@ def _leaving(placed: Placed, run: Sequence[Extent], attention: Tensor | None, mo
         first=first,
         span=span,
         rotated=rotated,
-        attention=attention,
+        attention=got,
     )
 
 

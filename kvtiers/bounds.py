@@ -46,6 +46,12 @@ class Bounds:
         """Whether blocks that leave recent are archived."""
         return not (self.in_place or self.compressor.drops or self.compressor.rewrites)
 
+    @property
+    def leaves_without_keys(self) -> bool:
+        """Whether nobody looks at the keys of a block that leaves recent: its compressed form was given, and is all."""
+        digested = self.retriever.needs_digests and self.retriever.digests == "full"
+        return self.compressor.given and "full" not in self.forms and not digested
+
     def anchors(self, geometry: Geometry) -> int:
         """The most steps that the sink tier comes to hold."""
         if geometry.causal:
@@ -116,14 +122,14 @@ class Bounds:
     def unrotated_slots(self, geometry: Geometry) -> int:
         """Slots of unrotated keys: of the tokens that may be rotated again, or archived, once they are not current.
 
-        A compressor whose form is given needs no keys of the blocks that leave at the next commit, so that what is
-        held then is what stays recent.
+        Where blocks leave without their keys, those that leave at the next commit are not needed, so that what is held
+        then is what stays recent.
         """
         if not self.realigner.rotates or self.bound(geometry) is None:
             return 0
         recent, current = self._recent_bound(geometry), self.chunk_size or 0
         if not geometry.causal:
-            current = 0 if self.compressor.given and geometry.even and recent else self.block_steps(geometry)
+            current = 0 if self.leaves_without_keys and geometry.even and recent else self.block_steps(geometry)
         return (recent + current) * geometry.tokens_per_step + self.slack(geometry)
 
     def _cut_short(self, geometry: Geometry) -> bool:

@@ -79,7 +79,8 @@ def check_policy(layer: Layer, policy: Policy) -> None:
         raise SwapError(f"layer {number} is in the middle of a block; commit or crop it first")
     archived, form = layer.history.count, policy.retriever.digests
     digests = archived and policy.retriever != old.retriever and policy.retriever.needs_digests
-    if digests and form not in layer.history.stores and not old.compressor.keeps:
+    gone = digests and form not in layer.history.stores and not old.compressor.keeps
+    if gone or (old.leaves_without_keys and not policy.leaves_without_keys):
         raise SwapError(
             f"layer {number} no longer has the {form} keys that {type(policy.retriever).__name__} digests; "
             f"have them archived from the start (attend={form!r}), or start a new cache"

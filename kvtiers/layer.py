@@ -169,7 +169,7 @@ class Layer(LayerState):
         sink = max(0, min(self.timeline.sink - self.num_steps, steps)) * geometry.tokens_per_step
         if self.watched.counts and not self.window.planes:
             noted = keys.new_zeros((geometry.batch, geometry.query_heads, tokens, 1), dtype=torch.float32)
-        if self.policy.compressor.given and geometry.even and self.policy.recent:
+        if self.policy.leaves_without_keys and geometry.even and self.policy.recent:
             coming = self.committed_steps + steps  # keys of the blocks that leave at the next commit are not needed
             stays = max(self.recent_start, self.timeline.recent_start_at(coming))
             self.placed.needed = max(0, self.committed_steps - stays) * geometry.tokens_per_step

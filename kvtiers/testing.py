@@ -5,62 +5,37 @@
     def test_my_compressor_keeps_the_invariants():
         check_compressor(lambda: MyCompressor(ratio=4))
 
-Every check runs small layers that Hypothesis draws, in several dtypes, with the choice under test in one slot and any
-that comes with kvtiers in the others; every call of its methods is watched (`kvtiers.trials`). A broken invariant
-raises `AssertionError` with its number and name, and what the method did: "invariant 1 (conservation): ...".
+Every check runs small layers that Hypothesis draws: of text, and of video (drafts, then a commit; blocks of one length
+or of several), in float32, bfloat16 and float16, with the choice under test in one slot and any that comes with kvtiers
+in the others. `kvtiers.calls` looks at calls of its methods, `kvtiers.trials` at what the layer then holds. A broken
+invariant raises `AssertionError` with its number and name, and what the method did; a return of the wrong shape, dtype
+or device is told in the layer's own words.
 
 Importing this module needs Hypothesis; nothing else of kvtiers imports it.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import attrs
 import torch
 from torch import Tensor
 
-from kvtiers.archive import Archive, ByteBudget, Codec
-from kvtiers.blocks import Extent
-from kvtiers.cache import TieredCache
-from kvtiers.errors import (
-    ArchiveFullError,
-    CropError,
-    GeometryError,
-    InterruptedForwardError,
-    MissingExtraError,
-    PolicyError,
-    SavedCacheError,
-    SelectionError,
-    SlotError,
-)  # fmt: skip
+from kvtiers.archive import Archive, BlockStore, ByteBudget, Codec
+from kvtiers.blocks import Context, Extent
+from kvtiers.calls import INVARIANTS, Calls, close, require, wrapped
+from kvtiers.errors import CropError, InterruptedForwardError, KVTiersError, MissingExtraError, SavedCacheError
 from kvtiers.geometry import Geometry
 from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS, Policy
-from kvtiers.presets import build, describe
+from kvtiers.presets import build
 from kvtiers.rotary import Rotary
 from kvtiers.rows import RowGroup
 from kvtiers.slots import Compressor, Realigner, Retriever, Sink
-from kvtiers.trials import (
-    INVARIANTS,
-    Trial,
-    Watch,
-    bounded,
-    close,
-    conservation,
-    contents,
-    copied,
-    difference,
-    reading,
-    require,
-    storages,
-    storages_of,
-    tiling,
-)  # fmt: skip
+from kvtiers.trials import Do, Trial, bounded, conservation, contents, copied, difference, reading, selection
 
 try:
     from hypothesis import HealthCheck, given, reject, settings
@@ -72,249 +47,26 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "INVARIANTS", "Trial", "bounded", "check_archive", "check_codec", "check_compressor", "check_policy",
-    "check_realigner", "check_retriever", "check_sink", "conservation", "contents", "copied", "difference", "reading",
-    "require", "storages", "storages_of", "tiling",
+    "INVARIANTS", "check_archive", "check_codec", "check_compressor", "check_policy", "check_realigner",
+    "check_retriever", "check_sink",
 ]  # fmt: skip
 Declared = Callable[[Tensor, Tensor], Tensor]
 
 
-@attrs.frozen(kw_only=True)
-class _Example:
-    """A trial, the forwards that it is fed, and what happens after the first `split` of them."""
-
-    trial: Trial
-    lengths: list[int]
-    split: int
-    back: int
-    compact: int | None
-    rows: list[int]
-    fault: int
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        then = f"after {self.split} compact(recent={self.compact}), rows {self.rows}, back {self.back}"
-        printer.text(f"{self.trial.policy}, {self.trial.geometry}, forwards {self.lengths}, {then}, {self.fault}")
-
-    def fed(self, trial: Trial) -> Trial:
-        """`trial` after the first forwards, compacted if need be."""
-        for steps in self.lengths[: self.split]:
-            trial.feed(steps)
-        if self.compact is not None:
-            trial.cache.compact(recent=self.compact)
-        return trial
+# ---------------------------------------------------------------------- what an author calls
 
 
-@st.composite
-def _examples(draw: Callable[..., Any], policies: st.SearchStrategy[Policy]) -> _Example:
-    """A small layer under one of `policies`, in sizes at which blocks move within few tokens."""
-
-    def number(least: int, most: int) -> int:
-        return int(draw(st.integers(least, most)))
-
-    chosen, heads = draw(policies), number(1, 2)
-    geometry = Geometry(
-        kv_heads=heads,
-        query_heads=heads * number(1, 2),
-        head_dim=16,
-        value_dim=draw(st.sampled_from([16, 24])),
-        batch=number(1, 2),
-        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
-    )
-    chunk = number(1, 6)
-    policy = attrs.evolve(
-        chosen,
-        sink=min(chosen.sink, number(0, 3)),
-        recent=None if chosen.recent is None else number(0, 4),
-        block_size=min(chosen.block_size, number(1, 4)),
-        chunk_size=None if chosen.chunk_size is None else chunk,
-        top_k=min(chosen.top_k, number(1, 3)),
-        budget=None,
-    )
-    lengths = draw(st.lists(st.integers(1, chunk), min_size=4, max_size=10))
-    layout: Any = draw(st.sampled_from(["half", "interleaved"]))
-    rotary = Rotary([torch.tensor([1.0, 0.1, 0.01])], layout=layout, angle_dtype=torch.float64)
-    trial = Trial.start(policy, geometry, rotary, seed=number(0, 9_999), steps=sum(lengths) + 2)
-    return _Example(
-        trial=trial,
-        lengths=lengths,
-        split=number(1, len(lengths) - 1),
-        back=number(0, 2),
-        compact=draw(st.none() | st.integers(0, 3)),
-        rows=draw(st.lists(st.integers(0, geometry.batch - 1), min_size=1, max_size=3)),
-        fault=number(0, 40),
-    )
-
-
-def _for_all(examples: int, strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
-    quiet = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None,
-                     report_multiple_bugs=False)  # fmt: skip
-    quiet(given(strategy)(check))()
-
-
-def check_policy(policy: Policy, *, examples: int = 25, rows_independent: bool = True) -> None:
+def check_policy(policy: Policy, *, rows_independent: bool = True, video: bool = True, examples: int = 25) -> None:
     """Check a whole policy against every invariant. Sizes are scaled down; slots stay as they are.
 
-    rows_independent: false if the policy says that rows of a batch decide together.
+    rows_independent: false if the policy says that rows of a batch decide together. video: false if it is for text.
     """
-    _check_all(st.just(policy), examples, rows_independent)
-
-
-def _check_all(policies: st.SearchStrategy[Policy], examples: int, rows: bool = True, declared: Any = None) -> None:
-    def check(example: _Example) -> None:
-        _check_running(example, rows, declared)
-        try:
-            _check_memory(example, rows)
-        except (SavedCacheError, GeometryError, SelectionError) as error:
-            raise AssertionError(f"invariant 10 ({INVARIANTS[10]}): {error}") from error
-        _check_atomic(example)
-
-    _for_all(examples, _examples(policies), check)
-
-
-def _check_running(example: _Example, rows: bool, declared: Declared | None) -> None:
-    """Invariants 1 to 8, and 12, at every step."""
-    trial, watch = _fresh(example.trial), Watch(rows, declared)
-    with watch.over(trial.policy):
-        for number, steps in enumerate(example.lengths):
-            try:
-                context = trial.feed(steps)
-                watch.check()
-                conservation(trial)
-                for holds in (contents, bounded, reading):
-                    holds(trial, context)
-                if number + 1 == example.split and example.compact is not None:
-                    trial.cache.compact(recent=example.compact)
-                    conservation(trial)
-            except (SlotError, GeometryError) as error:  # the layer has looked at what a method gave
-                raise AssertionError(f"invariant 6 ({INVARIANTS[6]}): {error}") from error
-
-
-def _fresh(trial: Trial) -> Trial:
-    return trial.branch(TieredCache(trial.policy, [trial.geometry], rotaries=[trial.rotary]))
-
-
-def _check_memory(example: _Example, rows: bool) -> None:
-    """Invariants 9 and 10: saved, forked, rolled back, and with other rows, a cache goes on as it would have."""
-    trial = example.fed(_fresh(example.trial))
-    ways = {"forked": trial.branch(trial.cache.fork()), "rolled back": trial.branch(trial.cache.fork())}
-    for _ in range(example.back):
-        ways["rolled back"].feed(1)
-    try:
-        ways["rolled back"].cache.crop_by(example.back)
-    except CropError:
-        del ways["rolled back"]
-    ways["loaded"] = trial.branch(_loaded(trial))
-    index, alone = torch.tensor(example.rows), {}
-    if rows and trial.geometry.dtype == torch.float32:  # others round, and scores that tie round otherwise
-        names = ("query", "keys", "values")
-        geometry = attrs.evolve(trial.geometry, batch=index.numel())
-        few = attrs.evolve(trial, geometry=geometry, **{name: getattr(trial, name)[index] for name in names})
-        alone = {"fed by themselves": example.fed(_fresh(few))}
-        alone["selected"] = example.fed(_fresh(example.trial))
-        alone["selected"].select_rows(index)
-    for steps in example.lengths[example.split :]:
-        context = copied(trial.feed(steps))
-        for way, other in ways.items():
-            said = difference(context, other.feed(steps))
-            require(said is None, 10, f"a {way} cache goes on otherwise: {said}")
-        for way, other in alone.items():
-            got = other.feed(steps)
-            same = close(got.keys, context.keys[index]) and close(got.values, context.values[index])
-            require(same, 9, f"rows {example.rows}, {way}, go on otherwise than in their batch")
-
-
-def _loaded(trial: Trial) -> TieredCache:
-    """The cache of `trial`, saved and loaded; as a file, if every slot is installed by name."""
-    cache = _fresh(trial).cache
-    try:
-        describe(trial.policy)
-    except PolicyError:
-        (held, about), layer = trial.layer.dump(), cache.new_layer(0, trial.geometry.batch)
-        layer.fill({name: x.clone() for name, x in held.items()}, json.loads(json.dumps(about)))
-        cache.layers[0].groups = (RowGroup(None, layer),)
-    else:
-        with TemporaryDirectory() as folder:
-            trial.cache.save(Path(folder) / "cache.safetensors")
-            cache.load(Path(folder) / "cache.safetensors")
-    return cache
-
-
-class _RaisedOnPurposeError(Exception):
-    pass
-
-
-def _check_atomic(example: _Example) -> None:
-    """Invariant 11: after an error out of a method, the call made again goes on exactly, or it refuses to go on."""
-    calm, trial = _fresh(example.trial), _fresh(example.trial)
-    policy, left = calm.policy, [1 + example.fault % 3]
-    store = type(policy.archive.open(ByteBudget(None)))
-    points = [(policy.compressor, "age"), (policy.compressor, "rewrite"), (policy.retriever, "digest"), (store, "read"),
-              (policy.retriever, "score"), (policy.realigner, "place"), (policy.codec, "encode"), (store, "write"),
-              (policy.codec, "decode")]  # fmt: skip
-    at, method = points[example.fault % len(points)]
-    kind = at if isinstance(at, type) else type(at)
-    original, said = getattr(kind, method), f"after {kind.__name__}.{method}() raised and the call was made again, "
-
-    def failing(*args: Any, **named: Any) -> Any:
-        left[0] -= 1
-        if not left[0]:
-            raise _RaisedOnPurposeError
-        return original(*args, **named)
-
-    def insist(verb: Callable[[], None]) -> None:
-        try:
-            verb()
-        except _RaisedOnPurposeError:
-            verb()
-
-    for steps in example.lengths:
-        due = calm.feed(steps)
-        try:
-            with patch.object(kind, method, failing):
-                differs = difference(due, trial.feed(steps, insist))
-        except InterruptedForwardError:
-            return
-        require(differs is None, 11, f"{said}a context differs: {differs}")
-
-
-# ---------------------------------------------------------------------- one slot
-
-
-def _with(**slots: Any) -> st.SearchStrategy[Policy]:
-    """Policies with these choices, and any that comes with kvtiers in the other slots."""
-    known = registry()
-    ours = {
-        slot: [build(slot, name) for name in known.names(slot) if known.provider(slot, name).distribution == "kvtiers"]
-        for slot in SLOTS
-        if slot not in slots
-    }
-    drawn = {slot: st.sampled_from([one for one in found if not getattr(one, "given", False)])
-             for slot, found in ours.items()}  # fmt: skip
-    forms = [("compressed", 0), ("full", 1), ("compressed", 1), ("full", 0)][: 3 if "compressor" in slots else 4]
-
-    def make(form: tuple[str, int], **others: Any) -> Policy:
-        sizes: Any = {"sink": 3, "recent": 6, "block_size": 4, "chunk_size": 6, "top_k": 3, "attend": form[0]}
-        try:
-            return Policy(**slots, **others, **sizes, top_k_compressed=form[1])
-        except PolicyError:
-            reject()
-
-    return st.builds(make, form=st.sampled_from(forms), **drawn)
-
-
-def _is_a_value(factory: Callable[[], Any], kind: type) -> Any:
-    """What `factory` makes, after checking that it makes equal ones; a saved cache and a swap rely on it."""
-    made, again = factory(), factory()
-    if not isinstance(made, kind):
-        raise AssertionError(f"the factory made a {type(made).__name__}, which is no {kind.__name__}")
-    if made != again:
-        raise AssertionError(f"two {type(made).__name__} of equal settings are not equal; make it @attrs.frozen")
-    return made
+    _check_layers(st.just(policy), examples, slots=SLOTS, rows=rows_independent, video=video)
 
 
 def check_sink(factory: Callable[[], Sink], *, examples: int = 25) -> None:
     """Check a sink policy: it decides by the block alone, and what it calls anchors is the beginning."""
-    sink: Sink = _is_a_value(factory, Sink)
+    sink: Sink = _value(factory, Sink)
 
     def check(drawn: tuple[int, int, int]) -> None:
         setting, block, count = drawn[0], Extent(drawn[1], drawn[1] + drawn[2]), sink.steps(drawn[0])
@@ -323,19 +75,20 @@ def check_sink(factory: Callable[[], Sink], *, examples: int = 25) -> None:
         require(count == 0 or sink.is_anchor(Extent(count - 1, count), setting), 1, f"step {count - 1} is no anchor")
 
     _for_all(examples, st.tuples(st.integers(0, 8), st.integers(0, 20), st.integers(1, 5)), check)
-    _check_all(_with(sinks=sink), examples)
+    _check_layers(_policies(sinks=sink), examples)
 
 
-def check_compressor(factory: Callable[[], Compressor], *, examples: int = 25) -> None:
-    """Check a compressor, one that rewrites or looks at attention included.
+def check_compressor(factory: Callable[[], Compressor], *, video: bool = True, examples: int = 25) -> None:
+    """Check a compressor: blocks, rows and devices stay apart, tokens in order, numbers as declared.
 
-    Raises `SlotError` for one whose form is given: only what makes that form can feed it.
+    It may rewrite or look at attention. Where its form is given, some tokens of each block stand in for that.
+    video: false if it is for text alone, one token a step.
     """
-    compressor: Compressor = _is_a_value(factory, Compressor)
+    compressor: Compressor = _value(factory, Compressor)
     says = [name for name in ("drops", "keeps", "given", "rewrites") if getattr(compressor, name)]
     if len(says) > 1:
         raise AssertionError(f"{type(compressor).__name__} says that it {' and that it '.join(says)}; say one")
-    _check_all(_with(compressor=compressor), examples)
+    _check_layers(_policies(compressor=compressor), examples, slots=["compressor"], video=video)
 
 
 def check_retriever(
@@ -345,13 +98,13 @@ def check_retriever(
     rows_independent: bool = True,
     examples: int = 25,
 ) -> None:
-    """Check a retriever: counts and digests as declared, scores pure, rows independent.
+    """Check a retriever: counts and digests as declared, scores pure, the best attended, rows independent.
 
     declared: the score by brute force, from queries [batch, query_heads, queries, head_dim] and the rotated keys of
-        every block [batch, kv_heads, blocks, tokens, head_dim], for invariant 8; none if there is none to compare with.
+        every block [batch, kv_heads, blocks, tokens, head_dim], for invariant 8; None if there is none to compare with.
     rows_independent: false if the score says that rows decide together.
     """
-    retriever: Retriever = _is_a_value(factory, Retriever)
+    retriever: Retriever = _value(factory, Retriever)
     for top_k in range(1, 6):
         counts = [retriever.count(top_k, archived) for archived in range(8)]
         least = [min(top_k, archived) for archived in range(8)]
@@ -359,23 +112,27 @@ def check_retriever(
         enough = counts[-1] == 0 or all(n >= m for n, m in zip(counts, least, strict=True))
         said = f"{type(retriever).__name__}.count() chooses {counts} of 0, 1, 2, ... blocks by top_k = {top_k}"
         require(fits and enough, 8, said)
-    _check_all(_with(retriever=retriever), examples, rows_independent, declared)
+    _check_layers(
+        _policies(retriever=retriever), examples, slots=["retriever"], rows=rows_independent, declared=declared
+    )
 
 
 def check_realigner(factory: Callable[[], Realigner], *, examples: int = 25) -> None:
     """Check a realigner: blocks keep their order and never overlap, and lie where it says."""
-    _check_all(_with(realigner=_is_a_value(factory, Realigner)), examples)
+    _check_layers(_policies(realigner=_value(factory, Realigner)), examples, slots=["realigner"])
 
 
 def check_codec(factory: Callable[[], Codec], *, examples: int = 25) -> None:
     """Check a codec: what is read back is off by no more than `tolerance` and a rounding; bytes are as declared."""
-    _check_all(_with(codec=_is_a_value(factory, Codec)), examples)
+    _check_layers(_policies(codec=_value(factory, Codec)), examples, slots=["codec"])
 
 
 def check_archive(factory: Callable[[], Archive], *, examples: int = 25) -> None:
     """Check an archive: its stores hold what was written, and refuse what is of another kind or exceeds the limit."""
-    archive: Archive = _is_a_value(factory, Archive)
+    archive: Archive = _value(factory, Archive)
     store, full = archive.open(ByteBudget(None)), archive.open(ByteBudget(1))
+    if not isinstance(store, BlockStore):
+        raise AssertionError(f"{type(archive).__name__}.open() returned a {type(store).__name__}; due is a BlockStore")
     parts = {"a": torch.rand(2, 1, 2, 3), "b": torch.ones(2, 1, 2, dtype=torch.uint8)}
     store.write(parts)
     for one, wrong, count, advice in (
@@ -383,10 +140,222 @@ def check_archive(factory: Callable[[], Archive], *, examples: int = 25) -> None
         (store, {**parts, "a": torch.rand(2, 1, 2, 5)}, 2, "blocks of another size were taken; call self.admit()"),
         (full, parts, 0, "more than limit_bytes was taken; call self.budget.admit(self, ...) in write()"),
     ):
-        with suppress(GeometryError, ArchiveFullError):
+        with suppress(KVTiersError):
             one.write(wrong)
             require(False, 11, advice)
         require(one.count == count, 11, "a write that was refused left something behind")
     for name, x in store.read(torch.tensor([[[1, 0]], [[1, 0]]])).items():
         require(torch.equal(x, parts[name].flip(2)), 1, f"{name!r} is read as others than written")
-    _check_all(_with(archive=archive), examples)
+    _check_layers(_policies(archive=archive), examples)
+
+
+# ---------------------------------------------------------------------- what is drawn
+
+
+@attrs.frozen(kw_only=True)
+class _Example:
+    """A stream for a layer, the forwards in which it comes, and what happens after the first `split` of them."""
+
+    trial: Trial
+    lengths: list[int]
+    split: int
+    back: list[int]
+    compact: int | None
+    rows: list[int]
+    fault: int
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        then = f"after {self.split} compact(recent={self.compact}), rows {self.rows}, back {self.back}"
+        printer.text(f"{self.trial.policy}, {self.trial.geometry}, forwards {self.lengths}, {then}, {self.fault}")
+
+    def run(self, trial: Trial, *, part: slice = slice(None), do: Do = lambda verb: verb()) -> Iterator[Context]:
+        """Feed these of the forwards, each verb through `do`, and compact after the first `split`, if need be."""
+        for number in range(len(self.lengths))[part]:
+            yield trial.feed(self.lengths[number], do)
+            if number + 1 == self.split and self.compact is not None:
+                do(partial(trial.compact, self.compact))
+
+
+@st.composite
+def _examples(draw: Callable[..., Any], policies: st.SearchStrategy[Policy], may_be_video: bool) -> _Example:
+    """A small layer under one of `policies`, in sizes at which blocks move within few tokens."""
+
+    def number(least: int, most: int) -> int:
+        return int(draw(st.integers(least, most)))
+
+    chosen, heads = draw(policies), number(1, 2)
+    given = chosen.compressor.given
+    video, longest = given or (may_be_video and number(0, 2) == 2), number(2 if given else 1, 4)
+    geometry = Geometry(
+        kv_heads=heads,
+        query_heads=heads * number(1, 2),
+        head_dim=16,
+        value_dim=draw(st.sampled_from([16, 24])),
+        batch=3 - number(1, 2),
+        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
+        causal=not video,
+        grid=() if not video else (4, 4) if given else draw(st.sampled_from([(2,), (1, 3)])),
+        steps_per_commit=longest if video else 1,
+        even=not video or draw(st.booleans()),
+    )
+    recent, chunk = number(0, 6 if video else 3), longest if video else number(2, 6)
+    policy = attrs.evolve(
+        chosen,
+        sink=min(chosen.sink, number(0, 3)),
+        recent=None if chosen.recent is None else max(recent, longest) if recent and video else recent,
+        block_size=min(chosen.block_size, number(1, 3)),
+        chunk_size=None if chosen.chunk_size is None else chunk,
+        top_k=min(chosen.top_k, number(1, 3)),
+        budget=None,
+    )
+    least = longest if video and geometry.even else 2 if given else 1
+    lengths = draw(st.lists(st.integers(least, chunk), min_size=6, max_size=9))
+    layout: Any = "interleaved" if video else draw(st.sampled_from(["half", "interleaved"]))
+    axes = [torch.tensor([1.0, 0.1, 0.01]), *(torch.tensor([0.7, 0.2]) for _ in geometry.grid)]
+    rotary, back = Rotary(axes, layout=layout, angle_dtype=torch.float64), [least] * number(0, 1 if video else 2)
+    return _Example(
+        trial=Trial.start(policy, geometry, rotary, seed=number(0, 9_999), steps=sum(lengths) + sum(back)),
+        lengths=lengths,
+        split=number(len(lengths) // 2, len(lengths) - 2),
+        back=back,
+        compact=draw(st.none() | st.integers(0, 3)),
+        rows=draw(st.lists(st.integers(0, geometry.batch - 1), min_size=1, max_size=3)),
+        fault=number(2, 30),
+    )
+
+
+def _policies(**slots: Any) -> st.SearchStrategy[Policy]:
+    """Policies with these choices, and any that comes with kvtiers in the other slots (but none that drops)."""
+    known, drawn = registry(), {}
+    for slot in set(SLOTS) - set(slots):
+        ours = [build(slot, x) for x in known.names(slot) if known.provider(slot, x).distribution == "kvtiers"]
+        drawn[slot] = st.sampled_from([x for x in ours if not isinstance(x, Compressor) or not (x.given or x.drops)])
+    forms = [("compressed", 0), ("full", 1), ("compressed", 1), ("full", 0)][: 3 if "compressor" in slots else 4]
+
+    def make(form: tuple[str, int], **others: Any) -> Policy:
+        sizes: Any = {"sink": 3, "recent": 6, "block_size": 4, "chunk_size": 6, "top_k": 3, "attend": form[0]}
+        try:
+            return Policy(**slots, **others, **sizes, top_k_compressed=form[1])
+        except KVTiersError:  # they do not go together
+            reject()
+
+    return st.builds(make, form=st.sampled_from(forms), **drawn)
+
+
+def _value(factory: Callable[[], Any], kind: type) -> Any:
+    """What `factory` makes, after checking that it makes equal ones; a saved cache and a swap rely on it."""
+    made, again = factory(), factory()
+    if not isinstance(made, kind):
+        raise AssertionError(f"the factory made a {type(made).__name__}, which is no {kind.__name__}")
+    if made != again:
+        raise AssertionError(f"two {type(made).__name__} of equal settings are not equal; make it @attrs.frozen")
+    return made
+
+
+# ---------------------------------------------------------------------- what holds of every example
+
+
+def _for_all(examples: int, strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
+    quiet = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None,
+                     report_multiple_bugs=False)  # fmt: skip
+    quiet(given(strategy)(check))()
+
+
+def _check_layers(
+    policies: st.SearchStrategy[Policy], examples: int, *, slots: Sequence[str] = (), rows: bool = True,
+    video: bool = True, declared: Declared | None = None,
+) -> None:  # fmt: skip
+    """Check layers under these policies, with a look at the calls of what is in `slots`."""
+
+    def check(example: _Example) -> None:
+        try:
+            contexts = _check_running(example, slots, Calls(rows, declared))
+            _check_going_on(example, contexts, rows)
+            _check_interrupted(example, contexts)
+        except SavedCacheError as error:
+            raise AssertionError(f"invariant 10 ({INVARIANTS[10]}): {error}") from error
+        except KVTiersError as error:  # the layer has looked at what a method gave, or the method refused
+            raise AssertionError(str(error)) from error
+
+    _for_all(examples, _examples(policies, video), check)
+
+
+def _check_running(example: _Example, slots: Sequence[str], calls: Calls) -> list[Context]:
+    """Invariants 1 to 8, and 12, at every step; returns the contexts."""
+    trial, contexts = example.trial.branch(), []
+    with wrapped([getattr(trial.policy, slot) for slot in slots], calls.taken_down):
+        for context in example.run(trial):
+            calls.check()
+            conservation(trial)
+            for holds in (contents, bounded, reading):
+                holds(trial, context)
+            selection(trial, calls.scores)
+            contexts.append(copied(context))
+    return contexts
+
+
+def _check_going_on(example: _Example, contexts: list[Context], rows: bool) -> None:
+    """Invariants 9 and 10: forked, loaded, rolled back, or with other rows, a cache goes on as it would have."""
+    trial, index, rest = example.trial.branch(), torch.tensor(example.rows), slice(example.split, None)
+    for _ in example.run(trial, part=slice(example.split)):
+        pass
+    ways = {"forked": trial.fork(), "loaded": _loaded(trial)}
+    back = trial.elsewhere()
+    with suppress(CropError):
+        for steps in example.back:
+            back.feed(steps)
+        back.cache.crop(trial.num_steps)
+        ways["rolled back"] = trial.branch(back.cache)
+    other = trial.elsewhere()
+    if rows:
+        ways["selected"] = trial.of_rows(index)
+    ways["other"] = other  # goes elsewhere in the meantime, which the rest must not notice
+    for due, *every in zip(contexts[rest], *(example.run(one, part=rest) for one in ways.values()), strict=True):
+        for way, got in zip(ways, every, strict=True):
+            if way == "selected":
+                same = close(got.keys, due.keys[index]) and close(got.values, due.values[index])
+                require(same, 9, f"rows {example.rows}, selected, go on otherwise than in their batch")
+            elif way != "other":
+                said = difference(due, got)
+                require(said is None, 10, f"a {way} cache goes on otherwise: {said}")
+
+
+def _loaded(trial: Trial) -> Trial:
+    """`trial`, as a file would bring it back."""
+    other = trial.branch()
+    (held, about), layer = trial.layer.dump(), other.cache.new_layer(0, trial.layer.geometry.batch)
+    layer.fill({name: x.clone() for name, x in held.items()}, json.loads(json.dumps(about)))
+    other.cache.layers[0].groups = (RowGroup(None, layer),)
+    return other
+
+
+class _RaisedOnPurposeError(Exception):
+    pass
+
+
+def _check_interrupted(example: _Example, contexts: list[Context]) -> None:
+    """Invariant 11: after an error out of any method, the verb called again goes on exactly, or refuses to go on."""
+    trial, calls = example.trial.branch(), [""]
+    store = trial.policy.archive.open(ByteBudget(None))
+
+    def failing(original: Any, method: str) -> Any:
+        def call(slot: Any, *args: Any, **named: Any) -> Any:
+            calls.append(f"{type(slot).__name__}.{method}()")
+            if len(calls) == example.fault:
+                raise _RaisedOnPurposeError
+            return original(slot, *args, **named)
+
+        return call
+
+    def insist(verb: Callable[[], None]) -> None:
+        try:
+            verb()
+        except _RaisedOnPurposeError:
+            verb()
+
+    slots = [store, *(getattr(trial.policy, slot) for slot in SLOTS)]
+    with wrapped(slots, failing, more=("write", "read")), suppress(InterruptedForwardError):
+        for due, got in zip(contexts, example.run(trial, do=insist), strict=True):
+            said = difference(due, got)
+            which = f"after {calls[: example.fault][-1]} raised and the verb was called again, a context differs"
+            require(said is None, 11, f"{which}: {said}")

@@ -36,7 +36,8 @@ def kept(leaving: Blocks, all_of: dict[str, Tensor], at: Tensor, *, close_up: bo
         attention = all_of["attention"].gather(2, at.repeat_interleave(group, 1))[:, :, None]
     span = int(leaving.starts[-1]) + leaving.span
     if close_up:
-        offsets, span = torch.arange(keys.shape[3], dtype=torch.float64).view(1, 1, 1, -1, 1), keys.shape[3]
+        span, time = keys.shape[3], torch.arange(keys.shape[3], device=keys.device)
+        offsets = torch.cat([time[:, None].expand_as(offsets[..., :1]), offsets[..., 1:]], -1)
     return attrs.evolve(
         leaving,
         keys=keys,
@@ -111,7 +112,7 @@ class SnapKV(Rewriting):
 
 @attrs.frozen(kw_only=True)
 class AdaKV(Rewriting):
-    """The heads of a layer share `budget` tokens (arXiv 2407.11550). Batch of one."""
+    """The heads of a layer share `budget` tokens (arXiv 2407.11550); all rows are as wide as the widest."""
 
     attention: ClassVar[Any] = "sum"
     budget: int = 24
@@ -120,9 +121,9 @@ class AdaKV(Rewriting):
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
         all_of = joined(leaving, mid)
         score = all_of["attention"].unflatten(1, (leaving.keys.shape[1], -1)).sum(2) + all_of["bias"]
-        count = min(self.budget, int((score > -torch.inf).sum()))
+        count = min(self.budget, score[0].numel())
         alive = torch.zeros_like(score, dtype=torch.bool).flatten(1)
-        alive = alive.scatter(1, score.flatten(1).topk(count).indices, True).view_as(score)
+        alive = alive.scatter(1, score.flatten(1).topk(count).indices, True).view_as(score) & (score > -torch.inf)
         width = int(alive.sum(-1).max())
         best = alive.int().sort(dim=-1, descending=True, stable=True).indices[..., :width]
         bias = torch.zeros_like(score).masked_fill(~alive, -torch.inf).gather(-1, best)[:, :, None]
@@ -138,8 +139,8 @@ class Streaming(Rewriting):
 
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
         all_of = joined(leaving, mid)
-        every = torch.arange(all_of["keys"].shape[2]).expand(*leaving.keys.shape[:2], -1)
-        bias = torch.full(every.shape, -torch.inf)
+        every = torch.arange(all_of["keys"].shape[2], device=leaving.keys.device).expand(*leaving.keys.shape[:2], -1)
+        bias = torch.full(every.shape, -torch.inf, device=every.device)
         bias[:, list(self.retrieval_heads)] = 0
         return kept(leaving, all_of, every, close_up=self.close_up, bias=bias[:, :, None])
 
@@ -155,7 +156,7 @@ class Merge(Compressor):
         keys, count = blocks.keys.float(), -(-blocks.tokens // self.ratio)
         unit = normalize(keys, dim=-1)
         into = (unit @ unit[..., :: self.ratio, :].mT).argmax(-1)
-        into[..., :: self.ratio] = torch.arange(count)
+        into[..., :: self.ratio] = torch.arange(count, device=into.device)
         share = one_hot(into, count).to(keys.dtype).mT
         size = share.sum(-1)
         share = share / size[..., None]

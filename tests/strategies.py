@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from jaxtyping import config as shapes
 from torch import Tensor
@@ -23,6 +23,7 @@ from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import build
 from kvtiers.presets import policy as preset
 from kvtiers.rotary import Rotary
+from kvtiers.trials import copied, difference
 
 STEPS = 48
 """How long a stream is; long enough for blocks to age many times with the sizes drawn here."""
@@ -72,6 +73,20 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         shapes.update("jaxtyping_disable", before)
+
+
+@contextmanager
+def first_example() -> Iterator[None]:
+    """For a test of the conformance kit: the first example that fails will do, and what a wrong policy makes is for the
+    kit to find, not for the tests' shape checks."""
+    profile = settings.get_current_profile_name()
+    settings.register_profile("first example", settings.get_profile(profile), phases=[Phase.generate])
+    settings.load_profile("first example")
+    try:
+        with unchecked():
+            yield
+    finally:
+        settings.load_profile(profile)
 
 
 @cache
@@ -259,27 +274,9 @@ def feed_all(layer: Layer, tokens: Stream, lengths: Sequence[int], start: int = 
     return [copied(context) for _, context in feed(layer, tokens, lengths, start)]
 
 
-def copied(context: Context) -> Context:
-    where = context.locate()
-    return attrs.evolve(context, keys=context.keys.clone(), values=context.values.clone(), locate=lambda: where)
-
-
 def same(a: Context, b: Context) -> bool:
     """Whether two contexts are equal, bitwise."""
-    masks = (a.mask is None) == (b.mask is None) and (a.mask is None or b.mask is None or torch.equal(a.mask, b.mask))
-    located = all(
-        torch.equal(
-            x.expand(torch.broadcast_shapes(x.shape, y.shape)), y.expand(torch.broadcast_shapes(x.shape, y.shape))
-        )
-        for x, y in ((a.origins, b.origins), (a.placed, b.placed))
-    )
-    return (
-        torch.equal(a.keys, b.keys)
-        and torch.equal(a.values, b.values)
-        and (a.current, a.causal, a.banded) == (b.current, b.causal, b.banded)
-        and masks
-        and located
-    )
+    return difference(a, b) is None
 
 
 def allowed(context: Context) -> Tensor:
@@ -291,20 +288,22 @@ def allowed(context: Context) -> Tensor:
     return everything.tril(tokens - current) if context.causal else everything
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, bias: Tensor | None = None) -> Tensor:
     """Plain attention in float64. query: [batch, query_heads, queries, head_dim]; `seen` is [queries, tokens], or
-    [batch, kv_heads, 1, tokens], or broadcasts to them."""
+    [batch, kv_heads, 1, tokens], or broadcasts to them; `bias` [batch, kv_heads, tokens] is added to the logits."""
     group = query.shape[1] // keys.shape[1]
     per_kv_head = seen.dim() == 4 and seen.shape[1] == keys.shape[1]
     seen = seen.repeat_interleave(group, 1) if per_kv_head else seen
     keys, values = (x.double().repeat_interleave(group, 1) for x in (keys, values))
     logits = query.double() @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+    if bias is not None:
+        logits = logits + bias.double().repeat_interleave(group, 1)[:, :, None]
     result: Tensor = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values
     return result
 
 
 def attend_context(query: Tensor, context: Context) -> Tensor:
-    return attend(query, context.keys, context.values, allowed(context))
+    return attend(query, context.keys, context.values, allowed(context), context.bias)
 
 
 def per_head(positions: Tensor, context: Context) -> Tensor:

@@ -1,7 +1,6 @@
 """Compressor `value-norm`: a block keeps the tokens with the largest values, each KV head its own.
 
-A small value adds little to what attention returns, however much it is attended; VATP (arXiv 2406.12335, section 3)
-weighs attention by the L1 norm of the values. Deviation: here the norm decides alone.
+VATP (arXiv 2406.12335, section 3) weighs attention by the L1 norm of values. Deviation: here the norm decides alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +28,6 @@ class ValueNorm(kvtiers.Compressor):
         return attrs.evolve(blocks, keys=keys, values=values, offsets=offsets, offsets_differ=True)
 
     def compressed_tokens(self, tokens: int) -> int:
-        """How many tokens of a block are left."""
         return min(self.keep, tokens)
 
 

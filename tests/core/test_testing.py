@@ -1,21 +1,28 @@
 """The conformance kit: everything that is registered passes it, and everything that is wrong is named."""
 
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import attrs
 import pytest
 import torch
-from hypothesis import Phase, settings
-from jaxtyping import config as shapes
+from hypothesis import settings
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvtiers import hookimpl, hookspecs
 from kvtiers.archive import ByteBudget, Codec
 from kvtiers.blocks import Blocks
-from kvtiers.errors import SlotError
+from kvtiers.geometry import Geometry
+from kvtiers.plugins import registry
 from kvtiers.presets import build, policy
+from kvtiers.rotary import Rotary
 from kvtiers.slots import Compressor, Placement, Realigner, Retriever, Sink
 from kvtiers.testing import (
     INVARIANTS,
@@ -27,9 +34,11 @@ from kvtiers.testing import (
     check_retriever,
     check_sink,
 )
-from strategies import names
+from kvtiers.trials import Trial, contents, selection
+from rewriting import H2O, TOVA, AdaKV, Merge, SnapKV, Streaming
+from strategies import first_example, names, rotary
 
-EXAMPLES = max(4, settings().max_examples // 5)
+EXAMPLES = max(4, settings().max_examples // 8)
 OPTIONS = {
     "top-tokens": [{"keep": 2, "by": by, "window": 3} for by in ("key-norm", "key-similarity", "attention")],
     "mean-pool": [{"ratio": 2}],
@@ -46,14 +55,9 @@ OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def _unchecked_shapes():
-    """What a wrong policy makes is for the kit to find, not for the tests' shape checks; the first example will do."""
-    shapes.update("jaxtyping_disable", True)
-    profile = settings.get_current_profile_name()
-    settings.register_profile("first example", settings.get_profile(profile), phases=[Phase.generate])
-    settings.load_profile("first example")
-    yield
-    settings.load_profile(profile)
+def _first_example():
+    with first_example():
+        yield
 
 
 def registered(slot: str) -> list:
@@ -98,9 +102,48 @@ def test_every_registered_retriever_keeps_the_invariants(choice):
     check_retriever(lambda: build("retriever", choice), rows_independent=independent, examples=EXAMPLES)
 
 
-def test_a_compressor_whose_form_is_given_is_said_to_be_out_of_reach():
-    with pytest.raises(SlotError, match="text has none to give"):
-        check_compressor(lambda: build("compressor", "dual-branch"), examples=EXAMPLES)
+@pytest.mark.parametrize("positions", ["center", "unit"])
+def test_a_compressor_whose_form_is_given_is_checked_with_tokens_that_stand_in_for_it(positions):
+    check_compressor(lambda: build("compressor", ("dual-branch", {"positions": positions})), examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("recent", [0, 3])
+@pytest.mark.parametrize("retriever", ["all", "affinity"])
+def test_where_the_compressed_form_is_given_the_full_one_is_archived_unrotated(retriever, recent):
+    geometry = Geometry(kv_heads=1, head_dim=16, grid=(4, 4), steps_per_commit=3, causal=False)
+    found = policy("packforcing", attend="full", retriever=retriever, recent=recent, sink=3, top_k=2, archive="device")
+    axes = [torch.tensor([1.0, 0.1]), torch.tensor([0.7]), torch.tensor([0.7])]
+    trial = Trial.start(found, geometry, Rotary(axes, layout="interleaved"), seed=0, steps=24)
+    for _ in range(8):
+        contents(trial, trial.feed(3))
+    assert trial.layer.history.count > 2
+
+
+@pytest.mark.parametrize("name", ["packforcing", "rolling-window", "sink-rolling-window"])
+def test_presets_for_video_keep_the_invariants(name):
+    check_policy(policy(name), examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [H2O(most=5), TOVA(most=4), SnapKV(most=4, window=3, pool=3), Streaming(most=99), Merge(ratio=2)],
+    ids=lambda method: type(method).__name__,
+)
+def test_published_methods_keep_the_invariants(method):
+    check_compressor(lambda: method, examples=EXAMPLES)
+
+
+def test_a_method_for_text_and_one_whose_rows_share_a_width_say_so():
+    check_policy(
+        policy("archive", compressor=H2O(most=5, close_up=True), sink=0, attend="compressed"),
+        video=False,
+        examples=EXAMPLES,
+    )
+    check_policy(
+        policy("archive", compressor=AdaKV(budget=6, most=9), sink=0, attend="compressed"),
+        rows_independent=False,
+        examples=EXAMPLES,
+    )
 
 
 def test_a_declared_score_is_compared_with_what_is_computed():
@@ -183,7 +226,7 @@ class SilentOffsets(Plain):
     def age(self, blocks, moment):
         aged = super().age(blocks, moment)
         wide = aged.offsets.expand(*aged.keys.shape[:4], -1)
-        return attrs.evolve(aged, offsets=wide + aged.keys[..., :1].sigmoid() / 4)
+        return attrs.evolve(aged, offsets=wide + aged.keys[:, :, :, :1, :1].sigmoid() / 4)
 
 
 @attrs.frozen
@@ -191,6 +234,49 @@ class AlwaysFloat32(Plain):
     def age(self, blocks, moment):
         aged = super().age(blocks, moment)
         return attrs.evolve(aged, keys=aged.keys.float(), values=aged.values.float())
+
+
+@attrs.frozen
+class ValuesInFloat32(Plain):
+    def age(self, blocks, moment):
+        aged = super().age(blocks, moment)
+        return attrs.evolve(aged, values=aged.values.float())
+
+
+@attrs.frozen
+class ForgetsItsDtype(Plain):
+    """Multiplies what it is given, bfloat16 included, with float32."""
+
+    def age(self, blocks, moment):
+        mix = torch.eye(blocks.keys.shape[-1], device=moment.device)
+        return super().age(attrs.evolve(blocks, keys=blocks.keys @ mix), moment)
+
+
+@attrs.frozen
+class RowsMixedIn16Bits(Plain):
+    def age(self, blocks, moment):
+        mixed = blocks.keys.mean(0, keepdim=True) if blocks.keys.dtype.itemsize == 2 else 0
+        return super().age(attrs.evolve(blocks, keys=blocks.keys - mixed), moment)
+
+
+@attrs.frozen
+class OneTokenAStep(Plain):
+    """Right for text: it takes tokens for steps."""
+
+    def age(self, blocks, moment):
+        offsets = torch.arange(blocks.tokens, device=moment.device)[None, None, None, :, None].double()
+        return super().age(attrs.evolve(blocks, offsets=offsets), moment)
+
+
+@attrs.frozen
+class OneLength(Plain):
+    """Takes every block to be as long as the longest."""
+
+    def compressed_tokens(self, tokens):
+        return min(3, tokens)
+
+    def block_tokens(self, steps, geometry):
+        return min(3, geometry.steps_per_commit * geometry.tokens_per_step)
 
 
 @attrs.frozen
@@ -206,7 +292,8 @@ class WidthOfKeys(Plain):
 class OffsetsOnTheCPU(Plain):
     def age(self, blocks, moment):
         kept = self.compressed_tokens(blocks.tokens)
-        return self.cut(blocks, kept, offsets=torch.arange(kept, dtype=torch.float64)[None, None, None, :, None])
+        offsets = torch.zeros(1, 1, 1, kept, blocks.offsets.shape[-1], dtype=torch.float64)
+        return self.cut(blocks, kept, offsets=offsets)
 
 
 @attrs.frozen
@@ -243,10 +330,13 @@ class KeepsAndDrops(Plain):
 
 def test_a_plain_compressor_passes():
     check_compressor(Plain, examples=EXAMPLES)
+    check_compressor(OneTokenAStep, video=False, examples=EXAMPLES)
 
 
 WRONG_COMPRESSORS = [
-    pytest.param(OneTooMany, r"invariant 6 \(bounded\).*OneTooMany.age\(\) made keys", id="a token too many"),
+    pytest.param(
+        OneTooMany, r"OneTooMany.age\(\) made keys.*due is .* as compressed_tokens\(\) says", id="a token too many"
+    ),
     pytest.param(InPlace, r"invariant 7 .*InPlace.age\(\) changed what it was given", id="writes into its blocks"),
     pytest.param(RowsMixed, r"invariant 9 .*RowsMixed.age\(\) makes something else of row \d alone", id="mixes rows"),
     pytest.param(BlocksMixed, r"invariant 1 .*makes something else of block \d alone", id="mixes blocks"),
@@ -254,6 +344,11 @@ WRONG_COMPRESSORS = [
     pytest.param(Backwards, r"invariant 5 .*not in order within a span", id="out of order"),
     pytest.param(SilentOffsets, r"set offsets_differ=True", id="offsets of its own, unsaid"),
     pytest.param(AlwaysFloat32, r"AlwaysFloat32.age\(\) made keys of torch.float32.*due is", id="dtype"),
+    pytest.param(ValuesInFloat32, r"age\(\) made keys of torch.\w+16 and values of torch.float32", id="values alone"),
+    pytest.param(ForgetsItsDtype, r"ForgetsItsDtype.age\(\) raised RuntimeError.* was given \[", id="mixes dtypes"),
+    pytest.param(RowsMixedIn16Bits, r"invariant 9 .*something else of row \d alone", id="mixes rows in 16 bits"),
+    pytest.param(OneTokenAStep, r"made offsets of 1 axes; due are \d: time, then the grid's", id="for text alone"),
+    pytest.param(OneLength, r"OneLength.age\(\) made keys.* as compressed_tokens\(\) says", id="of one length"),
     pytest.param(WidthOfKeys, r"WidthOfKeys.age\(\)", id="values as wide as keys"),
     pytest.param(OffsetsOnTheCPU, r"OffsetsOnTheCPU.age\(\) gave a tensor on the CPU", id="offsets on the CPU"),
     pytest.param(MasksOnTheCPU, r"MasksOnTheCPU.age\(\) makes tensors on the CPU.*moment.device", id="mixes devices"),
@@ -365,7 +460,7 @@ def test_a_compressor_that_rewrites_mid_passes(factory):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        pytest.param(NeverForgets, r"invariant 6 .*NeverForgets.rewrite\(\) made keys.*mid_tokens\(\) says", id="more"),
+        pytest.param(NeverForgets, r"NeverForgets.rewrite\(\) made keys.*mid_tokens\(\) says", id="more"),
         pytest.param(RowsRewritten, r"invariant 9 .*RowsRewritten.rewrite\(\) makes something else of row", id="rows"),
         pytest.param(IntoRecent, r"invariant 5 .*IntoRecent.rewrite\(\) gave blocks that span steps", id="too far"),
         pytest.param(BiasOfOtherTokens, r"BiasOfOtherTokens.rewrite\(\) made bias", id="bias of another shape"),
@@ -463,6 +558,42 @@ class DigestsMixed(Sums):
         return super().digest(blocks, moment).cumsum(2)
 
 
+@attrs.frozen
+class NoDigestsOfTheLongest(Sums):
+    """One digest a token, and says so of the block at hand alone."""
+
+    def digest(self, blocks, moment):
+        return blocks.rotated.float()
+
+    def digest_bytes(self, tokens, geometry):
+        return 4 * geometry.head_dim * min(tokens, 2)
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_what_is_attended_is_held_to_the_scores_by_row_and_head(off):
+    """And one block off is noticed."""
+    geometry = Geometry(kv_heads=2, head_dim=4, batch=2)
+    found = policy("archive", sink=0, recent=2, block_size=2, top_k=2, top_k_compressed=1, chunk_size=4)
+    trial = Trial.start(found, geometry, rotary(4), seed=0, steps=24)
+    for _ in range(6):
+        trial.feed(4)
+    chosen = trial.layer.history.selection
+    scores = torch.zeros(2, 2, trial.layer.history.count)
+    scores.scatter_(2, (chosen.compressed - off) % scores.shape[2], 1).scatter_(2, chosen.chosen, 2)
+    with pytest.raises(AssertionError, match=r"invariant 8 .*row \d, head \d attends blocks") if off else nullcontext():
+        selection(trial, scores)
+
+
+def test_of_equal_scores_the_newer_block_is_due():
+    found = policy("archive", retriever="recency", sink=0, recent=2, block_size=2, top_k=2, chunk_size=4)
+    trial = Trial.start(found, Geometry(kv_heads=1, head_dim=4), rotary(4), seed=0, steps=16)
+    for _ in range(4):
+        trial.feed(4)
+    selection(trial, torch.zeros(1, 1, trial.layer.history.count))
+    with pytest.raises(AssertionError, match="invariant 8 "):
+        selection(trial, -torch.arange(trial.layer.history.count).view(1, 1, -1))
+
+
 def test_a_plain_retriever_passes():
     def declared(query: Tensor, keys: Tensor) -> Tensor:
         return keys.float().sum((3, 4)) * query.float().sum((1, 2, 3))[:, None, None]
@@ -474,7 +605,8 @@ def test_a_plain_retriever_passes():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        pytest.param(LargeDigests, r"invariant 6 .*LargeDigests.digest\(\) made \d+", id="digests too large"),
+        pytest.param(LargeDigests, r"LargeDigests.digest\(\) made \d+.*digest_bytes\(\) says", id="digests too large"),
+        pytest.param(NoDigestsOfTheLongest, r"digest\(\) made \d+ digests of a block.* for the longest", id="longest"),
         pytest.param(FlatDigests, r"FlatDigests.digest\(\) returned \(.*due is \[batch, kv_heads, blocks", id="flat"),
         pytest.param(RowsTogether, r"invariant 8 .*RowsTogether.score\(\) makes .* of row", id="mixes rows"),
         pytest.param(TooFew, r"invariant 8 .*TooFew.count\(\)", id="never all"),
@@ -569,7 +701,7 @@ class Halves(Codec):
         return 2 * tokens * geometry.batch * geometry.kv_heads * (geometry.head_dim + geometry.value_dim)
 
     def tolerance(self, keys, values):
-        return keys.abs() * 2**-10, values.abs() * 2**-10
+        return keys.abs() * 2**-10 + 2**-25, values.abs() * 2**-10 + 2**-25
 
 
 @attrs.frozen
@@ -583,7 +715,7 @@ class SaysExact(Halves):
 @attrs.frozen
 class TooSure(Halves):
     def tolerance(self, keys, values):
-        return keys.abs() * 2**-14, values.abs() * 2**-14
+        return keys.abs() * 2**-14 + 2**-25, values.abs() * 2**-14 + 2**-25
 
 
 @attrs.frozen
@@ -596,6 +728,12 @@ class AsWide(Halves):
 class StaysHalf(Halves):
     def decode(self, parts, dtype):
         return parts["keys"], parts["values"]
+
+
+@attrs.frozen
+class DecodesOnTheCPU(Halves):
+    def decode(self, parts, dtype):
+        return super().decode({name: x * torch.ones(1) for name, x in parts.items()}, dtype)
 
 
 @attrs.frozen
@@ -617,8 +755,9 @@ def test_a_lossy_codec_passes_by_the_tolerance_that_it_declares():
         pytest.param(SaysExact, r"invariant 12 \(codec\): what SaysExact reads back is off by", id="not exact"),
         pytest.param(TooSure, r"invariant 12 .*TooSure reads back is off by .* more than it declares", id="too sure"),
         pytest.param(AsWide, r"invariant 12 .*AsWide.encode\(\) made \d+ bytes .*block_bytes\(\) says", id="bytes"),
-        pytest.param(StaysHalf, r"invariant 12 .*StaysHalf.decode\(\) gave .*; due is .*float", id="dtype"),
+        pytest.param(StaysHalf, r"StaysHalf.decode\(\) returned torch.float16; due is torch.(b?)float", id="dtype"),
         pytest.param(OneScale, r"invariant 12 ", id="mixes blocks"),
+        pytest.param(DecodesOnTheCPU, r"DecodesOnTheCPU.decode\(\) makes tensors on the CPU", id="decodes on the CPU"),
     ],
 )
 def test_a_codec_that_breaks_an_invariant_is_told_which(factory, message):
@@ -727,3 +866,34 @@ def test_without_hypothesis_the_kit_says_what_to_install():
 
 def test_the_kit_counts_the_invariants_of_the_design():
     assert list(INVARIANTS) == list(range(1, 13))
+
+
+def test_the_code_in_contributing_runs_and_keeps_the_invariants():
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    space = {**vars(hookspecs), "__name__": "contributing", "torch": torch, "Tensor": Tensor}
+    space["testing"] = SimpleNamespace(
+        check_retriever=partial(check_retriever, examples=EXAMPLES), check_codec=partial(check_codec, examples=EXAMPLES)
+    )
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for block in blocks:
+        exec(block, space)
+    assert len(blocks) == 3
+    check_compressor(space["ValueNorm"], examples=EXAMPLES)
+    made = policy("archive", retriever=space["MeanKey"](), codec=space["BFloat16"]())
+    assert (type(made.retriever).__name__, made.codec.exact) == ("MeanKey", False)
+
+
+def test_a_strangers_plugin_in_the_environment_is_drawn_by_no_check_and_no_strategy():
+    class Stranger:
+        @hookimpl
+        def kvtiers_compressors(self):
+            return {"broken": NoBlocks}
+
+        @hookimpl
+        def kvtiers_retrievers(self):
+            return {"broken": RandomScores}
+
+    with registry().registered(Stranger(), "stranger"):
+        assert "broken" in registry().names("compressor")
+        assert "broken" not in names.__wrapped__("compressor")
+        check_realigner(Twice, examples=EXAMPLES)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kvtiers
+from kvtiers import testing
 from kvtiers.errors import SlotError
 from kvtiers.presets import build
 from kvtiers.slots import Placement
@@ -17,7 +18,7 @@ from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.exact import Exact
 from kvtiers_policies.mean_pool import MeanPool
-from strategies import Setting, copied, feed, rotary, same
+from strategies import Setting, copied, feed, first_example, rotary, same
 
 GEOMETRY = kvtiers.Geometry(kv_heads=2, query_heads=4, head_dim=4, value_dim=6, batch=2)
 Change = Callable[[Any], Any]
@@ -208,6 +209,16 @@ def test_what_a_policy_returns_wrongly_is_said_with_class_method_and_what_was_du
     tokens = Setting(policy=right, geometry=GEOMETRY, rotary=rotary(4), seed=0).tokens
     with pytest.raises(SlotError, match=rf"(?s)layer 5: Wrong{base.__name__}\.{method}\(\).*{message}"):
         list(feed(layer, tokens, [4, 4, 4]))
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "change"),
+    [pytest.param(base, method, change, id=f"{method}: {name}") for base, method, change, _, name in WRONG],
+)
+def test_the_conformance_kit_tells_the_author_of_a_wrong_policy_the_same(base, method, change):
+    wrong = changed(base, method, change)
+    with pytest.raises(AssertionError, match=rf"Wrong{base.__name__}\.{method}\(\)"), first_example():
+        getattr(testing, f"check_{SLOT[base]}")(lambda: wrong, examples=40)
 
 
 def test_a_wrong_policy_leaves_the_layer_as_it_was():
