@@ -69,7 +69,7 @@ def _leaving(
         first=first,
         span=span,
         rotated=rotated,
-        attention=got,
+        attention=attention,
     )
 
 
