@@ -155,8 +155,6 @@ class Calls:
         follow = torch.equal(firsts, ((made.mid_from or 0) + spans.cumsum(-1) - spans).to(firsts.dtype))
         said = f"{who} says mid_from = {made.mid_from}, but mid blocks begin at {firsts.tolist()}"
         require(made.mid_from is None or follow, 5, said)
-        stays = made.sink_shift == made.recent_shift == 0 and torch.equal(firsts, starts.to(firsts.dtype))
-        require(slot.rotates or stays, 4, f"{type(slot).__name__} does not rotate, but places blocks elsewhere")
         ends = pad(firsts + spans, (1, 0), value=given["sink"] + made.sink_shift)
         gaps = pad(firsts, (0, 1), value=given["recent"] + made.recent_shift) - ends
         require(bool((gaps >= 0).all()), 5, f"{who}: blocks overlap or change order, gaps are {gaps.tolist()}")

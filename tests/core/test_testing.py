@@ -642,14 +642,6 @@ class Overlapping(Realigner):
 
 
 @attrs.frozen
-class MovesWithoutRotating(Realigner):
-    rotates: ClassVar[bool] = False
-
-    def place(self, *, sink, starts, spans, total, recent, moment):
-        return Placement(sink_shift=0, mid_starts=starts.double(), recent_shift=3)
-
-
-@attrs.frozen
 class FalseMidFrom(Twice):
     def place(self, *, starts, **given):
         return Placement(sink_shift=0, mid_starts=starts.double(), recent_shift=0, mid_from=given["sink"])
@@ -676,7 +668,6 @@ def test_a_realigner_that_leaves_gaps_of_its_own_passes():
     ("factory", "message"),
     [
         pytest.param(Overlapping, r"invariant 5 .*overlap or change order", id="overlaps"),
-        pytest.param(MovesWithoutRotating, r"invariant 4 .*does not rotate, but places", id="moves without rotating"),
         pytest.param(FalseMidFrom, r"invariant 5 .*but mid blocks begin at", id="says that gaps are none"),
         pytest.param(MovesTheSink, r"invariant 4 .*sink_moves says 'never'", id="moves the sink, unsaid"),
         pytest.param(PlacesOnTheCPU, r"PlacesOnTheCPU.place\(\) makes tensors on the CPU", id="places on the CPU"),
