@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors import safe_open
 from torch import Tensor
@@ -30,6 +30,14 @@ def build(*, layers: int = 2, heads: int = 2, head_dim: int = 24, seed: int = 0,
         "num_layers": layers,
     }
     return WanTransformer3DModel(**{**settings, **changes}).eval()
+
+
+def vae() -> Any:
+    """A small autoencoder of Wan's kind, with random weights, the same one every time."""
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=4, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
 
 
 def blocks(count: int, *, frames: int = 2, high: int = 4, wide: int = 6, rows: int = 1, seed: int = 3) -> list[Tensor]:

@@ -183,9 +183,9 @@ class _Alone(TieredSelfAttention):
 
 def _model_alone(wan: CausalWan, block: Tensor, text: Tensor) -> Callable[[], object]:
     """A forward of the transformer with everything that a step reads laid ready."""
-    ready = Pass(wan._filled, wan.rotary, wan._grid(block), wan._prompt, [], steady=wan._steady(block))
+    ready = None if wan.cache is None else wan.runner.further_step(wan.cache, block)
     times = torch.full((block.shape[0],), 500.0, device=block.device)
-    wan._switch.serving = ready
+    wan.runner.switch.serving = ready
     return lambda: wan.transformer(block, times, text, return_dict=False)
 
 
@@ -205,7 +205,7 @@ def _overhead(wan: CausalWan, block: Tensor, text: Tensor, steps: int, *, rounds
                 wan.transformer.blocks[layer].attn1.processor = _Alone(layer, processor.own, processor.switch)
             alone.append(_timed(device, run))
         finally:
-            wan._switch.serving = None
+            wan.runner.switch.serving = None
             for layer, processor in ours.items():
                 wan.transformer.blocks[layer].attn1.processor = processor
         wan.commit(block.clone(), text)

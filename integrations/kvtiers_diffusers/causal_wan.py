@@ -1,13 +1,11 @@
 """`CausalWan`: an unmodified Wan, block by block, from tiers. A denoise step reads; one commit per block writes."""
 
 import copy
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from diffusers import WanTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor
@@ -16,8 +14,6 @@ import kvtiers
 from kvtiers import (
     Blocks,
     CropError,
-    CurrentView,
-    Geometry,
     GeometryError,
     Layer,
     MemoryUsage,
@@ -28,38 +24,37 @@ from kvtiers import (
     UnsupportedModelError,
     saving,
 )
-from kvtiers.events import PromptChanged
+from kvtiers_diffusers.admitting import by_row, check_block, check_continues, check_model
 from kvtiers_diffusers.graph_layer import GraphLayer
-from kvtiers_diffusers.processors import Pass, disable, enable
-from kvtiers_diffusers.reducing import Reduced, Reducer, Reduces
-from kvtiers_diffusers.rope import rotary_of
-from kvtiers_diffusers.streaming_vae import StreamingDecoder
+from kvtiers_diffusers.processors import disable
+from kvtiers_diffusers.reducing import Reducer
+from kvtiers_diffusers.running import Runner
+from kvtiers_diffusers.sources import Sources
 from kvtiers_diffusers.tensor_identity import TensorIdentity
-
-_PROMPTS_KEPT = 2
-"""Prompts whose keys and values are held at a time: one, or two that alternate."""
-_owners: "weakref.WeakKeyDictionary[TieredCache, weakref.ref[CausalWan]]" = weakref.WeakKeyDictionary()
-"""Whose video a cache remembers."""
 
 
 class CausalWan:
-    """A video of any length from a Wan transformer whose self-attention reads a tiered cache.
+    """Makes a video of any length with a Wan transformer, one block of latent frames after the other.
 
-    The transformer may be compiled (`transformer.compile(fullgraph=True)`): the first step of a block, which chooses
-    what is attended, and its clean pass run as they are, the other steps compiled, and blocks do not recompile once
-    what is attended has its full length. (Without gradients.)
+    The transformer keeps its weights and its code. While a `CausalWan` runs it, its self-attention sees what the policy
+    keeps of the blocks before, instead of the whole video, so that a block takes as long as any other. For each block,
+    call `denoise` at every timestep, which only reads, and then `commit`, which remembers the finished block.
 
-    transformer: a `WanTransformer3DModel` as diffusers ships it; `close()` gives it back as it was.
-    policy: a preset's name, the path of a .toml file, or a `kvtiers.Policy`; changes as for `kvtiers_transformers`.
-    vae: its `AutoencoderKLWan`, for a policy that compresses through pixels. compressor_network: trained weights of the
-        policy's compressor, instead of those that its settings name.
-    block_frames: latent frames of a block; none: those of the first block. even: whether all blocks are of that length,
-        which makes the bound exact; otherwise it is the most.
-    check: refuse keys and values that are not finite.
-    keep_graph: where gradients are enabled, let them flow from later blocks through compressed ones to the compressor,
-        for training it; graphs are held until `reset()`.
+    Where no gradients are wanted, the transformer may be compiled: `transformer.compile(fullgraph=True)`. The first
+    step of a block, which chooses what is attended, and its clean pass run as they are. The other steps run compiled,
+    and no longer recompile once what is attended has its full length.
 
-    Source: PackForcing (arXiv 2603.25730) section 3; the recipe of blocks and clean passes is Self-Forcing's (arXiv
+    transformer: a `WanTransformer3DModel` as diffusers ships it. `close()` gives it back as it was.
+    policy: the name of a preset, the path of a .toml file, or a `kvtiers.Policy`. Further keywords change its settings.
+    vae: the model's `AutoencoderKLWan`, which a policy needs that compresses blocks by their pixels.
+    compressor_network: trained weights for the policy's compressor, instead of those that its settings name.
+    block_frames: how many latent frames a block has. None: as many as the first one.
+    even: whether all blocks are of that length. False allows shorter ones; then the bound on what is attended is not
+        reached.
+    check: whether to refuse keys and values that are not finite.
+    keep_graph: whether gradients reach the compressor from later blocks, to train it. Graphs are held until `reset()`.
+
+    Source: PackForcing (arXiv 2603.25730) section 3; blocks and clean passes are those of Self-Forcing (arXiv
     2506.08009).
     """
 
@@ -77,45 +72,24 @@ class CausalWan:
         **changes: Any,
     ) -> None:
         self.transformer = cast(Any, transformer)  # diffusers' models say little about their own types
-        config = self.transformer.config
-        if config.added_kv_proj_dim is not None or config.image_dim is not None:
-            raise UnsupportedModelError(
-                "this Wan attends an image beside the prompt (image to video); kvtiers_diffusers serves text to video"
-            )
-        if config.patch_size[0] != 1:
-            raise UnsupportedModelError(
-                f"patch_size is {tuple(config.patch_size)}: a token must belong to one latent frame, so the first "
-                "must be 1"
-            )
+        check_model(self.transformer)
         layers = list(range(len(self.transformer.blocks)))
         self.policies = kvtiers.resolve(policy, layers=layers, **changes)
         if block_frames is not None and block_frames < 1:
             raise GeometryError(f"block_frames is a whole number of at least 1, or none, got {block_frames!r}")
         self.block_frames, self.even, self.check, self.keep_graph = block_frames, even, check, keep_graph
-        self.rotary = rotary_of(transformer)
         self.cache: TieredCache | None = None
-        self._prompts: list[tuple[TensorIdentity, dict[int, tuple[Tensor, Tensor]]]] = []
-        """The prompts that came last, and their keys and values by layer."""
-        self._weights: tuple[tuple[int, int], ...] = ()
-        self._prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self._committed, self._committed_frames = TensorIdentity(content=True), 0
         self._unfinished = False
         self._compressed: list[Blocks | None] = []
         """By layer, the compressed form of the block that is being committed."""
         self._last_timestep: float | None = None
-        self._given: bool | None = None
-        """Whether this video's pixels are given with its blocks."""
-        self._encoded = 0
-        """Frames whose pixels the compressor has seen."""
-        self._decoder = None if vae is None else StreamingDecoder(vae)
         compressor = self.policies[0].compressor
-        self.reducer: Reducer | None = None
-        """What compresses blocks before the model sees them, if the policy does."""
-        if compressor.given and isinstance(compressor, Reduces):
-            self.reducer = compressor.bind(self.transformer, vae, compressor_network)
-        self._switch = enable(transformer)
+        self.sources = Sources(compressor, self.transformer, vae, compressor_network)
+        self.runner = Runner(self.transformer)
+        self.rotary = self.runner.rotary
         self._closed = False
-        if keep_graph and self.reducer is None:
+        if keep_graph and self.sources.reducer is None:
             self.close()
             raise SlotError(
                 "keep_graph lets gradients reach a compressor that the model's own layers follow; this policy has "
@@ -138,12 +112,12 @@ class CausalWan:
         What is attended is chosen by the first step of a block, and anew where timesteps rise (tensors that are not on
         the CPU are not looked at).
         """
-        times = self._times(block, timestep)
+        times = by_row(block, timestep)
         with self._undo_on_error():
             self._admit(block, text)
             self._finish()
             self._begin_again(timestep)
-            return self._forward(block, times, text)
+            return self.runner.run(self._filled, block, times, text)[0]
 
     def commit(
         self,
@@ -166,9 +140,9 @@ class CausalWan:
             )
         with self._undo_on_error(sources=True):
             self._admit(block, text)
-            reduced = self._reduce(block, pixels)
-            flow = self._forward(block, self._times(block, 0.0), text, reduced, clean=True)
-        self._encoded += block.shape[2]
+            reduced, times = self.sources.reduce(block, pixels, self._filled), by_row(block, 0.0)
+            flow, self._compressed = self.runner.run(self._filled, block, times, text, reduced, clean=True)
+        self.sources.frames += block.shape[2]
         self._committed.note(block)
         self._committed_frames = self.frames + block.shape[2]
         self._unfinished, self._last_timestep = True, None
@@ -179,8 +153,8 @@ class CausalWan:
     def _undo_on_error(self, *, sources: bool = False) -> Iterator[None]:
         """If a pass fails, a new video has no size yet, what encodes pixels (`sources`) has seen no block more, and a
         block whose first step it was has chosen nothing."""
-        began, given, timestep = self.cache is None, self._given, self._last_timestep
-        before = self._remembered() if sources else None
+        began, given, timestep = self.cache is None, self.sources.given, self._last_timestep
+        before = self.sources.remembered() if sources else None
         try:
             yield
         except BaseException:
@@ -190,8 +164,8 @@ class CausalWan:
                 self.cache.reselect()
             self._last_timestep = timestep
             if before is not None:
-                self._restore(before)
-            self._given = given
+                self.sources.restore(before)
+            self.sources.given = given
             raise
 
     def _begin_again(self, timestep: float | int | Tensor) -> None:
@@ -204,118 +178,11 @@ class CausalWan:
             self._filled.reselect()
         self._last_timestep = timestep
 
-    def _remembered(self) -> dict[str, Tensor]:
-        """What compressing and decoding depend on of the blocks before."""
-        found: dict[str, Tensor] = {}
-        for name, part in self._sources():
-            found |= {f"{name}.{key}": value for key, value in part.remembered().items()}
-        return found
-
-    def _restore(self, remembered: Mapping[str, Tensor]) -> None:
-        for name, part in self._sources():
-            start = f"{name}."
-            part.restore({k.removeprefix(start): v for k, v in remembered.items() if k.startswith(start)})
-
-    def _sources(self) -> list[tuple[str, Any]]:
-        parts = (("reducer", self.reducer), ("decoder", self._decoder))
-        return [(name, part) for name, part in parts if part is not None]
-
-    def _reduce(self, block: Tensor, pixels: Tensor | None) -> Reduced | None:
-        """The reduced tokens of a clean block, if the policy compresses before the model."""
-        if self.reducer is None:
-            return None
-        if self.needs_pixels:
-            self._check_source(pixels)
-        if pixels is None and self.reducer.needs_pixels and self._decoder is not None:
-            pixels = self._decoder.decode(block)
-        if self._is_anchor(block.shape[2]):
-            self.reducer.skip(block, pixels)
-            return None
-        return self.reducer.reduce(block, pixels)
-
-    def _check_source(self, pixels: Tensor | None) -> None:
-        """Refuse what would let the compressor see another video than the one that is remembered."""
-        if self._encoded != self.frames:
-            raise GeometryError(
-                f"this video has {self.frames} frames, and the compressor has seen the pixels of {self._encoded}; go "
-                "back with crop(), fork() or load() of the CausalWan, not of its cache"
-            )
-        if self._given is not None and self._given != (pixels is not None):
-            raise GeometryError(
-                f"the blocks before came with{'' if self._given else 'out'} pixels and this one "
-                f"{'without' if self._given else 'with them'}; give them with every block of a video, or with none"
-            )
-        self._given = pixels is not None
-
-    def _is_anchor(self, frames: int) -> bool:
-        """Whether a block of `frames` frames, committed now, is an anchor in every layer."""
-        cache, stop = self._filled, self.frames + frames
-        for policy, geometry, rows in zip(self.policies, cache.geometries, cache.layers, strict=True):
-            timeline = next((layer.timeline for layer in rows.layers()), policy.timeline(geometry))
-            if policy.extended(timeline, stop).sink != stop:
-                return False
-        return True
-
     def _finish(self) -> None:
         """Make what was committed history, in every layer."""
         if self._unfinished:
             self._filled.commit(compressed=self._compressed)
             self._unfinished, self._compressed = False, []
-
-    def _forward(
-        self,
-        block: Tensor,
-        times: Tensor,
-        text: Tensor,
-        reduced: Reduced | None = None,
-        *,
-        clean: bool = False,
-    ) -> Tensor:
-        if torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False):
-            raise UnsupportedModelError(
-                "gradient checkpointing runs layers again in backward, when this block's tiers have moved on; call "
-                "disable_gradient_checkpointing(), or torch.no_grad() if no gradients are wanted"
-            )
-        owner = _owners.get(self._filled)
-        if owner is not None and owner() not in (None, self):
-            raise GeometryError(
-                "this cache remembers the video of another CausalWan; two videos cannot share one: fork() it"
-            )
-        _owners[self._filled] = weakref.ref(self)
-        self._remember_prompt(text)
-        steady = None if reduced is not None or clean else self._steady(block)
-        if steady is None:
-            self._remember_weights()
-        with self._switch.lock, nullcontext() if steady is not None else self._eager():
-            compressed: list[Blocks | None] = [None] * len(self.policies)
-            self._switch.serving = Pass(
-                self._filled, self.rotary, self._grid(block), self._prompt, compressed, reduced, steady
-            )
-            try:
-                flow: Tensor = self.transformer(block, times, text, return_dict=False)[0]
-            finally:
-                self._switch.serving = None
-        if clean:
-            self._compressed = compressed
-        return flow
-
-    def _steady(self, block: Tensor) -> list[CurrentView] | None:
-        """What further denoise steps of a block read and write, if its first one was made; none otherwise."""
-        if torch.is_grad_enabled():
-            return None
-        frames, found = block.shape[2], []
-        for number, layer in enumerate(self._filled.every_layer()):
-            view = layer.current_view() if layer.num_steps - layer.committed_steps == frames else None
-            if view is None or number not in self._prompt:
-                return None
-            found.append(view)
-        return found if len(found) == len(self.policies) else None
-
-    def _eager(self) -> AbstractContextManager[Any]:
-        """A pass that asks the cache cannot be compiled: it runs as it is, in a model that is."""
-        parts = (part for block in self.transformer.blocks for part in (block, block.attn1, block.attn2))
-        compiled = any(part._compiled_call_impl is not None for part in (self.transformer, *parts))
-        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     # ------------------------------------------------------------------ what comes in
 
@@ -325,77 +192,18 @@ class CausalWan:
             raise GeometryError("nothing was denoised or committed yet, so this video has no size")
         return self.cache
 
-    def _grid(self, block: Tensor) -> tuple[int, int]:
-        _, high, wide = self.transformer.config.patch_size
-        return block.shape[3] // high, block.shape[4] // wide
-
     def _admit(self, block: Tensor, text: Tensor) -> None:
         """Check a block against the model and the video so far; the first one gives the video its size."""
         if self._closed:
             raise UnsupportedModelError("this CausalWan was closed; make a new one")
-        config = self.transformer.config
-        high, wide = config.patch_size[1:]
-        if block.dim() != 5 or block.shape[1] != config.in_channels:
-            raise GeometryError(
-                f"a block is [batch, {config.in_channels} channels, frames, height, width], got {tuple(block.shape)}"
-            )
-        if block.shape[3] % high or block.shape[4] % wide:
-            raise GeometryError(
-                f"latents of {block.shape[3]} x {block.shape[4]} cannot be cut into patches of {high} x {wide}; "
-                "give a height and width that they divide"
-            )
-        if text.dim() != 3 or text.shape[0] not in (1, block.shape[0]) or text.shape[2] != config.text_dim:
-            raise GeometryError(
-                f"text is [{block.shape[0]} rows (or 1), words, {config.text_dim}], got {tuple(text.shape)}; "
-                "give the prompt's embedding for each row of the block"
-            )
+        check_block(self.transformer.config, block, text)
+        grid = self.runner.grid(block)
         if self.cache is None:
-            self.cache = self._cache_of(self._grid(block), self.block_frames or block.shape[2], even=self.even)
-        grid, held = self._grid(block), self.cache.geometries[0]
-        if grid != held.grid:
-            raise GeometryError(
-                f"this video has {held.grid[0]} x {held.grid[1]} tokens a frame, got a block of {grid[0]} x {grid[1]}; "
-                "use one CausalWan per video, or reset() it"
-            )
-        rows = self.cache.layers[0].batch
-        if rows is not None and rows != block.shape[0]:
-            raise GeometryError(
-                f"this video holds {rows} rows, got a block of {block.shape[0]}; use one CausalWan per batch, or "
-                "reset() it"
-            )
-        frames = block.shape[2]
-        if frames > held.steps_per_commit or (self.even and frames != held.steps_per_commit):
-            most = "at most " if not self.even else ""
-            raise GeometryError(
-                f"this video has blocks of {most}{held.steps_per_commit} frames, got {frames}; "
-                "for blocks of different length give block_frames=<the longest> and even=False"
-            )
-
-    def _times(self, block: Tensor, timestep: float | int | Tensor) -> Tensor:
-        """The timestep of each row."""
-        known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
-        if known and not bool(((torch.as_tensor(timestep) >= 0) & (torch.as_tensor(timestep) <= 1000)).all()):
-            raise GeometryError(f"timesteps are 0 (clean) to 1000 (noise), got {timestep}")
-        if not isinstance(timestep, Tensor):
-            return torch.full((block.shape[0],), float(timestep), device=block.device)
-        if timestep.numel() not in (1, block.shape[0]):
-            raise GeometryError(
-                f"timestep is one number, or one for each of {block.shape[0]} rows, got {tuple(timestep.shape)}"
-            )
-        return timestep.to(block.device, torch.float32).reshape(-1).expand(block.shape[0])
+            self.cache = self._cache_of(grid, self.block_frames or block.shape[2], even=self.even)
+        check_continues(self.cache, block, grid, even=self.even)
 
     def _cache_of(self, grid: tuple[int, ...], block_frames: int, *, even: bool) -> TieredCache:
-        attention = self.transformer.blocks[0].attn1
-        geometry = Geometry(
-            kv_heads=attention.heads,
-            head_dim=attention.inner_dim // attention.heads,
-            grid=grid,
-            steps_per_commit=block_frames,
-            even=even,
-            causal=False,
-            dtype=self.transformer.dtype,
-        )
-        count = len(self.transformer.blocks)
+        geometry, count = self.runner.geometry(grid, block_frames, even=even), len(self.transformer.blocks)
         return TieredCache(
             self.policies,
             [geometry] * count,
@@ -404,39 +212,13 @@ class CausalWan:
             layer=GraphLayer if self.keep_graph else Layer,
         )
 
-    def _remember_prompt(self, text: Tensor) -> None:
-        """Find the keys and values of this prompt, or begin them and say that it changes."""
-        found = next((one for one in self._prompts if one[0].knows(text)), None)
-        if found is None:
-            found = (TensorIdentity(), {})
-            found[0].note(text)
-            self._prompts = [*self._prompts[1 - _PROMPTS_KEPT :], found]
-            self._filled.set_prompt(text)
-            if self._filled.tell:
-                self._filled.tell(PromptChanged(words=text.shape[1]))
-        self._prompt = found[1]
-
     def forget_prompts(self) -> None:
         """Project prompts anew from here on.
 
         The first step of a block notices weights that were changed in place, as optimisers and loaders do, and modules
         that were replaced; it does not notice what is written past autograd (`.data`), or a setting of a module.
         """
-        self._prompts, self._prompt = [], {}
-
-    def _remember_weights(self) -> None:
-        """Forget a prompt's keys and values if what made them has changed: trained, loaded, replaced."""
-        makers = [self.transformer.condition_embedder.text_embedder]
-        for block in self.transformer.blocks:
-            attn = block.attn2
-            makers += [attn.to_kv] if attn.fused_projections else [attn.to_k, attn.to_v]
-            makers.append(attn.norm_k)
-        parameters = [parameter for maker in makers for parameter in maker.parameters()]
-        weights = tuple((id(one), 0 if one.is_inference() else one._version) for one in parameters)
-        if weights != self._weights:
-            self._weights = weights
-            for _, prompt in self._prompts:
-                prompt.clear()
+        self.runner.forget_prompts()
 
     # ------------------------------------------------------------------ as a whole
 
@@ -448,14 +230,17 @@ class CausalWan:
     @property
     def needs_pixels(self) -> bool:
         """Whether a commit looks at the block's pixels; it decodes them if none are given."""
-        return self.reducer is not None and self.reducer.needs_pixels
+        return self.sources.needs_pixels
+
+    @property
+    def reducer(self) -> Reducer | None:
+        """What compresses blocks before the model sees them, if the policy does."""
+        return self.sources.reducer
 
     def memory_usage(self) -> list[MemoryUsage]:
         """Bytes held per tier and location, the prompt's keys and values included."""
         held = [] if self.cache is None else self.cache.memory_usage()
-        kept = [both for _, prompt in self._prompts for both in prompt.values()]
-        storages = {part.untyped_storage() for both in kept for part in both}
-        prompt = sum(storage.nbytes() for storage in storages)
+        prompt = self.runner.prompts.nbytes
         return [*held, MemoryUsage(tier="prompt", location="device", bytes=prompt)] if prompt else held
 
     def attended(self) -> list[int]:
@@ -483,11 +268,9 @@ class CausalWan:
             raise UnsupportedModelError("this CausalWan was closed; make a new one and load() the video")
         other = copy.copy(self)
         other.cache = None if self.cache is None else self.cache.fork()
-        other.reducer, other._decoder = copy.copy(self.reducer), copy.copy(self._decoder)
-        other._restore(self._remembered())
+        other.sources = self.sources.fork()
         other._committed = copy.copy(self._committed)
-        other.forget_prompts()
-        enable(self.transformer)
+        other.runner = self.runner.fork()
         return other
 
     def save(self, path: str | Path) -> None:
@@ -498,10 +281,10 @@ class CausalWan:
             "grid": list(geometry.grid),
             "block_frames": geometry.steps_per_commit,
             "even": geometry.even,
-            "encoded": self._encoded,
-            "given": self._given,
+            "encoded": self.sources.frames,
+            "given": self.sources.given,
         }
-        self._filled.save(path, extra={"video": video}, beside=self._remembered())
+        self._filled.save(path, extra={"video": video}, beside=self.sources.remembered())
 
     def load(self, path: str | Path) -> None:
         """Become what `save` wrote, of a video with the same model and policy. On an error nothing changes."""
@@ -515,17 +298,17 @@ class CausalWan:
         cache = self._cache_of(tuple(video["grid"]), video["block_frames"], even=video["even"])
         beside: dict[str, Tensor] = {}
         cache.load(where, device=self.transformer.device, beside=beside)
-        before = self._remembered()
+        before = self.sources.remembered()
         try:
-            self._restore(beside)
+            self.sources.restore(beside)
         except (IndexError, ValueError) as error:
-            self._restore(before)
+            self.sources.restore(before)
             raise SavedCacheError(
                 f"{where} was saved with another autoencoder ({error}); give the one that it was made with"
             ) from error
         self.forget_prompts()
         self._committed.clear()
-        self.cache, self._encoded, self._given = cache, video["encoded"], video["given"]
+        self.cache, self.sources.frames, self.sources.given = cache, video["encoded"], video["given"]
         self._unfinished, self._last_timestep, self._committed_frames = False, None, 0
 
     def swap(self, policy: str | Path | Policy, **changes: Any) -> None:
@@ -537,12 +320,10 @@ class CausalWan:
     def reset(self) -> None:
         """Forget the video and its prompt; the next block begins another."""
         self.cache, self._unfinished, self._last_timestep = None, False, None
-        self._given, self._encoded, self._committed_frames = None, 0, 0
+        self._committed_frames = 0
         self._committed.clear()
         self.forget_prompts()
-        for part in (self.reducer, self._decoder):
-            if part is not None:
-                part.reset()
+        self.sources.reset()
 
     def close(self) -> None:
         """Give the transformer back as it was. Harmless if that is done."""

@@ -9,12 +9,11 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing import DualBranch
-from tiny_wan import blocks, build, prompt
+from tiny_wan import blocks, build, prompt, vae
 
 GRIDS = [
     pytest.param((4, 4), id="one cell"),
@@ -22,15 +21,6 @@ GRIDS = [
     pytest.param((5, 11), id="odd sizes"),
 ]
 LENGTHS = [3, 4, 5]
-
-
-def vae() -> Any:
-    """A small autoencoder of Wan's kind, with random weights."""
-    torch.manual_seed(0)
-    made = AutoencoderKLWan(
-        base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
-    return made.eval()
 
 
 def film(count: int, grid: tuple[int, int], *, rows: int = 1) -> Tensor:

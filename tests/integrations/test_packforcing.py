@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import torch
-from diffusers import AutoencoderKLWan
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,22 +24,13 @@ from kvtiers_diffusers.processors import Pass, TieredSelfAttention
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 from kvtiers_packforcing import DualBranch
 from kvtiers_packforcing.network import HighResolution
-from tiny_wan import blocks, build, prompt
+from tiny_wan import blocks, build, prompt, vae
 
 SMALL: dict[str, Any] = {"sink": 4, "recent": 4, "top_k": 2}
 LOW: dict[str, Any] = {"compressor": ("dual-branch", {"branches": "lr"})}
 SHORT: dict[str, Any] = {"sink": 2, "recent": 2, "top_k": 2}
 SQUARE = {"frames": 2, "high": 8, "wide": 8}  # 64 x 64 pixels, for what goes through an autoencoder
 FRAMES = {"frames": 4, "high": 16, "wide": 24}  # 8 x 12 tokens a frame, 2 x 2 x 3 cells a block
-
-
-def vae() -> Any:
-    """A small autoencoder of Wan's kind, with random weights."""
-    torch.manual_seed(0)
-    made = AutoencoderKLWan(
-        base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
-    return made.eval()
 
 
 @cache
@@ -315,7 +305,7 @@ def test_every_realigner_places_reduced_blocks_and_keys_are_rotated_once(realign
 
 @torch.no_grad()
 def test_the_untrained_compressor_is_the_low_resolution_branch_alone() -> None:
-    model, text, clips = build(), prompt(), blocks(6, **SQUARE)
+    model, text, clips = build(), prompt(), blocks(4, **SQUARE)
     found = []
     for branches in ("both", "lr"):
         with tiered(
@@ -325,7 +315,7 @@ def test_the_untrained_compressor_is_the_low_resolution_branch_alone() -> None:
                 flow = wan.commit(clip, text)
             found.append(flow)
             assert wan.cache is not None
-            assert wan.cache.layers[0].layers()[0].history.count == 4
+            assert wan.cache.layers[0].layers()[0].history.count == 2
     assert torch.equal(*found)
 
 
@@ -357,10 +347,11 @@ def test_a_clean_pass_that_failed_can_be_repeated() -> None:
                 flow = wan.commit(clip, text)
             flows.append(flow)
             assert wan.frames == 10
-            wan.reset()
-            for clip in clips:
-                flow = wan.commit(clip, text)
-            assert torch.equal(flow, flows[-1])
+            if fails:  # and what was refused is forgotten with the video
+                wan.reset()
+                for clip in clips:
+                    flow = wan.commit(clip, text)
+                assert torch.equal(flow, flows[-1])
     assert torch.equal(*flows)
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import av
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
@@ -22,7 +22,7 @@ from kvtiers_diffusers import CausalWanPipeline, StreamingDecoder, load_causal_c
 from kvtiers_diffusers.schedule import clean, noised, warped
 from kvtiers_packforcing.network import HighResolution
 from strategies import unchecked
-from tiny_wan import GOLDENS, blocks, build, golden, prompt
+from tiny_wan import GOLDENS, blocks, build, golden, prompt, vae
 
 SMALL: dict[str, Any] = {
     "height": 64,
@@ -33,13 +33,6 @@ SMALL: dict[str, Any] = {
     "sink": 2,
     "recent": 2,
 }
-
-
-def vae() -> Any:
-    torch.manual_seed(0)
-    return AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
-    ).eval()
 
 
 def pipeline(**parts: Any) -> CausalWanPipeline:

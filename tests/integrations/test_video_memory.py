@@ -130,7 +130,7 @@ def test_a_file_of_another_autoencoder_or_without_a_part_is_refused_and_the_vide
     with low() as wan:
         go_on(wan, clips[:3])
         wan.save(tmp_path / "video")
-        remembered = wan._remembered()
+        remembered = wan.sources.remembered()
         remembered["decoder.999"] = torch.zeros(1)
         assert wan.cache is not None
         about = {"video": {"grid": [4, 4], "block_frames": 2, "even": True, "encoded": 6, "given": False}}
@@ -438,7 +438,7 @@ def test_a_prompt_is_projected_anew_when_weights_change_and_when_gradients_are_w
             model.blocks[0].attn2.to_v.weight.mul_(3)
             go_on(wan, clips[2:3])
             fork = wan.fork()
-            fork._prompt.clear()
+            fork.forget_prompts()
             assert torch.equal(wan.denoise(clips[3], 500.0, text), fork.denoise(clips[3], 500.0, text))
             fork.close()
         wan.denoise(clips[3], 500.0, text).sum().backward()

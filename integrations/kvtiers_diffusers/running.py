@@ -1,0 +1,128 @@
+"""Running an unmodified Wan over one block while its attention reads a cache, and what is held of prompts."""
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtiers import Blocks, CurrentView, Geometry, GeometryError, TieredCache
+from kvtiers.events import PromptChanged
+from kvtiers_diffusers.admitting import check_gradients
+from kvtiers_diffusers.processors import Pass, enable
+from kvtiers_diffusers.prompts import KeysValues, Prompts
+from kvtiers_diffusers.reducing import Reduced
+from kvtiers_diffusers.rope import rotary_of
+
+_owners: "weakref.WeakKeyDictionary[TieredCache, weakref.ref[Runner]]" = weakref.WeakKeyDictionary()
+"""Who makes the video that a cache remembers."""
+
+
+class Runner:
+    """Runs a transformer over the blocks of one video. `kvtiers_diffusers.disable` gives the transformer back."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+        self.rotary = rotary_of(transformer)
+        self.switch = enable(transformer)
+        self.forget_prompts()
+
+    def fork(self) -> "Runner":
+        """For another video with the same transformer."""
+        return Runner(self.transformer)
+
+    def forget_prompts(self) -> None:
+        """Project prompts anew from here on."""
+        self.prompts = Prompts()
+        self._prompt: KeysValues = {}
+
+    def grid(self, block: Tensor) -> tuple[int, int]:
+        """Tokens of one frame, in height and width."""
+        _, high, wide = self.transformer.config.patch_size
+        return block.shape[3] // high, block.shape[4] // wide
+
+    def geometry(self, grid: tuple[int, ...], block_frames: int, *, even: bool) -> Geometry:
+        """What every layer stores of a frame of `grid` tokens."""
+        attention = self.transformer.blocks[0].attn1
+        return Geometry(
+            kv_heads=attention.heads,
+            head_dim=attention.inner_dim // attention.heads,
+            grid=grid,
+            steps_per_commit=block_frames,
+            even=even,
+            causal=False,
+            dtype=self.transformer.dtype,
+        )
+
+    def run(
+        self,
+        cache: TieredCache,
+        block: Tensor,
+        times: Tensor,
+        text: Tensor,
+        reduced: Reduced | None = None,
+        *,
+        clean: bool = False,
+    ) -> tuple[Tensor, list[Blocks | None]]:
+        """The flow of one forward, and what each layer made of the reduced tokens that went along.
+
+        clean: whether this is a clean pass, which asks the cache although the block's selection is made.
+        """
+        check_gradients(self.transformer)
+        self._own(cache)
+        self._find_prompt(cache, text)
+        now = None if reduced is not None or clean else self.further_step(cache, block)
+        further = now is not None
+        if now is None:
+            self.prompts.check_weights(self.transformer)
+            now = self._pass(cache, block, reduced=reduced)
+        with self.switch.lock, nullcontext() if further else self._eager():
+            self.switch.serving = now
+            try:
+                flow: Tensor = self.transformer(block, times, text, return_dict=False)[0]
+            finally:
+                self.switch.serving = None
+        return flow, now.compressed
+
+    def further_step(self, cache: TieredCache, block: Tensor) -> Pass | None:
+        """What a further denoise step of `block` reads and writes, tensors alone; None if it must ask the cache, as the
+        first step does, and every step where gradients are wanted."""
+        if torch.is_grad_enabled():
+            return None
+        steady: list[CurrentView] = []
+        for number, layer in enumerate(cache.every_layer()):
+            view = layer.current_view() if layer.num_steps - layer.committed_steps == block.shape[2] else None
+            if view is None or number not in self._prompt:
+                return None
+            steady.append(view)
+        return self._pass(cache, block, steady=steady) if len(steady) == len(cache.layers) else None
+
+    def _pass(self, cache: TieredCache, block: Tensor, **more: Any) -> Pass:
+        compressed: list[Blocks | None] = [None] * len(cache.layers)
+        return Pass(cache, self.rotary, self.grid(block), self._prompt, compressed, **more)
+
+    def _own(self, cache: TieredCache) -> None:
+        """Refuse a cache that remembers another video."""
+        owner = _owners.get(cache)
+        if owner is not None and owner() not in (None, self):
+            raise GeometryError(
+                "this cache remembers the video of another CausalWan; two videos cannot share one: fork() it"
+            )
+        _owners[cache] = weakref.ref(self)
+
+    def _find_prompt(self, cache: TieredCache, text: Tensor) -> None:
+        """Find the keys and values of this prompt, or begin them and say that it changes."""
+        found = self.prompts.find(text)
+        if found is None:
+            found = self.prompts.begin(text)
+            cache.set_prompt(text)
+            if cache.tell:
+                cache.tell(PromptChanged(words=text.shape[1]))
+        self._prompt = found
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """A pass that asks the cache cannot be compiled: it runs as it is, in a model that is."""
+        parts = (part for block in self.transformer.blocks for part in (block, block.attn1, block.attn2))
+        compiled = any(part._compiled_call_impl is not None for part in (self.transformer, *parts))
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

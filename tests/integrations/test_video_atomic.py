@@ -1,0 +1,95 @@
+"""Whatever raises in the middle of a pass over a block, the same call made again gives the same video or is refused."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
+
+import torch
+from jaxtyping import config as shapes
+from torch import Tensor
+
+from faults import sweep
+from kvtiers import GeometryError
+from kvtiers_diffusers import CausalWan, tiered
+from kvtiers_packforcing.network import HighResolution
+from tiny_wan import blocks, build, prompt
+
+CLIPS = {"frames": 2, "high": 8, "wide": 8}  # 4 x 4 tokens a frame, one cell a block
+POLICIES: dict[str, dict[str, Any]] = {
+    "packforcing": {"sink": 2, "recent": 2, "top_k": 2, "compressor": ("dual-branch", {"branches": "hr"})},
+    "sink-rolling-window": {"sink": 2, "recent": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _shapes_go_unchecked() -> Iterator[None]:
+    """They are checked elsewhere, and the same calls are made here some thousand times."""
+    shapes.update("jaxtyping_disable", True)
+    yield
+    shapes.update("jaxtyping_disable", False)
+
+
+def commit(wan: CausalWan, block: Tensor, text: Tensor) -> None:
+    """Commit a block, unless it is committed, which the error says."""
+    try:
+        wan.commit(block, text)
+    except GeometryError as error:
+        assert "committed already" in str(error)  # noqa: PT017 (any other is one too many)
+
+
+def verbs(clips: list[Tensor], text: Tensor) -> Iterator[tuple[str, Callable[[CausalWan], object]]]:
+    """Denoise each block twice, then commit it."""
+    for number, clip in enumerate(clips):
+        for timestep in (900.0, 500.0):
+            yield f"denoise block {number} at {timestep}", partial(denoise, clip=clip, timestep=timestep, text=text)
+        yield f"commit block {number}", partial(commit, block=clip, text=text)
+
+
+def denoise(wan: CausalWan, *, clip: Tensor, timestep: float, text: Tensor) -> Tensor:
+    return wan.denoise(clip, timestep, text)
+
+
+def outcome(wan: CausalWan, clips: list[Tensor], text: Tensor) -> list[Tensor]:
+    """The flows of two more blocks."""
+    found = []
+    for clip in clips:
+        found += [wan.denoise(clip, timestep, text) for timestep in (900.0, 500.0)]
+        found.append(wan.commit(clip, text))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        pytest.param("operation", 1201, id="operations"),
+        pytest.param("line", 2003, id="lines"),
+        pytest.param("operation", 7, id="every seventh operation", marks=pytest.mark.slow),
+        pytest.param("line", 29, id="every 29th line", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", POLICIES)
+@torch.no_grad()
+def test_a_fault_in_a_pass_is_undone_or_the_video_refuses_to_go_on(name: str, how: str, step: int) -> None:
+    text, clips = prompt(), blocks(9, **CLIPS)
+    torch.manual_seed(0)
+    network = HighResolution(channels=16, width=48, widths=(4, 4, 4, 4)) if name == "packforcing" else None
+    if network is not None:
+        torch.nn.init.normal_(network.layers[-1].weight, std=0.5)
+    with tiered(build(), name, compressor_network=network, block_frames=2, **POLICIES[name]) as wan:
+        for clip in clips[:5]:  # anchors, two archived blocks, and recent
+            wan.denoise(clip, 900.0, text)
+            wan.commit(clip, text)
+        tried, _ = sweep(
+            list(verbs(clips[5:7], text)),
+            wan.fork,
+            lambda one: outcome(one, clips[7:], text),
+            lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True)),
+            how=how,
+            step=step,
+            folders=("kvtiers", "kvtiers_diffusers", "kvtiers_packforcing"),
+        )
+    assert tried >= 6
