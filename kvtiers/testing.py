@@ -14,7 +14,6 @@ or device is told in the layer's own words.
 Importing this module needs Hypothesis; nothing else of kvtiers imports it.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -33,7 +32,6 @@ from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import build
 from kvtiers.rotary import Rotary
-from kvtiers.rows import RowGroup
 from kvtiers.slots import Compressor, Realigner, Retriever, Sink
 from kvtiers.trials import Do, Trial, bounded, conservation, contents, copied, difference, reading, selection
 
@@ -299,7 +297,7 @@ def _check_going_on(example: _Example, contexts: list[Context], rows: bool) -> N
     trial, index, rest = example.trial.branch(), torch.tensor(example.rows), slice(example.split, None)
     for _ in example.run(trial, part=slice(example.split)):
         pass
-    ways = {"forked": trial.fork(), "loaded": _loaded(trial)}
+    ways = {"forked": trial.fork(), "loaded": trial.loaded()}
     back = trial.elsewhere()
     with suppress(CropError):
         for steps in example.back:
@@ -318,15 +316,6 @@ def _check_going_on(example: _Example, contexts: list[Context], rows: bool) -> N
             elif way != "other":
                 said = difference(due, got)
                 require(said is None, 10, f"a {way} cache goes on otherwise: {said}")
-
-
-def _loaded(trial: Trial) -> Trial:
-    """`trial`, as a file would bring it back."""
-    other = trial.branch()
-    (held, about), layer = trial.layer.dump(), other.cache.new_layer(0, trial.layer.geometry.batch)
-    layer.fill({name: x.clone() for name, x in held.items()}, json.loads(json.dumps(about)))
-    other.cache.layers[0].groups = (RowGroup(None, layer),)
-    return other
 
 
 class _RaisedOnPurposeError(Exception):

@@ -1,6 +1,7 @@
 """Part of the conformance kit: a layer that is fed from a random stream, and the invariants of what it then holds."""
 
 import gc
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvtiers.layer import Layer
 from kvtiers.masks import causal
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
+from kvtiers.rows import RowGroup
 
 Do = Callable[[Callable[[], None]], None]
 
@@ -77,6 +79,14 @@ class Trial:
         """The same cache, from now on with these rows, and so the stream."""
         self.cache.select_rows(rows)
         return attrs.evolve(self, query=self.query[rows], keys=self.keys[rows], values=self.values[rows])
+
+    def loaded(self) -> "Trial":
+        """What a file would bring back, and the same stream."""
+        other, (held, about) = self.branch(), self.layer.dump()
+        layer = other.cache.new_layer(0, self.layer.geometry.batch)
+        layer.fill({name: x.clone() for name, x in held.items()}, json.loads(json.dumps(about)))
+        other.cache.layers[0].groups = (RowGroup(None, layer),)
+        return other
 
     def feed(self, steps: int, do: Do = lambda verb: verb()) -> Context:
         """Write and select the next `steps` steps, each verb through `do`; returns the context.
