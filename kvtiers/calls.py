@@ -147,7 +147,7 @@ class Calls:
             require(close(made, due), 8, f"scores differ from the declared ones by up to {off:.2g}")
 
     def _place(self, slot: Any, who: str, made: Placement, **given: Any) -> None:
-        firsts, starts, spans = made.mid_starts, given["starts"], given["spans"]
+        firsts, spans = made.mid_starts, given["spans"]
         moves = slot.sink_moves == "never" and made.sink_shift != 0
         require(not moves, 4, f"{who} moves the sink by {made.sink_shift} steps, but its sink_moves says 'never'")
         follow = torch.equal(firsts, ((made.mid_from or 0) + spans.cumsum(-1) - spans).to(firsts.dtype))
