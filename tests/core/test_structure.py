@@ -115,3 +115,8 @@ def told(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_the_core_names_no_plugin_and_no_model_library(path):
     assert [word for _, word in told(ast.parse("x = 'Llama'")) if BELONGS_TO_OTHERS.search(word)] == ["Llama"]
     assert [f"line {line}: {text}" for line, text in told(tree_of(path)) if BELONGS_TO_OTHERS.search(text)] == []
+
+
+def test_no_file_of_the_core_is_over_350_lines():
+    lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in sources("kvtiers")}
+    assert {name: lines for name, lines in lengths.items() if lines > 350} == {}
