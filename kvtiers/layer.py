@@ -19,6 +19,7 @@ from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Blocks, Extent, Form, run_of
 from kvtiers.checks import admit, check_finite, check_layer
 from kvtiers.errors import SavedCacheError, SlotError
+from kvtiers.filled import check_filled
 from kvtiers.history import History
 from kvtiers.mid import HeldBlocks, MidTokens
 from kvtiers.placing import Placing
@@ -372,7 +373,7 @@ class Layer(Placing):
             raise SavedCacheError(f"layer {self.layer} is saved without its timeline")
         super().fill(tensors, {name: value for name, value in about.items() if name != "timeline"})
         self.timeline = self.timeline.restored(**line)
-        self.check_filled()
+        check_filled(self)
 
     def empty(self, name: str) -> State:
         return MidTokens() if name == "mid" else getattr(self, name) or super().empty(name)

@@ -11,8 +11,7 @@ from torch import Tensor
 from kvtiers import events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Context
-from kvtiers.errors import RotaryError, SavedCacheError, SelectionError
-from kvtiers.filled import check_history
+from kvtiers.errors import RotaryError, SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.history import History
 from kvtiers.masks import causal, dropping
@@ -196,39 +195,6 @@ class Reading(Undoable):
             "current": self.num_steps - self.committed_steps,
             "dropped": self.dropped,
         }
-
-    def check_filled(self) -> None:
-        """Raise `SavedCacheError` unless what was loaded makes sense together."""
-        geometry, per_step, window = self.geometry, self.geometry.tokens_per_step, self.window
-        line = self.timeline
-        anchors = min(line.sink, self.num_steps)
-        recent = max(0, self.num_steps - max(self.recent_start, anchors))
-        numbers = (0, self.committed_steps, self.num_steps)
-        wrong = sorted(numbers) != list(numbers) or min(self.dropped, self.pending) < 0
-        wrong = wrong or self.recent_start > max(self.num_steps, line.sink)
-        wrong = wrong or window.sink != anchors * per_step or window.recent != recent * per_step
-        wrong = wrong or (self.num_steps > 0) != bool(window.planes)
-        if line.cuts is not None:
-            wrong = (
-                wrong or list(line.cuts) != sorted(set(line.cuts)) or (line.cuts or (0,))[-1] != self.committed_steps
-            )
-        if wrong:
-            raise SavedCacheError(f"the numbers of layer {self.layer} do not fit together: {self.tier_counts()}")
-        lead = (geometry.batch, geometry.kv_heads)
-        shapes = {"rotated": (*lead, geometry.head_dim), "values": (*lead, geometry.value_dim), "bias": (*lead, 1)}
-        if self.watched.counts:
-            shapes["attention"] = (geometry.batch, geometry.query_heads, 1)
-        window.check(f"layer {self.layer}", shapes)
-        if self.unrotated is not None:
-            self.unrotated.check(f"layer {self.layer} (unrotated)", {"unrotated": (*lead, geometry.head_dim)})
-        if window.planes:
-            check_history(self.history, self.moment(window.planes["rotated"].device))
-        if self.mid is not None:
-            parts = (self.mid.offsets, self.mid.starts, self.mid.placed)
-            if any(x is None for x in parts) or self.mid.offsets.dim() != 4 or self.mid.offsets.shape[2] != window.mid:
-                raise SavedCacheError(f"the mid tokens of layer {self.layer} lie nowhere")
-        elif window.mid and not self.policy.in_place:
-            raise SavedCacheError(f"the mid tokens of layer {self.layer} lie nowhere")
 
     def tell(self, kind: Any, **about: Any) -> None:
         """Send an event of this layer to whoever observes it."""
