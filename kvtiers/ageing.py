@@ -90,7 +90,7 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
             made = compressor.age(blocks, moment)
         if made is not None:
             tokens = compressor.block_tokens(span, moment.geometry)
-            _check(history, made, blocks.count, tokens, "age", moment)
+            check_made(history, made, blocks.count, tokens, "age", moment)
         if not compressor.keeps:
             after = 0 if made is None else made.count * made.tokens
             before = blocks.count * blocks.tokens
@@ -114,7 +114,7 @@ def rewrite(history: History, leaving: Blocks, attention: Tensor | None, moment:
         mid = attrs.evolve(mid, attention=attention[:, :, None])
     made = history.policy.compressor.rewrite(leaving, mid, moment)
     if made is not None:
-        _check(
+        check_made(
             history,
             made,
             1,
@@ -145,7 +145,7 @@ def rewritten(history: History) -> Fetched | None:
     )
 
 
-def _check(
+def check_made(
     history: History, made: Any, count: int, tokens: int, method: str, moment: Moment, *, at_most: bool = False
 ) -> None:
     """Raise `SlotError` unless a compressor made what is due. Looks at shapes, dtype and device alone."""

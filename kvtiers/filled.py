@@ -1,75 +1,282 @@
-"""What a saved cache must be for a layer to go on with it: a file is looked at before anything is changed."""
+"""What a layer must be that was filled from a file: everything is looked at before a cache goes on with it.
+
+A checksum tells a file that was damaged. These are the checks for one that was made to be wrong.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from kvtiers.ageing import check_made
+from kvtiers.blocks import Form
 from kvtiers.errors import SavedCacheError
-from kvtiers.history import History
 from kvtiers.layer_state import LayerState
-from kvtiers.slots import Moment
+from kvtiers.mid import HeldBlocks
+from kvtiers.window import Window
+
+Claims = Iterator[tuple[object, str]]
+"""Whether something holds, and what it is said of. Whoever reads them stops at the first that does not hold."""
+_FAR = 2.0**31
+"""Steps. No tier is shifted further."""
 
 
-def check_history(history: History, moment: Moment) -> None:
-    """Raise `SavedCacheError` unless what was filled makes sense for this layer."""
-    forms = set(history.policy.forms) if history.count else set(history.stores)
-    lengths = {history.table.length, *(store.count for store in history.stores.values())}
-    noted = [growing for one in history.tokens.values() for growing in (one.offsets, one.bias) if growing is not None]
-    lengths |= {growing.length for growing in noted}
-    if history.policy.retriever.needs_digests:
-        lengths.add(history.digests.length)
-    told, table = set(history.tokens), history.table.data
-    wrong = lengths - {history.count} or set(history.stores) != forms or (history.count and told != forms)
-    wrong = wrong or (table is not None and table.shape[1:] != (3,))
-    wrong = wrong or len(history.compressed_spans) not in (0, history.count)
-    chosen = [x for x in (history.chosen, history.chosen_compressed) if x is not None]
-    wide = history.wide
-    for x in chosen:
-        bad = x.dtype != torch.long or x.dim() != 3 or x.shape[:2] != wide
-        wrong = wrong or bad or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) < history.count)
-    axes = 1 + len(moment.geometry.grid)
-    for form in forms if not wrong else ():
-        index = torch.zeros(*wide, 1, dtype=torch.long)
-        keys, values = history.parts(form, index)
-        shape = (*wide, 1, history.most_tokens[form])
-        geometry = moment.geometry
-        wrong = wrong or keys.shape != (*shape, geometry.head_dim) or values.shape != (*shape, geometry.value_dim)
-        offsets = history.offsets_at(form, index.to(moment.device))
-        wrong = wrong or offsets.dim() != 5 or offsets.shape[3:] != (history.most_tokens[form], axes)
-    for held in (*history.waiting.values(), *([history.rewritten] if history.rewritten else [])):
-        tensors: list[Tensor | None] = [held.keys, held.values, held.offsets, held.starts]  # or the file had none
-        wrong = wrong or any(x is None for x in tensors)
-        wrong = wrong or any(x.dim() != 5 or x.shape[:2] != wide for x in (held.keys, held.values))
-    if wrong:
-        raise SavedCacheError(f"the archive of layer {history.layer} does not fit together: {lengths} blocks, {forms}")
+def check_filled(layer: LayerState) -> None:
+    """Raise `SavedCacheError` unless everything that was loaded makes sense together."""
+    parts = (_numbers, _windows, _watched, _mid, _history, _tokens, _waiting) if layer.window.planes else (_numbers,)
+    for holds, what in chain.from_iterable(claims(layer) for claims in parts):
+        if not holds:
+            raise SavedCacheError(f"the {what} of layer {layer.layer} are not what it could have had")
 
 
-def check_layer_state(layer: LayerState) -> None:
-    """Raise `SavedCacheError` unless what was loaded makes sense together."""
-    geometry, per_step, window, mid = layer.geometry, layer.geometry.tokens_per_step, layer.window, layer.placed.mid
-    line = layer.timeline
-    anchors = min(line.sink, layer.num_steps)
-    recent = max(0, layer.num_steps - max(layer.recent_start, anchors))
-    numbers = (0, layer.committed_steps, layer.num_steps)
-    wrong = sorted(numbers) != list(numbers) or min(layer.dropped, layer.pending) < 0
-    wrong = wrong or layer.recent_start > max(layer.num_steps, line.sink)
-    wrong = wrong or window.sink != anchors * per_step or window.recent != recent * per_step
-    wrong = wrong or (layer.num_steps > 0) != bool(window.planes)
-    if line.cuts is not None:
-        wrong = wrong or list(line.cuts) != sorted(set(line.cuts)) or (line.cuts or (0,))[-1] != layer.committed_steps
-    if wrong:
-        raise SavedCacheError(f"the numbers of layer {layer.layer} do not fit together: {layer.tier_counts()}")
-    lead = (geometry.batch, geometry.kv_heads)
-    shapes = {"rotated": (*lead, geometry.head_dim), "values": (*lead, geometry.value_dim), "bias": (*lead, 1)}
+def _numbers(layer: LayerState) -> Claims:
+    line, policy, geometry = layer.timeline, layer.policy, layer.geometry
+    steps, committed, start = layer.num_steps, layer.committed_steps, layer.recent_start
+    most = policy.chunk_size if geometry.causal else geometry.steps_per_commit
+    yield 0 <= committed <= steps and (most is None or steps - committed <= most), "steps"
+    yield layer.window.planes or not any(True for _ in layer.tensors()), "tensors"
+    yield layer.window.planes or steps == 0, "steps"
+    yield line.origin is None or line.origin <= (_FAR if policy.in_place else committed), "recent steps"
+    if line.cuts is None:
+        yield start >= 0 and max(start, line.sink) == max(line.recent_start_at(committed), line.sink), "recent steps"
+    else:
+        lengths = {stop - first for first, stop in zip((0, *line.cuts), line.cuts, strict=False)}
+        due = {geometry.steps_per_commit} if geometry.even else set(range(1, geometry.steps_per_commit + 1))
+        yield lengths <= due and (line.cuts or (0,))[-1] == committed, "blocks"
+        yield start in (0, line.sink, *line.cuts) and start >= line.recent_start_at(committed), "recent steps"
+    aged = max(0, start - line.sink)
+    yield 0 <= layer.dropped <= aged and min(layer.tier_counts().values()) >= 0, "dropped steps"
+    if not policy.archives:
+        yield layer.dropped == (aged if policy.compressor.drops else 0), "dropped steps"
+    counts = (layer.pending, layer.attended, layer.selected_at, layer.together_at)
+    yield min(counts) >= 0 and max(counts) <= _FAR and layer.attended <= layer.window.slots, "selections"
+    yield layer.pending <= steps + policy.refresh_steps, "selections"
+    yield not layer.stale or policy.archives, "selections"
+    yield (
+        not layer.placed.waiting or (layer.stale and layer.placed.unrotated is not None and layer.current),
+        "current tokens",
+    )
+
+
+def _windows(layer: LayerState) -> Claims:
+    geometry, window, plain, per_step = (
+        layer.geometry,
+        layer.window,
+        layer.placed.unrotated,
+        layer.geometry.tokens_per_step,
+    )
+    lead, dtype, anchors = (
+        (geometry.batch, geometry.kv_heads),
+        geometry.dtype,
+        min(layer.timeline.sink, layer.num_steps),
+    )
+    recent = max(0, layer.num_steps - max(layer.recent_start, anchors)) * per_step
+    due: dict[str, tuple[tuple[int, int], int, torch.dtype]] = {
+        "rotated": (lead, geometry.head_dim, dtype),
+        "values": (lead, geometry.value_dim, dtype),
+    }
     if layer.watched.counts:
-        shapes["attention"] = (geometry.batch, geometry.query_heads, 1)
-    window.check(f"layer {layer.layer}", shapes)
-    if layer.placed.unrotated is not None:
-        layer.placed.unrotated.check(f"layer {layer.layer} (unrotated)", {"unrotated": (*lead, geometry.head_dim)})
-    if window.planes:
-        check_history(layer.history, layer.moment(window.planes["rotated"].device))
+        due["attention"] = ((geometry.batch, geometry.query_heads), 1, torch.float32)
+    if "bias" in window.planes:
+        due["bias"] = (lead, 1, torch.float32)
+    yield from _planes(window, due)
+    yield window.sink == anchors * per_step and window.recent == recent, "tokens"
+    free = window.begin - window.sink_slot
+    yield free == 0 or (free > 0 and layer.stale) or not window.sink, "anchors"
+    rotates = layer.policy.realigner.rotates
+    for shift in (window.sink_shift, window.recent_shift):
+        yield abs(shift) <= (_FAR if rotates else 0), "places"
+    for name, least in (("bias", -torch.inf), ("attention", 0.0)):
+        if name in window.planes:
+            yield _in_range(window.planes[name], least), f"{name} numbers"
+    yield (plain is not None) == (rotates and not layer.policy.in_place), "unrotated keys"
+    if plain is not None:
+        late, anew = layer.current if layer.placed.waiting else 0, layer.policy.realigner.sink_moves == "anew"
+        yield from _planes(plain, {"unrotated": (lead, geometry.head_dim, dtype)})
+        held = plain.recent <= recent - late and plain.sink == (window.sink if anew else 0) and not plain.mid
+        yield held and (layer.policy.compressor.given or plain.recent == recent - late), "unrotated keys"
+        yield plain.recent % per_step == 0, "unrotated keys"
+        yield (
+            plain.sink_slot + plain.sink <= plain.head and plain.sink_shift == plain.recent_shift == 0,
+            "unrotated keys",
+        )
+
+
+def _planes(window: Window, due: dict[str, tuple[tuple[int, int], int, torch.dtype]]) -> Claims:
+    """Named planes of these leading axes, widths and dtypes, and numbers that lie in them."""
+    planes = window.planes
+    yield set(planes) in (set(due), set()), "planes"
+    yield len({plane.shape[2] for plane in planes.values()}) <= 1, "slots"
+    for name, plane in planes.items():
+        (batch, heads), width, dtype = due[name]
+        yield _is(plane, (batch, heads, None, width), dtype), f"{name} planes"
+    yield min(window.tail, window.sink, window.sink_slot, window.mid, window.recent) >= 0, "slots"
+    yield window.tail <= window.slots and window.begin >= 0 and window.sink_slot + window.sink <= window.slots, "slots"
+
+
+def _watched(layer: LayerState) -> Claims:
+    watched, geometry = layer.watched, layer.geometry
+    for queries in (watched.committed, watched.fresh):
+        shape = (geometry.batch, geometry.query_heads, None, geometry.head_dim)
+        yield queries is None or _is(queries, shape, geometry.dtype), "latest queries"
+        yield queries is None or 0 < queries.shape[2] <= watched.size, "latest queries"
+    if watched.got is not None:
+        tokens = layer.window.tail - layer.window.begin
+        due = (geometry.batch, geometry.query_heads, tokens)
+        yield watched.counts and layer.current and _is(watched.got, due, torch.float32), "attention weights"
+        yield _in_range(watched.got, least=0.0), "attention weights"
+
+
+def _mid(layer: LayerState) -> Claims:
+    mid, window, geometry = layer.placed.mid, layer.window, layer.geometry
+    if mid is None:
+        yield not window.mid or layer.policy.in_place, "mid tokens"
+        return
+    rows, heads, axes = (1, geometry.batch), (1, geometry.kv_heads), 1 + len(geometry.grid)
+    yield not layer.policy.in_place and window.mid > 0, "mid tokens"
+    yield _is(mid.offsets, (rows, heads, window.mid, axes)) and _finite(mid.offsets), "offsets of mid tokens"
+    yield _is(mid.starts, (rows, heads, None), torch.long) and _ascending(mid.starts), "first steps of mid blocks"
+    blocks = mid.starts.shape[2]
+    yield 0 <= int(mid.starts.min()) <= int(mid.starts.max()) < layer.recent_start, "first steps of mid blocks"
+    yield any(_is(mid.placed, (rows, heads, blocks), dtype) for dtype in (torch.long, None)), "places of mid blocks"
+    yield _finite(mid.placed), "places of mid blocks"
+    if mid.owner is None:
+        yield window.mid % blocks == 0, "mid tokens"
+    else:
+        yield _is(mid.owner, (rows, heads, window.mid), torch.long), "owners of mid tokens"
+        yield 0 <= int(mid.owner.min()) <= int(mid.owner.max()) < blocks, "owners of mid tokens"
+
+
+def _history(layer: LayerState) -> Claims:
+    history, policy, geometry = layer.history, layer.policy, layer.geometry
+    count, forms, wide = history.count, set(policy.forms), (geometry.batch, geometry.kv_heads)
+    yield count >= 0 and (not count or policy.archives), "archived blocks"
+    lengths = {history.table.length, *(store.count for store in history.stores.values())}
+    yield lengths == {count}, "archived blocks"
+    yield {*history.stores} == {*history.tokens} == forms if count else not history.stores, "archived forms"
+    if count:
+        table = history.table.data
+        yield _is(table, (count, 3), torch.long), "table"
+        firsts, spans, placed = [] if table is None else table.T.tolist()
+        ends = [first + span for first, span in zip(firsts, spans, strict=True)]
+        yield min(spans) >= 1 and max(spans) <= history.longest and min(placed) >= 1 and max(placed) <= _FAR, "spans"
+        edges = zip([layer.timeline.sink, *ends], [*firsts, layer.recent_start], strict=True)
+        yield all(end <= first for end, first in edges), "table"
+        yield [*history.spans] == sorted(span for span in spans if span != history.longest), "spans"
+        allowed = [sorted(placed), *([[]] if spans == placed else [])]
+        yield [*history.compressed_spans] in allowed, "spans"
+        yield sum(spans) == layer.tier_counts()["mid"], "mid steps"
+    else:
+        yield not history.spans and not history.compressed_spans, "spans"
+        yield not policy.archives or layer.tier_counts()["mid"] == 0, "mid steps"
+    yield from _digests(layer)
+    chosen, further = history.chosen, history.chosen_compressed
+    yield (chosen is None) == (further is None) and (chosen is not None or not history.chosen_shared), "chosen blocks"
+    if chosen is not None and further is not None:
+        for index in (chosen, further):
+            yield _is(index, (*wide, None), torch.long) and _ascending(index), "chosen blocks"
+            yield not index.numel() or 0 <= int(index.min()) <= int(index.max()) < count, "chosen blocks"
+        yield 0 < chosen.shape[2] <= policy.retriever.count(policy.top_k, count), "chosen blocks"
+    due = policy.retriever.count(policy.top_k, count) if count and not layer.stale else 0
+    if due:
+        yield chosen is not None and further is not None, "chosen blocks"
+        both: tuple[tuple[Form, Tensor | None], ...] = ((policy.attend, chosen), ("compressed", further))
+        tokens = (history.most_tokens[form] * x.shape[2] for form, x in both if x is not None and x.shape[2])
+        yield layer.window.mid == sum(tokens), "chosen blocks"
+
+
+def _digests(layer: LayerState) -> Claims:
+    """As the retriever makes them of an archived block; it is asked for those of one."""
+    history, retriever = layer.history, layer.policy.retriever
+    held = history.digests.data
+    if not history.count or not retriever.needs_digests:
+        yield held is None or not held.shape[2], "digests"
+        return
+    yield held is not None, "digests"
+    made = history.digest_again(layer.policy, layer.moment(_device(layer)), 1).data
+    if held is not None and made is not None:
+        yield _is(held, (*made.shape[:2], history.count, *made.shape[3:]), made.dtype), "digests"
+        yield bool(torch.isfinite(held).all()), "digests"
+
+
+def _tokens(layer: LayerState) -> Claims:
+    """What is noted of archived tokens, and that a block of each form can be read."""
+    history, count, axes = layer.history, layer.history.count, 1 + len(layer.geometry.grid)
+    wide, index = history.wide, torch.zeros(1, 1, 1, dtype=torch.long, device=_device(layer))
+    for form, one in history.tokens.items() if count else ():
+        most = history.most_tokens[form]
+        keys, values = history.parts(form, index.expand(*wide, -1))  # raises for what is of another shape or dtype
+        due, parts = layer.policy.codec.encode(keys, values), history.stores[form].read(index.expand(*wide, -1))
+        yield _kinds(due) == _kinds(parts), "archived parts"
+        yield (one.constant is None) != (one.offsets is None), "offsets"
+        held = one.constant if one.offsets is None else one.offsets.data
+        lead = (1, 1, 1) if one.offsets is None else (*wide, count)
+        yield _is(held, (*lead, most, axes), torch.float32) and _finite(held), "offsets"
+        if one.bias is not None:
+            yield _is(one.bias.data, (*wide, count, most), torch.float32) and _in_range(one.bias.data), "biases"
+
+
+def _waiting(layer: LayerState) -> Claims:
+    """Compressed forms that wait for their blocks to leave recent, and mid, where a compressor rewrites it."""
+    history, compressor, geometry, start = layer.history, layer.policy.compressor, layer.geometry, layer.recent_start
+    blocks = {}
+    if compressor.given and not layer.policy.in_place:
+        recent = layer.timeline.blocks(max(start, layer.timeline.sink), layer.committed_steps)
+        blocks = {str(block.start): block.steps for block in recent}
+    extra = {str(layer.committed_steps)} if compressor.given and layer.current else set()
+    yield set(blocks) <= set(history.waiting) <= {*blocks, *extra}, "given forms"
+    for first, held in history.waiting.items():
+        steps = blocks.get(first, layer.num_steps - layer.committed_steps)
+        yield from _held(layer, held, compressor.block_tokens(steps, geometry), "given forms", at_most=False)
+        yield held.starts.tolist() == [int(first)], "given forms"
+    mid = history.rewritten
+    yield compressor.rewrites if mid is not None else not (compressor.rewrites and layer.window.mid), "mid tokens"
     if mid is not None:
-        parts = (mid.offsets, mid.starts, mid.placed)
-        if any(x is None for x in parts) or mid.offsets.dim() != 4 or mid.offsets.shape[2] != window.mid:
-            raise SavedCacheError(f"the mid tokens of layer {layer.layer} lie nowhere")
-    elif window.mid and not layer.policy.in_place:
-        raise SavedCacheError(f"the mid tokens of layer {layer.layer} lie nowhere")
+        yield from _held(layer, mid, compressor.mid_tokens(geometry), "mid tokens", at_most=True)
+        yield int(mid.starts) >= 0 and int(mid.starts) + mid.span <= layer.recent_start, "mid tokens"
+        yield mid.keys.shape[3] == layer.window.mid, "mid tokens"
+
+
+def _held(layer: LayerState, held: HeldBlocks, tokens: int, what: str, *, at_most: bool) -> Claims:
+    """One block, as a compressor may make it."""
+    geometry = layer.geometry
+    yield all(x is not None for x in (held.keys, held.values, held.offsets, held.starts)), what
+    check_made(layer.history, held.blocks, 1, tokens, "age", layer.moment(_device(layer)), at_most=at_most)
+    yield _is(held.starts, (1,), torch.long) and _finite(held.offsets), what
+    yield held.span <= _FAR and (held.bias is None or _in_range(held.bias)), what
+    attention = (geometry.batch, geometry.query_heads, 1, held.keys.shape[3])
+    if held.attention is not None:
+        yield _is(held.attention, attention, torch.float32) and _in_range(held.attention, least=0.0), what
+
+
+def _kinds(parts: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (part.shape, part.dtype) for name, part in parts.items()}
+
+
+def _is(x: Tensor | None, shape: Sequence[int | tuple[int, int] | None], dtype: torch.dtype | None = None) -> bool:
+    """Whether this is a tensor of a shape (a size may be one of two, or, if None, any) and dtype (None: any float)."""
+    if x is None or x.dim() != len(shape) or (x.dtype != dtype if dtype else not x.is_floating_point()):
+        return False
+    return all(
+        due is None or size in (due if isinstance(due, tuple) else (due,))
+        for size, due in zip(x.shape, shape, strict=True)
+    )
+
+
+def _finite(x: Tensor | None, most: float = _FAR) -> bool:
+    """Whether no number is NaN, or further from 0 than `most`."""
+    return x is not None and bool((x.abs() <= most).all())
+
+
+def _in_range(x: Tensor | None, least: float = -torch.inf) -> bool:
+    """Whether no number is NaN, below `least` or huge; a bias may be -inf."""
+    return x is not None and bool(((x >= least) & (x <= _FAR)).all())
+
+
+def _ascending(index: Tensor) -> bool:
+    return bool((index.diff(dim=-1) > 0).all())
+
+
+def _device(layer: LayerState) -> torch.device:
+    return layer.window.planes["rotated"].device

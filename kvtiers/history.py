@@ -173,14 +173,14 @@ class History(State):
         of_block = retriever.digest_bytes(self.most_tokens[retriever.digests], moment.geometry)
         return of_block // (made.shape[4] * made.element_size())
 
-    def digest_again(self, policy: Policy, moment: Moment) -> Growing:
-        """The digests of every archived block for the retriever of another policy."""
+    def digest_again(self, policy: Policy, moment: Moment, count: int | None = None) -> Growing:
+        """The digests of the first `count` archived blocks (None: of all) for the retriever of another policy."""
         made = Growing(2)
         if policy.retriever.needs_digests and self.count:
             wanted: Form = policy.retriever.digests
             form = wanted if wanted in self.stores else next(iter(self.stores))
             other = attrs.evolve(self, policy=policy, digests=made)
-            for block in range(self.count):
+            for block in range(self.count if count is None else count):
                 digest = other._digested(self.block(form, block), moment)
                 if digest is not None:
                     made.append(digest)

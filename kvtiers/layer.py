@@ -18,7 +18,7 @@ from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Blocks, Extent
 from kvtiers.checks import admit, check_finite, check_layer, check_placement
 from kvtiers.errors import SavedCacheError, SlotError
-from kvtiers.filled import check_layer_state
+from kvtiers.filled import check_filled
 from kvtiers.history import History
 from kvtiers.layer_state import LayerState
 from kvtiers.mid import Fetched, HeldBlocks
@@ -320,7 +320,7 @@ class Layer(LayerState):
             raise SavedCacheError(f"layer {self.layer} is saved without its timeline")
         super().fill(tensors, {name: value for name, value in about.items() if name != "timeline"})
         self.timeline = self.timeline.restored(**line)
-        check_layer_state(self)
+        check_filled(self)
 
     def empty(self, name: str) -> State:
         return cast(State, getattr(self, name))

@@ -89,9 +89,9 @@ def extra(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            kept: dict[str, Any] = about["extra"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise SavedCacheError(f"{path} cannot be read as a saved cache: {error}; is it truncated?") from error
-    kept: dict[str, Any] = about.get("extra", {})
     return kept
 
 
@@ -121,7 +121,7 @@ def load(
             _groups(new_layer, index, saved, tensors, device)
             for index, saved in enumerate(_listed(about["layers"], len(outline)))
         ]
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # what a crafted file can hold is more than its declared state; nothing was changed yet
         raise SavedCacheError(f"{path} does not describe this cache: {error}") from error
     kept = {
@@ -144,15 +144,15 @@ def _groups(
     rows: list[int] = []
     for number, group in enumerate(saved):
         batch, named = group["batch"], group["rows"]
-        members = list(range(batch)) if named is None else named
-        if not 0 < batch == len(members) or (named is None and len(saved) > 1):
+        whole = type(batch) is int and batch > 0 and (len(saved) == 1 if named is None else len(named) == batch)
+        if not whole or any(type(row) is not int for row in named or ()):
             raise SavedCacheError(f"a group of layer {index} holds rows {named} of {batch}")
         layer = new_layer(index, batch)
         start = f"{index}.{number}."
         own = {name.removeprefix(start): part for name, part in tensors.items() if name.startswith(start)}
         archived = {name for name in own if name.startswith("history.stores.")}
         layer.fill({n: x if n in archived else x.to(device) for n, x in own.items()}, group["state"])
-        rows += members
+        rows += named or ()
         groups.append(RowGroup(None if named is None else torch.tensor(named, device=device), layer))
     if sorted(rows) != list(range(len(rows))):
         raise SavedCacheError(f"the groups of layer {index} hold rows {sorted(rows)}")
@@ -176,7 +176,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     if _checksum(tensors, metadata.get("about", "")) != metadata.get("sha256"):
         raise SavedCacheError(f"{path} was changed after it was saved (its checksum differs); save it again")
-    about: dict[str, Any] = json.loads(metadata["about"])
+    about: Any = json.loads(metadata["about"])
+    kinds = {"policies": list, "layers": list, "extra": dict}
+    if not isinstance(about, dict) or any(not isinstance(about.get(name), kind) for name, kind in kinds.items()):
+        raise SavedCacheError(f"{path} does not say what it holds: {', '.join(kinds)}")
     return tensors, about
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import attrs
 from torch import Tensor, float32
 
-from kvtiers.errors import SavedCacheError
 from kvtiers.growing import lasting
 from kvtiers.state import State, number, rows
 
@@ -132,16 +131,6 @@ class Window(State):
     def tokens_by_tier(self) -> dict[str, int]:
         """How many tokens of each tier are in the window; current ones count as recent."""
         return {"sink": self.sink, "mid": self.mid, "recent": self.recent}
-
-    def check(self, geometry: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `SavedCacheError` unless the numbers make sense for planes of `shapes` ([batch, heads, width])."""
-        held = {name: (*plane.shape[:2], plane.shape[3]) for name, plane in self.planes.items() if plane.dim() == 4}
-        counts = (self.tail, self.sink, self.sink_slot, self.mid, self.recent)
-        fits = min(counts) >= 0 and self.head >= 0 and self.tail <= self.slots
-        fits = fits and self.sink_slot + self.sink <= self.slots and len({p.shape[2] for p in self.planes.values()}) < 2
-        expected = {name: shape for name, shape in shapes.items() if name in self.planes} if self.planes else {}
-        if not fits or held != expected or (self.planes and set(shapes) - {"bias"} - set(self.planes)):
-            raise SavedCacheError(f"the window of {geometry} is not one that this layer could have had: {counts}")
 
     def dump(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """As `State.dump`; slots in no use, and mid that is to be chosen anew, are saved as zeros."""
