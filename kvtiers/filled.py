@@ -53,10 +53,11 @@ def _numbers(layer: LayerState) -> Claims:
     yield min(counts) >= 0 and max(counts) <= _FAR and layer.attended <= layer.window.slots, "selections"
     yield layer.pending <= steps + policy.refresh_steps, "selections"
     yield not layer.stale or policy.archives, "selections"
-    yield (
-        not layer.placed.waiting or (layer.stale and layer.placed.unrotated is not None and layer.current),
-        "current tokens",
-    )
+    late = layer.stale and layer.placed.unrotated is not None and layer.current
+    yield not layer.placed.waiting or late, "current tokens"
+    needed = layer.placed.needed
+    may_need = policy.leaves_without_keys and 0 <= (needed or 0) <= steps * geometry.tokens_per_step
+    yield needed is None or may_need, "unrotated keys"
 
 
 def _windows(layer: LayerState) -> Claims:
