@@ -45,8 +45,9 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "INVARIANTS", "check_archive", "check_codec", "check_compressor", "check_policy", "check_realigner",
-    "check_retriever", "check_sink",
+    "INVARIANTS", "Trial", "bounded", "check_archive", "check_codec", "check_compressor", "check_policy",
+    "check_realigner", "check_retriever", "check_sink", "conservation", "contents", "copied", "difference", "reading",
+    "selection",
 ]  # fmt: skip
 Declared = Callable[[Tensor, Tensor], Tensor]
 
@@ -306,7 +307,8 @@ def _check_going_on(example: _Example, contexts: list[Context], rows: bool) -> N
         ways["rolled back"] = trial.branch(back.cache)
     other = trial.elsewhere()
     if rows:
-        ways["selected"] = trial.of_rows(index)
+        trial.select_rows(index)
+        ways["selected"] = trial
     ways["other"] = other  # goes elsewhere in the meantime, which the rest must not notice
     for due, *every in zip(contexts[rest], *(example.run(one, part=rest) for one in ways.values()), strict=True):
         for way, got in zip(ways, every, strict=True):
@@ -318,10 +320,6 @@ def _check_going_on(example: _Example, contexts: list[Context], rows: bool) -> N
                 require(said is None, 10, f"a {way} cache goes on otherwise: {said}")
 
 
-class _RaisedOnPurposeError(Exception):
-    pass
-
-
 def _check_interrupted(example: _Example, contexts: list[Context]) -> None:
     """Invariant 11: after an error out of any method, the verb called again goes on exactly, or refuses to go on."""
     trial, calls = example.trial.branch(), [""]
@@ -331,7 +329,7 @@ def _check_interrupted(example: _Example, contexts: list[Context]) -> None:
         def call(slot: Any, *args: Any, **named: Any) -> Any:
             calls.append(f"{type(slot).__name__}.{method}()")
             if len(calls) == example.fault:
-                raise _RaisedOnPurposeError
+                raise InterruptedError
             return original(slot, *args, **named)
 
         return call
@@ -339,7 +337,7 @@ def _check_interrupted(example: _Example, contexts: list[Context]) -> None:
     def insist(verb: Callable[[], None]) -> None:
         try:
             verb()
-        except _RaisedOnPurposeError:
+        except InterruptedError:
             verb()
 
     slots = [store, *(getattr(trial.policy, slot) for slot in SLOTS)]

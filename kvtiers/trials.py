@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
@@ -23,14 +23,17 @@ from kvtiers.rows import RowGroup
 Do = Callable[[Callable[[], None]], None]
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.define(eq=False, kw_only=True)
 class Trial:
     """A cache of one layer, and the stream that feeds it: query, keys, values [batch, heads, tokens, width]."""
 
-    cache: TieredCache
+    policy: Policy
+    geometry: Geometry
+    rotary: Rotary
     query: Tensor
     keys: Tensor
     values: Tensor
+    cache: TieredCache
 
     @classmethod
     def start(cls, policy: Policy, geometry: Geometry, rotary: Rotary, *, seed: int, steps: int) -> "Trial":
@@ -39,7 +42,8 @@ class Trial:
         lead, tokens = geometry.batch, steps * geometry.tokens_per_step
         sizes = ((geometry.query_heads, width), (heads, width), (heads, geometry.value_dim))
         q, k, v = (torch.randn(lead, n, tokens, w, generator=g).to(geometry.dtype) for n, w in sizes)
-        return cls(cache=TieredCache(policy, [geometry], rotaries=[rotary]), query=q, keys=k, values=v)
+        cache = TieredCache(policy, [geometry], rotaries=[rotary])
+        return cls(policy=policy, geometry=geometry, rotary=rotary, query=q, keys=k, values=v, cache=cache)
 
     @property
     def layer(self) -> Layer:
@@ -47,22 +51,12 @@ class Trial:
         return self.cache.every_layer()[0]
 
     @property
-    def policy(self) -> Policy:
-        return self.cache.policies[0]
-
-    @property
-    def geometry(self) -> Geometry:
-        """The layer's, but for its rows."""
-        return self.cache.geometries[0]
-
-    @property
     def num_steps(self) -> int:
         return self.cache.num_steps
 
     def branch(self, cache: TieredCache | None = None) -> "Trial":
         """The same stream for another cache (None: an empty one)."""
-        mine = self.cache
-        return attrs.evolve(self, cache=cache or TieredCache(mine.policies, mine.geometries, rotaries=mine.rotaries))
+        return attrs.evolve(self, cache=cache or TieredCache(self.policy, [self.geometry], rotaries=[self.rotary]))
 
     def fork(self) -> "Trial":
         """A fork of the cache, and the same stream."""
@@ -75,15 +69,16 @@ class Trial:
             other.commit()
         return attrs.evolve(other, query=self.query.flip(2), keys=self.keys.flip(2), values=self.values.flip(2))
 
-    def of_rows(self, rows: Tensor) -> "Trial":
-        """The same cache, from now on with these rows, and so the stream."""
+    def select_rows(self, rows: Tensor) -> None:
+        """Select rows of the cache, and of the stream."""
         self.cache.select_rows(rows)
-        return attrs.evolve(self, query=self.query[rows], keys=self.keys[rows], values=self.values[rows])
+        self.query, self.keys, self.values = self.query[rows], self.keys[rows], self.values[rows]
+        self.geometry = attrs.evolve(self.geometry, batch=rows.numel())
 
     def loaded(self) -> "Trial":
         """What a file would bring back, and the same stream."""
         other, (held, about) = self.branch(), self.layer.dump()
-        layer = other.cache.new_layer(0, self.layer.geometry.batch)
+        layer = other.cache.new_layer(0, self.geometry.batch)
         layer.fill({name: x.clone() for name, x in held.items()}, json.loads(json.dumps(about)))
         other.cache.layers[0].groups = (RowGroup(None, layer),)
         return other
@@ -196,7 +191,7 @@ def contents(trial: Trial, context: Context) -> None:
     values, keys = (x.take_along_dim(numbers, 2) for x in (trial.values, trial.keys))
     same = torch.equal(context.values[there], values[there])
     require(same, number, "values are not those of the tokens at the origins")
-    keys = layer.rotary.rotate(keys.double(), placed) if rotates and layer.rotary else keys.double()
+    keys = trial.rotary.rotate(keys.double(), placed) if rotates else keys.double()
     blocks = steps // policy.block_size if layer.timeline.cuts is None else len(layer.timeline.cuts)
     moves = 1 if policy.realigner.sink_moves != "again" else 1 + blocks
     off = float((context.keys.double() - keys)[there].abs().max())
@@ -212,7 +207,7 @@ def contents(trial: Trial, context: Context) -> None:
 
 def bounded(trial: Trial, context: Context) -> None:
     """Invariant 6: tokens and bytes stay within their bounds, and what is reported is what is held."""
-    policy, geometry, tokens = trial.policy, trial.layer.geometry, context.keys.shape[2]
+    policy, geometry, tokens = trial.policy, trial.geometry, context.keys.shape[2]
     most, limit = policy.bound(geometry), policy.bound_bytes(geometry, trial.layer.history.count)
     require(most is None or tokens <= most, 6, f"{tokens} tokens are attended, bound() says {most}")
     held, real = trial.cache.memory_usage(), storages(trial.layer)
@@ -225,20 +220,26 @@ def bounded(trial: Trial, context: Context) -> None:
 
 def storages(layer: Layer) -> dict[str, int]:
     """Bytes of the storages that can be reached from `layer`, by location, without asking its accounting."""
+    return storages_of([layer])
+
+
+def storages_of(layers: Iterable[Layer]) -> dict[str, int]:
+    """`storages` of several layers together; what they share is counted once."""
     found: dict[str, dict[int, int]] = {"device": {}, "host": {}, "disk": {}}
-    stores, seen = {id(store) for store in layer.history.stores.values()}, set()
-    todo: list[tuple[Any, str]] = [(layer, "device")]
-    while todo:
-        value, where = todo.pop()
-        other = isinstance(value, Policy | Geometry | Rotary | ByteBudget) or callable(value)
-        if id(value) in seen or other:
-            continue
-        seen.add(id(value))
-        where = layer.policy.archive.location if id(value) in stores else where
-        if isinstance(value, Tensor):
-            found[where].setdefault(value.untyped_storage().data_ptr(), value.untyped_storage().nbytes())
-        else:
-            todo += [(one, where) for one in gc.get_referents(value)]
+    for layer in layers:
+        stores, seen = {id(store) for store in layer.history.stores.values()}, set()
+        todo: list[tuple[Any, str]] = [(layer, "device")]
+        while todo:
+            value, where = todo.pop()
+            other = isinstance(value, Policy | Geometry | Rotary | ByteBudget) or callable(value)
+            if id(value) in seen or other:
+                continue
+            seen.add(id(value))
+            where = layer.policy.archive.location if id(value) in stores else where
+            if isinstance(value, Tensor):
+                found[where].setdefault(value.untyped_storage().data_ptr(), value.untyped_storage().nbytes())
+            else:
+                todo += [(one, where) for one in gc.get_referents(value)]
     return {where: sum(sizes.values()) for where, sizes in found.items()}
 
 

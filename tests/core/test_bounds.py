@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtiers import testing
+from kvtiers import testing, trials
 from kvtiers.accounting import bytes_in
 from kvtiers.blocks import Blocks
 from kvtiers.cache import TieredCache
@@ -48,7 +48,7 @@ def test_several_layers_hold_the_sum_of_what_each_may(data):
     if None not in limits:
         assert bytes_in(held, "device") <= sum(limits)
     for location in ("device", "host"):
-        assert bytes_in(held, location) == sum(testing.storages(layer)[location] for layer in cache.every_layer())
+        assert bytes_in(held, location) == sum(trials.storages(layer)[location] for layer in cache.every_layer())
 
 
 @fewer
@@ -63,7 +63,7 @@ def test_reports_are_true_when_rows_part_ways(data):
         list(cache.layers[0].chunks(part.query, part.keys, part.values, PaddingPattern.of(valid)))
     held = cache.memory_usage()
     for location in ("device", "host"):
-        real = testing.storages_of(cache.every_layer())
+        real = trials.storages_of(cache.every_layer())
         assert bytes_in(held, location) == real[location]
 
 
@@ -152,7 +152,7 @@ def test_what_drops_holds_the_same_bytes_from_its_first_token_to_its_last(name):
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0, steps=120)
     layer, sizes = setting.layer(), set()
     for _ in feed(layer, setting.tokens, [4] * 20 + [1] * 40):
-        sizes.add(testing.storages(layer)["device"])
+        sizes.add(trials.storages(layer)["device"])
     assert len(sizes) == 1
 
 
@@ -173,7 +173,7 @@ def test_an_archive_elsewhere_without_digests_keeps_the_device_flat(where):
 
 
 def bytes_in_device(layer) -> int:
-    return testing.storages(layer)["device"]
+    return trials.storages(layer)["device"]
 
 
 @given(data=st.data())

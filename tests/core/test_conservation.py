@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers import testing
-from kvtiers.blocks import Extent
+from kvtiers.blocks import Context, Extent
 from kvtiers.events import Archived, Committed, Compressed, Recalled, Selected
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
@@ -44,6 +44,17 @@ def archive_holds(trial: testing.Trial) -> None:
                 assert torch.equal(values[:, :, at], trial.values[:, :, now])
 
 
+def tiles(trial: testing.Trial, context: Context) -> None:
+    """Invariant 5, for a realigner that closes up: tiers and blocks of one size touch and do not overlap."""
+    window, mid, placed = trial.layer.window, trial.layer.mid, context.placed[..., 0].expand(context.keys.shape[:3])
+    starts = [] if mid is None else list(mid.placed.double().expand(*placed.shape[:2], -1).unbind(-1))
+    edges = [placed[..., window.sink - 1] + 1] if window.sink else []
+    ends = [*edges, *(start + trial.policy.block_size for start in starts)]
+    begins = [*starts, *([placed[..., -window.recent]] if window.recent else [])]
+    for end, begin in zip(ends, begins[len(begins) - len(ends) :] if edges else begins[1:], strict=False):
+        assert bool(((begin - end).abs() < 1e-6).all()), f"blocks leave a gap or overlap: {end} then {begin}"
+
+
 def trial_of(setting: Setting) -> testing.Trial:
     return testing.Trial.start(setting.policy, setting.geometry, setting.rotary, seed=setting.seed, steps=setting.steps)
 
@@ -68,7 +79,7 @@ def test_a_context_holds_the_tokens_that_the_policy_names_each_turned_to_its_pla
 def test_placed_blocks_touch_and_do_not_overlap(data):
     trial = trial_of(data.draw(settings_of(policies(realigner=("contiguous", "incremental")))))
     for steps in data.draw(cuts(trial.policy)):
-        testing.tiling(trial, trial.feed(steps))
+        tiles(trial, trial.feed(steps))
 
 
 @given(data=st.data())

@@ -4,7 +4,7 @@ import attrs
 import pytest
 import torch
 
-from kvtiers import testing
+from kvtiers import trials
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
 from kvtiers.presets import policy
@@ -50,7 +50,7 @@ def test_a_hundred_thousand_tokens_stay_within_bounds(name, tokens):
         assert layer.context().keys.shape[2] <= bound
         if number % 20 == 0:
             limit = found.bound_bytes(GEOMETRY, layer.history.count)
-            held = testing.storages(layer)
+            held = trials.storages(layer)
             assert held["device"] <= limit
             if number:
                 flat.add(held["device"])

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtiers import testing
+from kvtiers import testing, trials
 from kvtiers.blocks import Context
 from kvtiers.cache import TieredCache
 from kvtiers.errors import CropError, SwapError
@@ -177,7 +177,7 @@ class CacheMachine(RuleBasedStateMachine):
         testing.conservation(self.trial)
         testing.contents(self.trial, context)
         held = self.cache.memory_usage()
-        real = testing.storages(self.trial.layer)
+        real = trials.storages(self.trial.layer)
         for location in ("device", "host"):
             assert sum(h.bytes for h in held if h.location == location) == real[location]
         bound = self.trial.policy.bound(self.trial.geometry)
