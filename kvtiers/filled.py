@@ -38,7 +38,9 @@ def _numbers(layer: Reading) -> Claims:
     yield layer.window.planes or not any(True for _ in layer.tensors()), "tensors"
     yield layer.window.planes or steps == 0, "steps"
     if line.cuts is None:
-        yield start >= 0 and max(start, line.sink) == max(line.recent_start_at(committed), line.sink), "recent steps"
+        first = max(line.recent_start_at(committed), line.sink, line.origin or 0)
+        back = policy.in_place and line.origin is not None  # rolled back past what compact() had moved
+        yield start >= 0 and (max(start, line.sink) == first or (back and start < first)), "recent steps"
         yield line.origin is None or line.origin <= (_FAR if policy.in_place else committed), "recent steps"
     else:
         lengths = {stop - first for first, stop in zip((0, *line.cuts), line.cuts, strict=False)}
@@ -86,8 +88,11 @@ def _windows(layer: Reading) -> Claims:
     if plain is not None:
         late, anew = layer.current if layer.unplaced else 0, layer.policy.realigner.sink_moves == "anew"
         yield from _planes(plain, {"unrotated": (lead, geometry.head_dim, dtype)})
-        held = plain.recent <= recent - late and plain.sink == (window.sink if anew else 0) and not plain.mid
-        yield held and (layer.policy.compressor.given or plain.recent == recent - late), "unrotated keys"
+        yield plain.sink == (window.sink if anew else 0) and not plain.mid, "unrotated keys"
+        if layer.policy.compressor.drops:  # what compact() dropped is forgotten by the next commit
+            yield plain.recent >= recent - late, "unrotated keys"
+        elif not layer.policy.compressor.given:
+            yield plain.recent == recent - late, "unrotated keys"
         yield plain.recent % per_step == 0, "unrotated keys"
         yield (
             plain.sink_slot + plain.sink <= plain.head and plain.sink_shift == plain.recent_shift == 0,
