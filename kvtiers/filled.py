@@ -39,7 +39,9 @@ def _numbers(layer: LayerState) -> Claims:
     yield layer.window.planes or steps == 0, "steps"
     yield line.origin is None or line.origin <= (_FAR if policy.in_place else committed), "recent steps"
     if line.cuts is None:
-        yield start >= 0 and max(start, line.sink) == max(line.recent_start_at(committed), line.sink), "recent steps"
+        first = max(line.recent_start_at(committed), line.sink, line.origin or 0)
+        back = policy.in_place and line.origin is not None  # rolled back past what compact() had moved
+        yield start >= 0 and (max(start, line.sink) == first or (back and start < first)), "recent steps"
     else:
         lengths = {stop - first for first, stop in zip((0, *line.cuts), line.cuts, strict=False)}
         due = {geometry.steps_per_commit} if geometry.even else set(range(1, geometry.steps_per_commit + 1))
@@ -95,8 +97,11 @@ def _windows(layer: LayerState) -> Claims:
     if plain is not None:
         late, anew = layer.current if layer.placed.waiting else 0, layer.policy.realigner.sink_moves == "anew"
         yield from _planes(plain, {"unrotated": (lead, geometry.head_dim, dtype)})
-        held = plain.recent <= recent - late and plain.sink == (window.sink if anew else 0) and not plain.mid
-        yield held and (layer.policy.compressor.given or plain.recent == recent - late), "unrotated keys"
+        yield plain.sink == (window.sink if anew else 0) and not plain.mid, "unrotated keys"
+        if layer.policy.compressor.drops:  # what compact() dropped is forgotten by the next commit
+            yield plain.recent >= recent - late, "unrotated keys"
+        elif not layer.policy.leaves_without_keys:
+            yield plain.recent == recent - late, "unrotated keys"
         yield plain.recent % per_step == 0, "unrotated keys"
         yield (
             plain.sink_slot + plain.sink <= plain.head and plain.sink_shift == plain.recent_shift == 0,

@@ -177,6 +177,22 @@ def test_rows_that_parted_ways_are_saved_and_forked_too(data):
             assert testing.difference(a, b) is None
 
 
+@pytest.mark.parametrize("name", ["full", "streaming", "archive", "packforcing-lm"])
+@pytest.mark.parametrize("back", [0, 2, "recent"])
+def test_what_was_compacted_and_rolled_back_is_saved_too(name, back, tmp_path):
+    found = policy(name)
+    recent = None if found.recent is None else 6
+    found = attrs.evolve(found, sink=1, recent=recent, block_size=3, chunk_size=4, refresh="chunk")
+    setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
+    cache, loaded = setting.cache(), setting.cache()
+    go_on(cache, setting.tokens, [4, 4, 4, 1, 1], 0)
+    cache.compact(recent=2)
+    cache.rewind_recent() if back == "recent" else cache.crop_by(back)
+    cache.save(tmp_path / "cache")
+    loaded.load(tmp_path / "cache")
+    assert_same_future(cache, loaded, setting.tokens, [1, 4, 2], cache.num_steps)
+
+
 # ---------------------------------------------------------------------- files that are wrong
 
 
