@@ -70,7 +70,7 @@ def check_policy(layer: Layer, policy: Policy) -> None:
             f"layer {number} stores keys as {type(old.realigner).__name__} needs them, and "
             f"{type(policy.realigner).__name__} needs others; start a new cache"
         )
-    if old.in_place != policy.in_place and layer.recent_start > layer.timeline.sink:
+    if old.in_place != policy.in_place and (old.realigner.rotates or layer.recent_start > layer.timeline.sink):
         raise SwapError(
             f"layer {number} keeps its history {'in place' if old.in_place else 'in the archive'}, and this "
             "change would move it; start a new cache"

@@ -12,7 +12,7 @@ from kvtiers.errors import SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
 from kvtiers.rows import Chunk, PaddingPattern
-from tests.strategies import STEPS, Setting, Stream, attend_context, fewer, policies, rotary, settings_of, small_presets
+from strategies import STEPS, Setting, Stream, attend_context, fewer, policies, rotary, settings_of, small_presets
 
 
 def fed(cache: TieredCache, now: Stream, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Chunk]]:
