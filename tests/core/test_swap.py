@@ -246,7 +246,9 @@ def test_a_budget_is_checked_before_anything_changes(empty):
 
 def test_history_in_place_without_unrotated_keys_cannot_move_to_an_archive():
     """While nothing has left recent yet, nothing says that its keys, rotated already, could not be placed again."""
-    full = policy("packforcing-lm", retriever="all", archive="device", sink=1, recent=4, block_size=2)
+    full = policy(
+        "packforcing-lm", compressor="keep", retriever="all", archive="device", sink=1, recent=4, block_size=2
+    )
     layer = Setting(policy=full, geometry=Geometry(kv_heads=1, head_dim=4), rotary=rotary(4), seed=0)
     cache, tokens = layer.cache(), layer.tokens.part(0, 3)
     assert full.in_place
