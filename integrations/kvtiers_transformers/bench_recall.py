@@ -1,6 +1,7 @@
 """`kvtiers bench recall`: what a policy remembers of a long document."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import attrs
 import click
@@ -28,6 +29,7 @@ from kvtiers_transformers.reading import (
     seeds_option,
     tokens_option,
 )
+from kvtiers_transformers.recall_picture import Point, draw, figure_class
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import tiered
 
@@ -54,13 +56,18 @@ class Memory:
 @tokens_option
 @seeds_option(5)
 @depths_option()
+@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results to this file.")
 @click.argument("policies", nargs=-1)
-def recall(model: str, document: str, tokens: int, seeds: int, depths: str, policies: tuple[str, ...]) -> None:
+def recall(
+    model: str, document: str, tokens: int, seeds: int, depths: str, picture: Path | None, policies: tuple[str, ...]
+) -> None:
     """A key in a long text, the perplexity of the text, and of a passage that comes again after 3,072 other tokens.
 
     POLICIES are written `name` or `name:setting=value,...`, as in `archive:digest_bits=3,digest_tokens=1`.
     """
     console = Console()
+    if picture is not None:
+        _check_picture(picture)
     chosen = {spec: parse(spec) for spec in policies or POLICIES}
     loaded, tokenizer = load_model(model)
     text = encoded(document, tokenizer, least=max(tokens, _PASSAGE + _FILLER))
@@ -71,7 +78,24 @@ def recall(model: str, document: str, tokens: int, seeds: int, depths: str, poli
             remember(loaded, tokenizer, spec, policy, text, tasks, tokens=tokens, done=lambda: progress.advance(bar))
             for spec, policy in chosen.items()
         ]
-    console.print(memory_table(results, tasks, f"What is remembered of {tokens:,} tokens ({document})"))
+    title = f"What is remembered of {tokens:,} tokens ({document})"
+    console.print(memory_table(results, tasks, title))
+    if picture is not None:
+        draw([point(result) for result in results], asked=len(tasks), title=title, out=picture)
+        console.print(f"The picture is in {picture}.")
+
+
+def _check_picture(out: Path) -> None:
+    """Refuse, before anything is measured, a picture that could not be drawn when all is."""
+    figure_class()
+    if not out.absolute().parent.is_dir():
+        raise click.UsageError(f"--picture {out}: there is no folder {out.absolute().parent}; make it, or give another")
+
+
+def point(result: Memory) -> Point:
+    """What the picture shows of a result."""
+    found = sum(result.found.values())
+    return Point(label=result.policy, attended=result.attended, perplexity=result.prose, found=found)
 
 
 def remember(

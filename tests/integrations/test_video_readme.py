@@ -1,4 +1,4 @@
-"""What README's section on video tells a user to run does run, with a tiny model in place of the real one."""
+"""What integrations/README.md tells a user of video to run does run, with a tiny model in place of the real one."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 import tiny_chat
 from kvtiers_diffusers import CausalWanPipeline
-from test_readme import README, marked
+from test_readme import README as FIRST
+from test_readme import marked
 from tiny_wan import blocks, build, prompt
+
+README = FIRST.parent / "integrations" / "README.md"
 
 
 def vae() -> AutoencoderKLWan:
