@@ -180,6 +180,7 @@ class Bounds:
             held += waiting * self.block_tokens(geometry, "compressed") * (geometry.token_bytes + lies)
         if not self.archives:
             return held
+        held += 4 * axes * sum(self.block_tokens(geometry, form) for form in self.forms)  # where a block's tokens lie
         chosen = self.retriever.count(self.top_k, archived_blocks) + self.top_k_compressed
         tokens = max(self.block_tokens(geometry, form) for form in self.forms)
         held += chosen * rows * (4 * 8 + tokens * 8 * (axes + 1))

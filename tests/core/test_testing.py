@@ -38,7 +38,7 @@ from kvtiers.trials import Trial, contents, selection
 from rewriting import H2O, TOVA, AdaKV, Merge, SnapKV, Streaming
 from strategies import first_example, names, rotary
 
-EXAMPLES = max(4, settings().max_examples // 8)
+EXAMPLES = max(4, settings().max_examples // 10)
 OPTIONS = {
     "top-tokens": [{"keep": 2, "by": by, "window": 3} for by in ("key-norm", "key-similarity", "attention")],
     "mean-pool": [{"ratio": 2}],
