@@ -94,7 +94,7 @@ def test_biases_and_blocks_that_compact_cuts_short_are_counted(data):
             trial.cache.compact(recent=data.draw(st.integers(0, 5)))
             trial.cache.select(0, trial.query[:, :, trial.num_steps - 1 : trial.num_steps])
         limit = setting.policy.bound_bytes(setting.geometry, trial.layer.history.count)
-        archived = testing.storages(trial.layer)["device"]
+        archived = trials.storages(trial.layer)["device"]
         assert limit is None or archived <= limit
 
 
@@ -113,7 +113,7 @@ def test_the_bias_of_a_form_that_is_given_is_counted(per_head):
         offsets, bias = torch.rand(1, heads, 1, 3, 3), torch.rand(1, heads, 1, 3)
         small, starts = torch.randn(1, 2, 1, 3, 12), torch.tensor([4 * number])
         layer.commit(Blocks(keys=small, values=small, offsets=offsets, bias=bias, starts=starts, span=4))
-        assert testing.storages(layer)["device"] <= found.bound_bytes(geometry, layer.history.count)
+        assert trials.storages(layer)["device"] <= found.bound_bytes(geometry, layer.history.count)
     assert "bias" in layer.window.planes
 
 
