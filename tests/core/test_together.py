@@ -111,6 +111,19 @@ def test_a_fork_writes_nothing_into_the_buffer_that_its_origin_shares():
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("change", ["select_rows", "fork"])
+def test_the_buffer_grows_with_the_tokens_and_not_with_each_change_of_rows(change):
+    setting, cache = batch("full", chunk_size=None)
+    for step in range(14, 30):
+        if change == "fork":
+            cache = cache.fork()
+            assert cache.layers[0].groups[0].shared is None
+        else:
+            cache.select_rows(torch.arange(3))
+        fed(cache, setting.tokens.part(step, step + 1))
+    assert max(layer.window.slots for layer in cache.every_layer()) <= 2 * 30
+
+
 def test_where_gradients_are_wanted_rows_attend_by_themselves():
     setting, cache = batch()
     now = setting.tokens.part(14, 15)
