@@ -23,7 +23,7 @@ from kvtiers.layer import Layer
 from kvtiers.observers import Observers
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
-from kvtiers.rows import LayerRows, of_rows
+from kvtiers.rows import LayerRows, RowGroup, of_rows
 from kvtiers.undoing import all_or_nothing
 
 Observe = Callable[[Event], None]
@@ -270,7 +270,7 @@ class TieredCache:
             layer=self.layer_class,
         )
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            theirs.groups = tuple(attrs.evolve(group, layer=group.layer.fork()) for group in mine.groups)
+            theirs.groups = tuple(RowGroup(group.rows, group.layer.fork()) for group in mine.groups)
         other._join()
         return other
 

@@ -136,7 +136,7 @@ class Layer(LayerState):
 
     def rewind_recent(self) -> int:
         """Forget recent and current tokens; returns how many steps must be fed again."""
-        steps = self.num_steps - max(self.recent_start, min(self.timeline.sink, self.num_steps))
+        steps = max(0, self.num_steps - max(self.recent_start, self.timeline.sink))  # 0 while the sink fills
         with self.changing():
             self._retract(steps)
             if self.recent_start > self.timeline.start:  # what is left has left recent

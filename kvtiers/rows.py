@@ -149,7 +149,7 @@ class LayerRows:
         together: attend rows of different length in one call where that can be, with a mask for each row.
         """
         if together and padding is None and keys.shape[2] == 1 and self._may_share(keys):
-            yield self._one_token(query, keys, values)
+            yield from self._one_token(query, keys, values)
             return
         for group, columns in self._split(keys.shape[0], padding):
             layer, start = group.layer, 0
@@ -173,8 +173,11 @@ class LayerRows:
         self.check_batch(keys.shape[0])
         return all(can_share(layer) for layer in self.layers())
 
-    def _one_token(self, query: Tensor, keys: Tensor, values: Tensor) -> Chunk:
-        """Write a token of every row, let those choose that have to, and attend all in one call."""
+    def _one_token(self, query: Tensor, keys: Tensor, values: Tensor) -> Iterator[Chunk]:
+        """Write a token of every row, let those choose that have to, and attend all in one call.
+
+        Group by group where what a row just chose is weighed, for which the shared buffer has no plane.
+        """
         layers, shared = self.layers(), self.groups[0].shared
         if shared is None or not shared.holds(layers):
             shared = SharedBuffer.of(layers, [group.numbers() for group in self.groups])
@@ -182,11 +185,17 @@ class LayerRows:
         query, keys, values = (of_rows(x, shared.order) for x in (query, keys, values))
         shared.write(layers, keys, values)
         shared.select(layers, query)
+        if not all(can_share(layer) for layer in layers):
+            parts = query.split([layer.geometry.batch for layer in layers])
+            for group, own in zip(self.groups, parts, strict=True):
+                placed, context = group.layer.place_query(own), group.layer.context()
+                yield Chunk(rows=group.rows, columns=slice(0, 1), query=placed, context=context)
+            return
         if not shared.holds(layers, room=0):  # mid outgrew the buffer
             shared = SharedBuffer.of(layers, [group.numbers() for group in self.groups])
             self.groups = tuple(attrs.evolve(group, shared=shared) for group in self.groups)
         placed = turned(layers, query, [layer.committed_steps for layer in layers])
-        return Chunk(rows=shared.order, columns=slice(0, 1), query=placed, context=shared.context(layers))
+        yield Chunk(rows=shared.order, columns=slice(0, 1), query=placed, context=shared.context(layers))
 
     def check_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Raise `GeometryError` unless `rows` names rows that are here. Rows on a GPU are looked at only if parted."""

@@ -111,6 +111,46 @@ def test_a_fork_writes_nothing_into_the_buffer_that_its_origin_shares():
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("change", ["select_rows", "fork"])
+def test_the_buffer_grows_with_the_tokens_and_not_with_each_change_of_rows(change):
+    setting, cache = batch("full", chunk_size=None)
+    for step in range(14, 30):
+        if change == "fork":
+            cache = cache.fork()
+            assert cache.layers[0].groups[0].shared is None
+        else:
+            cache.select_rows(torch.arange(3))
+        fed(cache, setting.tokens.part(step, step + 1))
+    assert max(layer.window.slots for layer in cache.every_layer()) <= 2 * 30
+
+
+def test_rows_that_come_to_weigh_tokens_while_they_decode_together_attend_by_themselves():
+    setting, cache = batch()
+    cache.compact(recent=1)  # cuts blocks short: what fills them up has a bias, once it is chosen
+    assert all("bias" not in layer.window.planes for layer in cache.every_layer())
+    now, alone = setting.tokens.part(14, 15), cache.fork()
+    got, calls = fed(cache, now)
+    want = torch.zeros_like(got)
+    with torch.no_grad():
+        for chunk in alone.layers[0].chunks(now.query, now.keys, now.values):
+            want[chunk.rows] = attend_context(chunk.query, chunk.context)
+    assert any("bias" in layer.window.planes for layer in cache.every_layer())
+    assert len(calls) == 3
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_while_the_sink_fills_there_is_nothing_recent_to_rewind(steps):
+    setting, cache = batch(sink=4)
+    setting = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, batch=1))
+    cache, other = setting.cache(), setting.cache()
+    for one in (cache, other):
+        fed(one, setting.tokens.part(0, steps))
+    assert cache.rewind_recent() == 0
+    got, want = (fed(one, setting.tokens.part(steps, steps + 1))[0] for one in (cache, other))
+    assert torch.equal(got, want)
+
+
 def test_where_gradients_are_wanted_rows_attend_by_themselves():
     setting, cache = batch()
     now = setting.tokens.part(14, 15)
