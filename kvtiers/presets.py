@@ -56,7 +56,7 @@ def load_policy(path: str | PathLike[str]) -> Policy:
     """The policy that a TOML file describes.
 
     `policy = "..."` names the preset to start from; every other key is a change as in `policy(...)`, a slot
-    being a name (`retriever = "recency"`) or a table (`[retriever]` with `name` and options). TOML has no none: write
+    being a name (`retriever = "recency"`) or a table (`[retriever]` with `name` and options). TOML has no None: write
     `"none"` for `recent`, `chunk_size` or `budget`. Errors are those of `policy(...)`, with the file named.
     """
     where = Path(path)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvtiers.blocks import Context
+from kvtiers.checks import admit
 from kvtiers.errors import SelectionError
 from kvtiers.growing import lasting
 from kvtiers.layer import Layer
@@ -53,7 +54,7 @@ class Joined:
 
 @attrs.frozen(eq=False)
 class SharedBuffer:
-    """What the layers of a batch's groups share. order: the batch's rows as they lie here; None: as in the batch."""
+    """What the layers of a batch's groups share. order: which row of the batch each row here is; None: the same one."""
 
     rotated: Joined
     unrotated: Joined | None
@@ -80,7 +81,9 @@ class SharedBuffer:
 
     def write(self, layers: Sequence[Layer], keys: Tensor, values: Tensor) -> None:
         """Take a token of each row, [all rows, kv_heads, 1, width], in the order of this buffer."""
-        slot = layers[0].window.tail
+        slot, one = layers[0].window.tail, layers[0]
+        few, held = slice(one.geometry.batch), self.rotated.planes["rotated"].device
+        admit(keys[few], values[few], one.policy, one.geometry, layer=one.layer, held=held)
         placed = turned(layers, keys, [layer.num_steps for layer in layers])
         for name, new in (("rotated", placed), ("values", values)):
             self.rotated.planes[name][:, :, slot : slot + 1] = new
@@ -97,11 +100,11 @@ class SharedBuffer:
             first = stop
 
     def select(self, layers: Sequence[Layer], query: Tensor) -> None:
-        """Let each row choose that has to."""
+        """Let those rows choose blocks whose time it is; layers that watch their queries are shown them."""
         first = 0
         for layer in layers:
             stop = first + layer.geometry.batch
-            if layer.selects:
+            if layer.selects or layer.watched.looks:
                 layer.select(query[first:stop])
             first = stop
 

@@ -306,7 +306,7 @@ class TransformersCache(Cache):
 
 
 def _why_not_crop(layer: Any, columns: int) -> str | None:
-    """Why the newest `columns` columns of `layer` cannot be removed exactly, or none if it knows no reason."""
+    """Why the newest `columns` columns of `layer` cannot be removed exactly, or None if it can be."""
     held = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else columns
     if columns > held:
         return f"the cache holds {held}"

@@ -39,7 +39,7 @@ class Affinity(Retriever):
     digest_bits: bits per channel of a digest, 1, 2, 3, 4 or 8 (see `packing.Packing`); None: digests are float32.
     rows: `each` row of a batch chooses for itself, or by the `mean` over the batch (the paper's).
     form: whether the `full` or the `compressed` keys of a block are digested (the paper's: compressed).
-    queries: how many evenly spaced queries are looked at; none: all. A query of zeros (a pad) changes no ranking.
+    queries: how many evenly spaced queries are looked at; None: all. A query of zeros (a pad) changes no ranking.
     """
 
     heads: Literal["mean", "per-kv"] = attrs.field(default="mean", validator=v.in_(("mean", "per-kv")))

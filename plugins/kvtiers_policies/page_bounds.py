@@ -20,7 +20,7 @@ class PageBounds(Retriever):
     The score is sum over channels c of max(q_c min_c, q_c max_c), and of these the maximum over the block's digests,
     over the queries, and over the query heads that share a KV head. A query of zeros (a pad) does not count.
 
-    digest_tokens: keys that one digest covers (none: the whole block). Quest's page is a block of 16 tokens.
+    digest_tokens: keys that one digest covers (None: the whole block). Quest's page is a block of 16 tokens.
     """
 
     digest_tokens: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(1)]))

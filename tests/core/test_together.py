@@ -167,3 +167,14 @@ def test_positions_of_rows_that_attend_together_are_asked_of_each_group():
     assert [context.origins.shape[2] for _, context in cache.contexts(0)] == [
         layer.attended for layer in cache.every_layer()
     ]
+
+
+def test_a_layer_that_watches_its_queries_is_shown_those_of_a_token_decoded_with_others():
+    sizes = {"compressor": ("top-tokens", {"by": "attention", "keep": 1, "window": 3}), "attend": "compressed"}
+    setting, cache = batch("archive", **sizes)
+    for step in range(14, 17):
+        now = setting.tokens.part(step, step + 1)
+        fed(cache, now)
+    latest = [layer.watched.latest for layer in cache.every_layer()]
+    assert all(x is not None and torch.equal(x[:, :, -1:], layer_query) for x, layer_query in zip(
+        latest, now.query.split(1), strict=True))  # fmt: skip
