@@ -46,7 +46,11 @@ def archive_holds(trial: testing.Trial) -> None:
 
 def tiles(trial: testing.Trial, context: Context) -> None:
     """Invariant 5, for a realigner that closes up: tiers and blocks of one size touch and do not overlap."""
-    window, mid, placed = trial.layer.window, trial.layer.mid, context.placed[..., 0].expand(context.keys.shape[:3])
+    window, mid, placed = (
+        trial.layer.window,
+        trial.layer.placed.mid,
+        context.placed[..., 0].expand(context.keys.shape[:3]),
+    )
     starts = [] if mid is None else list(mid.placed.double().expand(*placed.shape[:2], -1).unbind(-1))
     edges = [placed[..., window.sink - 1] + 1] if window.sink else []
     ends = [*edges, *(start + trial.policy.block_size for start in starts)]
