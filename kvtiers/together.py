@@ -126,11 +126,9 @@ class SharedBuffer:
 
 def can_share(layer: Layer) -> bool:
     """Whether all that attention reads of `layer` is keys and values."""
-    second = layer.placed.unrotated
-    return (second is None or second.planes.keys() == {"unrotated"}) and layer.window.planes.keys() == {
-        "rotated",
-        "values",
-    }
+    if any(window.planes.keys() != {"unrotated"} for window in layer.placed.windows()[1:]):
+        return False
+    return layer.window.planes.keys() == {"rotated", "values"}
 
 
 def turned(layers: Sequence[Layer], x: Tensor, steps: Sequence[int]) -> Tensor:

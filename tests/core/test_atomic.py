@@ -90,7 +90,7 @@ def taken(said: str, before: TieredCache, after: TieredCache) -> bool:
     ("how", "step"),
     [
         pytest.param("operation", 7, id="operations"),
-        pytest.param("line", 199, id="lines"),
+        pytest.param("line", 89, id="lines"),
         pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
         pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
     ],
@@ -107,7 +107,7 @@ def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(name: str, ho
         step=step,
         done=taken,
     )
-    assert tried > 10
+    assert tried * step > (50 if how == "operation" else 350), "fewer points than there are in these verbs"
 
 
 # ---------------------------------------------------------------- video
