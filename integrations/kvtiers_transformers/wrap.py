@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
-from kvtiers import Geometry, GeometryError, PaddingPattern, Policy, TieredCache, UnsupportedModelError
+from kvtiers import Geometry, PaddingPattern, Policy, TieredCache, UnsupportedModelError
+from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
 from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
 from kvtiers_transformers.rope import rotary_of
@@ -101,12 +102,12 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
             return  # the model has its own words for that
         mask = given.get("attention_mask")
         rows, columns = inputs.shape[:2]
-        _check_model(outline, cache)
-        _check_dtype(module, cache, inputs.device)
-        _check_mask(cache, mask, rows, columns)
+        check_model(outline, cache)
+        check_dtype(module, cache, inputs.device)
+        check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
         if cache.rotates:
-            _check_positions(given.get("position_ids"), mask, cache, rows)
+            check_positions(given.get("position_ids"), mask, cache, rows)
         cache.check_decoded()
         padding = None if mask is None else _padding(mask[:, -columns:].bool(), cache)
         cache.start(rows * columns if padding is None else padding.tokens)
@@ -155,82 +156,6 @@ def _outline(decoder: nn.Module) -> Outline:
         shapes=shapes,
         rope=str(getattr(config, "rope_parameters", None)),
     )
-
-
-def _check_model(wanted: Outline, cache: TransformersCache) -> None:
-    """Refuse a cache that was made for another kind of model."""
-    if cache.outline != wanted:
-        raise GeometryError(
-            f"this cache was made for another model, with {cache.outline}; this one has {wanted}; "
-            "make a cache with new_cache(model, ...)"
-        )
-
-
-def _check_dtype(decoder: nn.Module, cache: TransformersCache, device: torch.device) -> None:
-    """Refuse what would give keys of another dtype, before any layer takes them."""
-    held = {geometry.dtype for geometry in cache.core.geometries}
-    made = next(p.dtype for p in decoder.parameters() if p.is_floating_point())
-    if held != {made} or torch.is_autocast_enabled(device.type):
-        now = f"{made}, under torch.autocast" if torch.is_autocast_enabled(device.type) else str(made)
-        raise GeometryError(
-            f"this cache holds {', '.join(map(str, held))}, and the model computes in {now}; make a cache for the "
-            "model as it is, and instead of torch.autocast load it in the dtype that would be cast to"
-        )
-
-
-def _check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) -> None:
-    """Refuse a mask that is not one of padding, or that hides what the cache already holds."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UnsupportedModelError(
-            f"a tiered cache takes a padding mask of shape [batch, tokens], got {type(mask).__name__} of shape "
-            f"{tuple(getattr(mask, 'shape', ()))}; a custom 4D mask names slots that a tiered context does not have"
-        )
-    past, length = mask.shape[1] - columns, cache.get_seq_length()
-    if mask.shape[0] != rows or past not in (0, length):
-        raise UnsupportedModelError(
-            f"attention_mask is {tuple(mask.shape)} for {rows} rows of {columns} tokens after {length}; "
-            f"give one of {(rows, length + columns)}, or of {(rows, columns)} for these tokens alone"
-        )
-    if past == 0 or (columns == 1 and mask.device.type != "cpu"):
-        return  # while decoding on a GPU nobody waits for a mask
-    seen = mask[:, :past].bool().sum(1).tolist()
-    held = cache.core.layers[0].num_steps_by_row()
-    if held and seen != held:
-        raise UnsupportedModelError(
-            f"attention_mask says that the rows hold {seen} tokens of the past, but the cache holds {held}: padding is "
-            "told apart when it is seen, so give every forward the mask of its own tokens, and never hide them later"
-        )
-
-
-def _check_positions(positions: Any, mask: Tensor | None, cache: TransformersCache, rows: int) -> None:
-    """Refuse positions that a realigner would silently replace: those with jumps, within this forward or before it."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return
-    columns = positions.shape[-1]
-    if columns == 1 and positions.device.type != "cpu":
-        return  # while decoding on a GPU nobody waits for positions
-    valid = torch.ones_like(positions, dtype=torch.bool)
-    if mask is not None:
-        valid = valid & mask[:, -columns:].bool()
-    jumps = (positions.diff(dim=-1) != 1) & valid[:, 1:] & valid[:, :-1]
-    if bool(jumps.any()):
-        raise UnsupportedModelError(
-            "position_ids jump within this forward, and a realigner gives tokens positions of its own; "
-            "use realigner='original', which keeps the model's"
-        )
-    held = cache.core.layers[0].num_steps_by_row() or [0] * rows
-    first = valid.int().argmax(-1, keepdim=True)
-    begins = positions.expand(rows, -1).gather(1, first.expand(rows, -1))[:, 0].tolist()
-    for row, (begin, steps) in enumerate(zip(begins, held, strict=True)):
-        if begin != steps and bool(valid.expand(rows, -1)[row].any()):
-            raise UnsupportedModelError(
-                f"position_ids of row {row} begin at {begin}, but the cache holds {steps} tokens of it, and a realigner"
-                " gives tokens positions of its own. To go on, feed only the new tokens; to try again from an earlier "
-                "point, crop() the cache to it or go on from a fork(); or use realigner='original', which keeps the "
-                "model's positions"
-            )
 
 
 def _before_attention() -> Callable[..., Any]:
