@@ -64,7 +64,7 @@ def archive() -> Policy:
     return Policy(
         sinks=FirstSteps(),
         compressor=Keep(),
-        retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=2),
+        retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=3),
         realigner=Original(),
         archive=DeviceArchive(),
         codec=Exact(),
@@ -86,7 +86,7 @@ def packforcing_lm() -> Policy:
     return Policy(
         sinks=FirstSteps(),
         compressor=MeanPool(),
-        retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=2),
+        retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=3),
         realigner=Contiguous(),
         archive=HostArchive(),
         codec=Exact(),
