@@ -49,29 +49,45 @@ class Packing:
 
     def unpack(self, rows: UInt8[Tensor, "*rows width"], channels: int) -> Float[Tensor, "*rows channels"]:
         """The vectors that `rows` stand for, in float32."""
-        return turned_back(self._turned(rows, channels))
+        step, codes = self._steps_and_codes(rows, channels)
+        return turned_back(((codes.float() - self._middle) * step).mT)
 
     def products(
         self,
         query: Float[Tensor, "*heads queries channels"],
         rows: UInt8[Tensor, "*heads rows width"],
     ) -> Float[Tensor, "*heads queries rows"]:
-        """query . vector for every row, in float32. No more than 16 MiB are unpacked at a time."""
+        """query . vector for every row, in float32. No more than 16 MiB are unpacked at a time.
+
+        Queries are multiplied with the codes, and only the products with the steps.
+        """
         query, channels = turned(query.float()), query.shape[-1]
+        of_middle = query.sum(-1, keepdim=True) * self._middle
         at_once = max(1, _UNPACKED_AT_ONCE // (rows.shape[:-2].numel() * channels))
-        parts = [query @ self._turned(part, channels).mT for part in rows.split(at_once, dim=-2)]
+        parts = []
+        for part in rows.split(at_once, dim=-2):
+            step, codes = self._steps_and_codes(part, channels)
+            parts.append((query @ codes.float() - of_middle) * step)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def _turned(self, rows: UInt8[Tensor, "*rows width"], channels: int) -> Float[Tensor, "*rows channels"]:
-        """What `rows` stand for, still turned."""
-        step, *parts = rows.split([_SCALE_BYTES, *(_bytes(channels, part) for part in _PARTS[self.bits])], dim=-1)
-        codes, low = torch.zeros((), dtype=torch.uint8, device=rows.device), 0
-        for packed, part in zip(parts, _PARTS[self.bits], strict=True):
+    @property
+    def _middle(self) -> float:
+        """The code, between two, that stands for 0."""
+        return (int(2**self.bits) - 1) / 2
+
+    def _steps_and_codes(
+        self, rows: UInt8[Tensor, "*heads rows width"], channels: int
+    ) -> tuple[Float[Tensor, "*heads 1 rows"], UInt8[Tensor, "*heads channels rows"]]:
+        """The step of each row, and its codes, one column per row: bits are moved fastest where rows lie beside."""
+        step, columns = rows[..., :_SCALE_BYTES].contiguous(), rows[..., _SCALE_BYTES:].mT.contiguous()
+        codes, low = columns[..., :0, :], 0
+        sizes = [_bytes(channels, part) for part in _PARTS[self.bits]]
+        for packed, part in zip(columns.split(sizes, dim=-2), _PARTS[self.bits], strict=True):
             planes = [packed >> shift & 2**part - 1 for shift in range(0, 8, part)]
-            codes = codes | torch.cat(planes, dim=-1)[..., :channels] << low
+            bits = torch.cat(planes, dim=-2)[..., :channels, :]
+            codes = bits if low == 0 else codes | bits << low
             low += part
-        step = step.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
-        return torch.addcmul(step * (0.5 - 2 ** (self.bits - 1)), codes.float(), step)
+        return step.view(torch.bfloat16).float().mT, codes
 
 
 def _bytes(channels: int, bits: int) -> int:
