@@ -67,7 +67,7 @@ class Packing:
         parts = []
         for part in rows.split(at_once, dim=-2):
             step, codes = self._steps_and_codes(part, channels)
-            parts.append((query @ codes.float() - of_middle) * step)
+            parts.append((query @ codes.float()).sub_(of_middle).mul_(step))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @property
