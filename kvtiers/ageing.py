@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvtiers import events
 from kvtiers.blocks import Blocks, Extent, Form, run_of
+from kvtiers.checks import called
 from kvtiers.errors import SlotError
 from kvtiers.history import History
 from kvtiers.mid import Fetched, HeldBlocks, MidTokens
@@ -150,7 +151,7 @@ def check_made(
 ) -> None:
     """Raise `SlotError` unless a compressor made what is due. Looks at shapes, dtype and device alone."""
     compressor = history.policy.compressor
-    who = f"layer {history.layer}: {type(compressor).__name__}.{method}()"
+    who = called(history.layer, compressor, method)
     if compressor.given:
         who = f"layer {history.layer}: commit(compressed=...) for {type(compressor).__name__}"
     if not isinstance(made, Blocks):
@@ -188,7 +189,8 @@ def check_made(
             or any(a not in (1, b) for a, b in zip(shape, lead, strict=True))
             or shape[3] != lead[3]
         ):
-            raise SlotError(f"{who} made {name} {tuple(part.shape)}; due is {lead}, where the first three may be 1")
+            due = (*lead, axes) if ends else lead
+            raise SlotError(f"{who} made {name} {tuple(part.shape)}; due is {due}, where the first three may be 1")
         if part.device != keys.device:
             raise SlotError(f"{who} made {name} on {part.device}; due is {keys.device}, as keys are")
         if not part.is_floating_point():

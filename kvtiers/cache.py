@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,10 @@ class TieredCache:
 
         replace: in place of the current ones, which otherwise become history (video: a denoise step).
         """
-        for group in self.layers[layer].for_rows(keys.shape[0]):
-            group.layer.write(of_rows(keys, group.rows), of_rows(values, group.rows), replace=replace)
+        groups = self.layers[layer].for_rows(keys.shape[0])
+        with self.all_or_nothing() if len(groups) > 1 else nullcontext():
+            for group in groups:
+                group.layer.write(of_rows(keys, group.rows), of_rows(values, group.rows), replace=replace)
 
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
         """Let the policy choose which archived blocks are attended."""
@@ -338,10 +340,8 @@ class TieredCache:
 
     def tier_counts(self, layer: int = 0, row: int = 0) -> dict[str, int]:
         """How many steps of a row are in each tier, and how many a policy dropped."""
-        for group in self.layers[layer].groups:
-            if row in group.numbers():
-                return group.layer.tier_counts()
-        return {}
+        found = (group.layer for group in self.layers[layer].groups if row in group.numbers())
+        return next((one.tier_counts() for one in found), {})
 
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
         """The blocks of the row that has seen most, each with its tier."""

@@ -1,7 +1,7 @@
-"""Part of the conformance kit: the calls of a policy's methods, held to what is due beyond what a layer looks at.
+"""Part of the conformance kit: it checks every call of a policy's methods more closely than a layer does.
 
-A layer refuses wrong shapes, dtypes and devices. What needs a wait or a second call is looked at here: values, order,
-declared sizes, and that a call made again, of one row, of one block, or on another device gives the same.
+A layer refuses wrong shapes, dtypes and devices. The kit also looks at values, order and declared sizes. It makes each
+call again: with the same input, with one row of it, with one block of it, and on another device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,6 +79,27 @@ def wrapped(slots: Iterable[Any], wrap: Callable[[Any, str], Any], more: Iterabl
             if (original := getattr(kind, method, None)) is not None:
                 stack.enter_context(patch.object(kind, method, wrap(original, method)))
         yield
+
+
+@contextmanager
+def returning(compressor: Any) -> Iterator[None]:
+    """Raise `AssertionError` if `age` returns None at every call, and the compressor does not say that it drops."""
+    kept: list[bool] = []
+
+    def noted(original: Any, method: str) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            made = original(*args, **named)
+            kept.append(made is not None)
+            return made
+
+        return call if method == "age" else original
+
+    with wrapped([compressor], noted):
+        yield
+    who = f"{type(compressor).__name__}.age()"
+    silent = bool(kept) and not any(kept) and not compressor.drops
+    advice = "return what they become, or say drops = True"
+    require(not silent, 1, f"{who} returned None at every call, which drops the blocks; {advice}")
 
 
 class Calls:

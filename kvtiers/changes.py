@@ -32,9 +32,7 @@ def why_not_crop(layer: Layer, steps: int) -> str | None:
     if renewed and policy.refresh_steps > 1:
         return f"the selection was renewed at step {layer.selected_at}, by queries that would be gone"
     if steps < layer.together_at:
-        return (
-            f"the tokens up to step {layer.together_at} chose together what they attend, those that would go included"
-        )
+        return f"the tokens up to step {layer.together_at} chose what they attend together with tokens that would go"
     return None
 
 

@@ -12,6 +12,11 @@ from kvtiers.rotary import Rotary
 from kvtiers.slots import Placement
 
 
+def called(layer: int, part: object, method: str) -> str:
+    """The call of a policy's method, for messages: the layer, then plugin, class and method."""
+    return f"layer {layer}: {type(part).__module__}.{type(part).__name__}.{method}()"
+
+
 def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer: int) -> None:
     """Raise unless `policy` can serve a layer of `geometry` that rotates as `rotary` does."""
     compressor = policy.compressor
@@ -30,6 +35,15 @@ def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer
             f"recent = {policy.recent} steps cannot hold one of the blocks of {geometry.steps_per_commit}; give a "
             "recent of at least a block, or 0"
         )
+    counts = [(policy.retriever, "most", policy.retriever.most(policy.top_k))]
+    if "compressed" in policy.forms:
+        counts.append((compressor, "block_tokens", policy.block_tokens(geometry, "compressed")))
+    if policy.retriever.needs_digests and policy.archives:
+        tokens = policy.block_tokens(geometry, policy.retriever.digests)
+        counts.append((policy.retriever, "digest_bytes", policy.retriever.digest_bytes(tokens, geometry)))
+    for part, method, said in counts:
+        if not isinstance(said, int) or said < 0:
+            raise SlotError(f"{called(layer, part, method)} says {said!r}; due is a whole number of at least 0")
     policy.check_budget(geometry)
 
 

@@ -170,10 +170,12 @@ def _plan(shape: Shape, policies: tuple[str, ...]) -> None:
 
 
 def _presets_for(shape: Shape) -> list[str]:
-    """The presets for a model of this shape: for text those that cut a long forward into chunks, and `full`."""
+    """The presets for a model of this shape: for text those that cut a long forward into chunks, and those without a
+    bound."""
     found = {name: policy(name) for name in registry().names("policy")}
     text = {name for name, made in found.items() if made.chunk_size is not None}
-    return [name for name in found if name == "full" or (name in text) == shape.geometry.causal]
+    free = {name for name, made in found.items() if made.bound(shape.geometry) is None}
+    return [name for name in found if name in free or (name in text) == shape.geometry.causal]
 
 
 def _shape(model: str, **wanted: Any) -> Shape:
@@ -198,9 +200,6 @@ def _shape(model: str, **wanted: Any) -> Shape:
     raise PolicyError(f"no installed plugin knows a model {model!r}; known are: {known} {' '.join(reasons)}".rstrip())
 
 
-_NONE = ("recent", "chunk_size", "budget", "queries", "digest_tokens", "digest_bits")
-"""What may be none; elsewhere `none` is a name."""
-
 _WHOLE = re.compile("-?[0-9]+")
 
 
@@ -213,7 +212,7 @@ def _number(value: str, spec: str) -> int:
 
 
 def parse(spec: str) -> Policy:
-    """`name` or `name:setting=value,...`, as in `archive:top_k=8,retriever=affinity,retriever.heads=mean`."""
+    """`name` or `name:setting=value,...`, as in `NAME:top_k=8,retriever=NAME,retriever.OPTION=VALUE`."""
     name, _, settings = spec.partition(":")
     changes: dict[str, Any] = {}
     options: dict[str, dict[str, Any]] = {}
@@ -222,8 +221,7 @@ def parse(spec: str) -> Policy:
         if not equals:
             raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
         slot, dot, option = key.partition(".")
-        none = value == "none" and key.removeprefix("retriever.") in _NONE
-        meant = None if none else _number(value, spec) if _WHOLE.fullmatch(value) else value
+        meant = _number(value, spec) if _WHOLE.fullmatch(value) else value
         if dot:
             options.setdefault(slot, {})[option] = meant
         else:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from kvtiers.archive import BlockStore, ByteBudget
 from kvtiers.blocks import Blocks, Form, Selection
-from kvtiers.checks import check_decoded, check_encoded, check_returned
+from kvtiers.checks import called, check_decoded, check_encoded, check_returned
 from kvtiers.errors import GeometryError, SelectionError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.growing import Growing
@@ -86,7 +86,7 @@ class History(State):
         codec = self.policy.codec
         encoded = {form: codec.encode(blocks.keys.detach(), blocks.values.detach()) for form, blocks in forms.items()}
         for parts in encoded.values():
-            who, lead = f"layer {self.layer}: {type(codec).__name__}.encode()", self.wide
+            who, lead = called(self.layer, codec, "encode"), self.wide
             check_encoded(who, parts, (*lead, digested.count))
         count, placed = next(iter(forms.values())).count, kept["compressed"].span if "compressed" in kept else span
         digest = self._digested(digested, moment)
@@ -118,7 +118,7 @@ class History(State):
         archive = self.policy.archive
         made: object = archive.open(self.budget)
         if not isinstance(made, BlockStore):
-            who = f"layer {self.layer}: {type(archive).__name__}.open()"
+            who = called(self.layer, archive, "open")
             raise SlotError(f"{who} returned a {type(made).__name__}; due is a BlockStore")
         return made
 
@@ -139,8 +139,8 @@ class History(State):
         most = self.most_tokens[form]
         if blocks.tokens > most:
             raise GeometryError(
-                f"layer {self.layer}: {type(self.policy.compressor).__name__} made blocks of {blocks.tokens} tokens, "
-                f"and its compressed_tokens() says {most}"
+                f"{called(self.layer, self.policy.compressor, 'age')} made blocks of {blocks.tokens} tokens, and its "
+                f"compressed_tokens() says {most}"
             )
         return lengthened(blocks, most)
 
@@ -152,7 +152,7 @@ class History(State):
         if blocks.rotated is None:
             blocks = attrs.evolve(blocks, rotated=_rotated(blocks, moment))
         made, held = retriever.digest(blocks, moment), self.digests.data
-        what = f"layer {self.layer}: {type(retriever).__name__}.digest()"
+        what = called(self.layer, retriever, "digest")
         dtype = getattr(made, "dtype", None) if held is None else held.dtype
         shape = (*self.wide, blocks.count, None, None if held is None else held.shape[4])
         due = "[batch, kv_heads, blocks, digests, width]"
@@ -161,9 +161,9 @@ class History(State):
         most = self._most_digests(made, moment) if held is None else held.shape[3]
         if made.shape[3] > most:
             raise GeometryError(
-                f"{what} made {made.shape[3]} digests of a block of {blocks.tokens} tokens, and its digest_bytes() "
-                f"says {most} for the longest, {self.most_tokens[retriever.digests]} tokens; where blocks differ in "
-                "length it must tell the most"
+                f"{what} made {made.shape[3]} digests of {made.shape[4] * made.element_size()} bytes of a block of "
+                f"{blocks.tokens} tokens, and its digest_bytes() leaves room for {most} in the longest block, of "
+                f"{self.most_tokens[retriever.digests]} tokens; let it say the bytes of all digests of a block"
             )
         return pad(made, (0, 0, 0, most - made.shape[3]))
 
@@ -223,7 +223,7 @@ class History(State):
         wide = self.wide
         lead = tuple(1 if n == 1 else due for n, due in zip(getattr(scores, "shape", ()), wide, strict=False))
         check_returned(
-            f"layer {self.layer}: {type(retriever).__name__}.score()",
+            called(self.layer, retriever, "score"),
             scores,
             "[batch, kv_heads, archived], where the first two may be 1,",
             (*(lead if len(lead) == 2 else wide), self.count),
@@ -271,12 +271,8 @@ class History(State):
         """Keys and values of some blocks as the codec reads them back, [batch, kv_heads, chosen, tokens, width]."""
         codec, geometry, lead = self.policy.codec, self.geometry, (*index.shape, self.most_tokens[form])
         made = codec.decode(self.stores[form].read(index), geometry.dtype)
-        who, widths = f"layer {self.layer}: {type(codec).__name__}.decode()", (geometry.head_dim, geometry.value_dim)
+        who, widths = called(self.layer, codec, "decode"), (geometry.head_dim, geometry.value_dim)
         return check_decoded(who, made, lead, widths, geometry.dtype, index.device)
-
-    def offsets_at(self, form: Form, index: Int[Tensor, "#batch #kv_heads chosen"]) -> Tensor:
-        """Where the tokens of some blocks lie, [#batch, #kv_heads, #chosen, tokens, axes]."""
-        return self.tokens[form].offsets_at(index)
 
     def _fetch(self, form: Form, index: Tensor, one: Tensor) -> Fetched:
         """The blocks of `index`; `one` is the same, of one KV head if that stands for all."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtiers import ageing, events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Blocks, Extent
-from kvtiers.checks import admit, check_finite, check_layer, check_placement
+from kvtiers.checks import admit, called, check_finite, check_layer, check_placement
 from kvtiers.errors import SavedCacheError, SlotError
 from kvtiers.filled import check_filled
 from kvtiers.history import History
@@ -290,7 +290,7 @@ class Layer(LayerState):
                 recent=self.recent_start,
                 moment=self.moment(device),
             )
-            check_placement(f"layer {self.layer}: {type(realigner).__name__}.place()", placement, starts)
+            check_placement(called(self.layer, realigner, "place"), placement, starts)
         self.placed.place(mid, placement, recent=self.recent_start, now=self.committed_steps, current=self.current)
         self.stale = False
 

@@ -115,7 +115,7 @@ class LayerState(Undoable):
 
     @property
     def plain(self) -> bool:
-        """Whether one more token does nothing but come: it is no anchor, nothing leaves recent, and nobody watches."""
+        """Whether one more token is only appended: it is no anchor, nothing leaves recent, no attention is noted."""
         past = not self.due and self.num_steps >= self.timeline.sink and self.live is None
         return past and not (self.stale or self.check or self.watched.looks)
 

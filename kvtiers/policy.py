@@ -50,7 +50,7 @@ def _count(default: Any, minimum: int, *, optional: bool = False) -> Any:
                 f"{f' and at most {_MOST}' if large else ''}, got {_shown(value)}"
             )
 
-    return attrs.field(default=default, validator=check)
+    return attrs.field(default=default, validator=check, metadata={"optional": optional})
 
 
 @attrs.frozen(kw_only=True)

@@ -3,6 +3,7 @@
 import inspect
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,22 @@ KINDS: Mapping[str, type] = {
     "codec": Codec,
 }
 _FIELDS = tuple(field.name for field in attrs.fields(Policy))
+_DEFAULTS = {field.name: None if field.metadata.get("optional") else field.default for field in attrs.fields(Policy)}
 
 
 def policy(name: str | Policy, /, **changes: Any) -> Policy:
     """The preset `name` (or a policy at hand), with some settings or slots changed.
 
-    A slot is changed by name (`retriever="recency"`), by name with options (`retriever={"name": "affinity", "heads":
-    "mean"}` or `("affinity", {"heads": "mean"})`), or by an instance. Other keywords are fields of `Policy`, or an
-    option that one of the slots' choices has (`branches="hr"` where the compressor is `dual-branch`).
+    A slot is changed by name (`retriever="NAME"`), by name with options (`retriever={"name": "NAME", "OPTION": value}`
+    or `("NAME", {"OPTION": value})`), or by an instance. Other keywords are fields of `Policy`, or an option that one
+    of the slots' choices has. The text "none" stands for None where a setting may be None.
 
     Raises `UnknownPolicyError` for a name that is not installed, `PolicyError` for an unknown keyword, a value out of
     range or a compressor that would never act, `SlotError` for an instance of the wrong kind, `PluginError` if the
     plugin that provides a name is at fault.
     """
     start: Policy = name if isinstance(name, Policy) else _build("policy", name, {})
-    own = {key: _resolve(key, value) for key, value in changes.items() if key in _FIELDS}
+    own = {key: _resolve(key, _meant(value, _DEFAULTS[key])) for key, value in changes.items() if key in _FIELDS}
     made = attrs.evolve(start, **own)
     options = {key: value for key, value in changes.items() if key not in _FIELDS}
     made = _with_options(made, options, "a policy" if isinstance(name, Policy) else f"policy {name!r}")
@@ -56,8 +58,8 @@ def load_policy(path: str | PathLike[str]) -> Policy:
     """The policy that a TOML file describes.
 
     `policy = "..."` names the preset to start from; every other key is a change as in `policy(...)`, a slot
-    being a name (`retriever = "recency"`) or a table (`[retriever]` with `name` and options). TOML has no None: write
-    `"none"` for `recent`, `chunk_size` or `budget`. Errors are those of `policy(...)`, with the file named.
+    being a name (`retriever = "NAME"`) or a table (`[retriever]` with `name` and options). TOML has no None: write
+    "none". Errors are those of `policy(...)`, with the file named.
     """
     where = Path(path)
     try:
@@ -72,9 +74,8 @@ def load_policy(path: str | PathLike[str]) -> Policy:
             f'policy file {str(where)!r} must name the preset to start from, policy = "...", got {name!r}; '
             f"installed: {', '.join(registry().names('policy'))}"
         )
-    optional = {key: None for key, value in settings.items() if key not in SLOTS and value == "none"}
     try:
-        return policy(name, **settings | optional)
+        return policy(name, **settings)
     except RecursionError as error:
         raise PolicyError(f"policy file {str(where)!r} is nested too deeply; no option of a slot is a table") from error
     except (PolicyError, PluginError, SlotError) as error:
@@ -139,8 +140,10 @@ def _with_options(made: Policy, options: Mapping[str, Any], what: str) -> Policy
     changed = {}
     _refuse_enormous(what, options)
     for slot, values in of_slot.items():
+        old = getattr(made, slot)
+        defaults = {field.alias: field.default for field in attrs.fields(type(old))}
         try:
-            changed[slot] = attrs.evolve(getattr(made, slot), **values)
+            changed[slot] = attrs.evolve(old, **{key: _meant(said, defaults[key]) for key, said in values.items()})
         except (TypeError, ValueError) as error:
             raise PolicyError(f"{what} with {values}: {_first(error).rstrip('.')}") from error
     return attrs.evolve(made, **changed)
@@ -176,7 +179,7 @@ def _build(kind: str, name: str, options: Mapping[str, Any]) -> Any:
             )
     _refuse_enormous(f"{kind} {name!r}", options)
     try:
-        made = factory(**options)
+        made = factory(**{key: _meant(said, (allowed or {}).get(key)) for key, said in options.items()})
     except (TypeError, ValueError) as error:
         if kind == "policy":
             raise _fault(kind, name, f"failed: {explain(error)}") from error
@@ -201,15 +204,20 @@ def _first(error: Exception) -> str:
     return str(error.args[0]) if error.args else type(error).__name__
 
 
-def _options(factory: Any) -> tuple[str, ...] | None:
-    """The keywords that a factory takes; none if it takes any."""
+def _meant(value: Any, default: object) -> Any:
+    """None for the text "none", where that is the default of a setting."""
+    return None if default is None and isinstance(value, str) and value == "none" else value
+
+
+def _options(factory: Any) -> dict[str, object] | None:
+    """The keywords that a factory takes, with their defaults; None if it takes any."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # a factory written in C may have no signature
         return None
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
-    return tuple(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return {p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 
 def _describe_slot(slot: str, value: Any) -> dict[str, Any]:
@@ -237,14 +245,9 @@ def _describe_slot(slot: str, value: Any) -> dict[str, Any]:
 
 def _names_of(plugins: Registry, slot: str, made: type) -> list[str]:
     """The names of `slot` that may make a `made`: those whose factory is that class first, then factory functions."""
-    factories = {name: plugins.factory(slot, name) for name in plugins.names(slot) if _unique(plugins, slot, name)}
+    factories = {}
+    for name in plugins.names(slot):
+        with suppress(PluginError):
+            factories[name] = plugins.factory(slot, name)
     exact = [name for name, factory in factories.items() if factory is made]
     return exact + [name for name, factory in factories.items() if not isinstance(factory, type)]
-
-
-def _unique(plugins: Registry, slot: str, name: str) -> bool:
-    try:
-        plugins.factory(slot, name)
-    except PluginError:
-        return False
-    return True

@@ -176,7 +176,7 @@ class LayerRows:
     def _one_token(self, query: Tensor, keys: Tensor, values: Tensor) -> Iterator[Chunk]:
         """Write a token of every row, let those choose that have to, and attend all in one call.
 
-        Group by group where what a row just chose is weighed, for which the shared buffer has no plane.
+        Where a row just chose tokens that have a bias, groups attend one by one: the shared buffer holds no biases.
         """
         layers, shared = self.layers(), self.groups[0].shared
         if shared is None or not shared.holds(layers):

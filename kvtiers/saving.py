@@ -45,7 +45,10 @@ def save(
             rows = None if group.rows is None else group.rows.tolist()
             groups.append({"rows": rows, "batch": group.layer.geometry.batch, "state": about})
         said.append(groups)
-    about_all = json.dumps({"policies": outline, "layers": said, "extra": extra}, sort_keys=True)
+    try:
+        about_all = json.dumps({"policies": outline, "layers": said, "extra": extra}, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise SavedCacheError(f"extra must be plain data that JSON can hold: {error}") from error
     write_file(path, tensors, {"format": FORMAT, "about": about_all, "sha256": _checksum(tensors, about_all)})
 
 
@@ -55,14 +58,20 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     What a process that was killed while it wrote to the same folder has left there is removed.
     """
     try:
-        if (path.is_symlink() or path.exists()) and not stat.S_ISREG(path.lstat().st_mode):
-            kind = "a folder" if path.is_dir() else "a symbolic link" if path.is_symlink() else "no regular file"
-            raise SavedCacheError(f"{path} is {kind}, which would be replaced; give the path of a file")
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG  # it will be one
+    except (OSError, ValueError) as error:
+        raise SavedCacheError(f"{str(path)!r} is no path of a file: {error}") from error
+    if not stat.S_ISREG(mode):
+        kind = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}.get(stat.S_IFMT(mode), "no regular file")
+        raise SavedCacheError(f"{path} is {kind}, which would be replaced; give the path of a file")
+    try:
         for left, handle in left_behind(path.parent, f".{OURS}*.partial"):
             with os.fdopen(handle), suppress(OSError):
                 left.unlink(missing_ok=True)
         temporary, lock = locked(lambda: _temporary(path.parent))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SavedCacheError(f"{path} cannot be written: {error}; give a path in a folder that exists") from error
     try:
         save_file(dict(tensors), temporary, metadata=metadata)

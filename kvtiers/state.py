@@ -36,10 +36,9 @@ def broadcast() -> Any:
     return attrs.field(default=None, metadata={"state": "broadcast"})
 
 
-def shared(*, named: bool = False) -> Any:
-    """A tensor (or None) that does not differ by row; `named`: a mapping of names to such tensors."""
-    default: Any = attrs.Factory(dict) if named else None
-    return attrs.field(default=default, metadata={"state": "shared"})
+def shared() -> Any:
+    """A tensor (or None) that does not differ by row."""
+    return attrs.field(default=None, metadata={"state": "shared"})
 
 
 def part(default: Any = attrs.NOTHING, *, factory: Any = None) -> Any:

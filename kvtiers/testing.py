@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kvtiers.archive import Archive, BlockStore, ByteBudget, Codec
 from kvtiers.blocks import Context, Extent
-from kvtiers.calls import INVARIANTS, Calls, close, require, wrapped
+from kvtiers.calls import INVARIANTS, Calls, close, require, returning, wrapped
 from kvtiers.errors import CropError, InterruptedForwardError, KVTiersError, MissingExtraError, SavedCacheError
 from kvtiers.geometry import Geometry
 from kvtiers.plugins import registry
@@ -87,7 +87,8 @@ def check_compressor(factory: Callable[[], Compressor], *, video: bool = True, e
     says = [name for name in ("drops", "keeps", "given", "rewrites") if getattr(compressor, name)]
     if len(says) > 1:
         raise AssertionError(f"{type(compressor).__name__} says that it {' and that it '.join(says)}; say one")
-    _check_layers(_policies(compressor=compressor), examples, slots=["compressor"], video=video)
+    with returning(compressor):
+        _check_layers(_policies(compressor=compressor), examples, slots=["compressor"], video=video)
 
 
 def check_retriever(

@@ -21,8 +21,8 @@ class Timeline:
     `recent` until then; an unfinished block is recent. For video the grid is given: `cuts` are the ends of the
     committed blocks, in order, and `sink` is the end of the last block that is an anchor.
 
-    origin: where blocks are still to leave recent, and text's grid starts (None: where the sink ends); what is made to
-    leave before its time moves it to its end.
+    origin: the step from which blocks are still to leave recent, and at which the grid of text begins. None: where the
+    sink ends. When `compact` makes a block leave early, the origin moves to the end of that block.
     """
 
     sink: int = attrs.field(validator=_COUNT)
@@ -72,10 +72,6 @@ class Timeline:
             return max(first, self.cuts[past - 1]) if past else first
         return self.start + max(0, steps - self.recent - self.start) // self.block_size * self.block_size
 
-    def mid_blocks(self, steps: int) -> int:
-        """How many blocks are mid when `steps` steps are history."""
-        return sum(tier == "mid" for _, tier in self.layout(steps))
-
     def tier(self, step: int, steps: int) -> Tier:
         """The tier of one step when `steps` steps are history; later steps are current."""
         if step >= steps:
@@ -98,11 +94,6 @@ class Timeline:
             if steps and (not ends or ends[-1] < steps):
                 ends.append(steps)
         return [(Extent(a, b), self.tier(a, steps)) for a, b in zip([0, *ends], ends, strict=False)]
-
-    def aged(self, before: int, now: int) -> list[Extent]:
-        """The blocks that leave recent when history grows from `before` to `now` steps."""
-        first, stop = max(self.recent_start_at(before), self.sink), self.recent_start_at(now)
-        return self.blocks(first, stop)
 
     def blocks(self, start: int, stop: int) -> list[Extent]:
         """The blocks from `start` to `stop`; only the last may be cut short (text)."""

@@ -128,10 +128,6 @@ class Window(State):
     def slots(self) -> int:
         return next(iter(self.planes.values())).shape[2] if self.planes else 0
 
-    def tokens_by_tier(self) -> dict[str, int]:
-        """How many tokens of each tier are in the window; current ones count as recent."""
-        return {"sink": self.sink, "mid": self.mid, "recent": self.recent}
-
     def dump(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """As `State.dump`; slots in no use, and mid that is to be chosen anew, are saved as zeros."""
         tensors, about = super().dump()

@@ -67,7 +67,6 @@ def test_the_layout_tiles_history_and_tiers_come_in_order(timeline, seen):
     assert [order.index(tier) for _, tier in layout] == sorted(order.index(tier) for _, tier in layout)
     for extent, tier in layout:
         assert {timeline.tier(step, seen) for step in range(extent.start, extent.stop)} == {tier}
-    assert timeline.mid_blocks(seen) == sum(tier == "mid" for _, tier in layout)
 
 
 @given(timeline=text, seen=seen_counts)
@@ -83,8 +82,9 @@ def test_each_block_leaves_recent_exactly_once_however_history_grows(timeline, c
     if timeline.cuts is not None:
         counts = [max((cut for cut in timeline.cuts if cut <= count), default=0) for count in counts]
     counts = [0, *sorted(counts)]
-    left = [extent for a, b in itertools.pairwise(counts) for extent in timeline.aged(a, b)]
-    assert left == timeline.aged(0, counts[-1])
+    starts = [max(timeline.recent_start_at(count), timeline.sink) for count in counts]
+    left = [extent for a, b in itertools.pairwise(starts) for extent in timeline.blocks(a, b)]
+    assert left == timeline.blocks(starts[0], starts[-1])
     assert left == [extent for extent, tier in timeline.layout(counts[-1]) if tier == "mid"]
 
 

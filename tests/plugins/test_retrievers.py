@@ -318,7 +318,7 @@ def test_the_compressed_form_is_digested_by_its_own_keys_at_their_own_positions(
         layer.commit()
     index = torch.arange(layer.history.count).expand(1, 2, -1)
     keys, _ = layer.history.parts("compressed", index)
-    offsets = layer.history.offsets_at("compressed", index)
+    offsets = layer.history.tokens["compressed"].offsets_at(index)
     positions = offsets.double().expand(*keys.shape[:4], -1).clone()
     positions[..., 0] += layer.history.starts[:, None]
     if found.realigner.rotates:
