@@ -51,7 +51,7 @@ def check_hooks(transformer: Any) -> None:
     step_cache = getattr(transformer, "_cache_config", None)
     if step_cache is not None:
         raise UnsupportedModelError(
-            f"a step cache is enabled ({type(step_cache).__name__}), which skips layers or reuses what they gave, and a "
+            f"a step cache is enabled ({type(step_cache).__name__}); it skips layers or reuses what they gave, and a "
             "memory needs what every layer makes of every pass: disable_cache()"
         )
     for name, module in transformer.named_modules():
@@ -95,10 +95,10 @@ def check_block(transformer: Any, block: Tensor, text: Tensor) -> None:
             "give the prompt's embedding for each row of the block"
         )
     if not torch.is_autocast_enabled(block.device.type):
-        for name, given in (("a block", block), ("text", text)):
+        for name, given in (("block", block), ("text", text)):
             if given.dtype != dtype:
                 raise GeometryError(
-                    f"this model works in {dtype}, got {name} in {given.dtype}; give {name}.to(transformer.dtype)"
+                    f"this model works in {dtype}, got the {name} in {given.dtype}; give {name}.to(transformer.dtype)"
                 )
 
 

@@ -49,7 +49,7 @@ def _settings(module: nn.Module, held: list[Any]) -> Iterator[Hashable]:
     own = vars(module)
     held.append(module)
     yield id(module), own["training"], *own["_forward_pre_hooks"], *own["_forward_hooks"]
-    for name, value in own.items():
+    for name, value in list(own.items()):
         if name not in _INTERNAL:
             yield name, _plain(value, held)
 

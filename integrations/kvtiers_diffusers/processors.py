@@ -68,7 +68,7 @@ class _Processor(ABC):
 
     def __init__(self, layer: int, own: Any, switch: Switch) -> None:
         self.layer, self.own, self.switch = layer, own, switch
-        self._attention_backend = own._attention_backend
+        self._attention_backend, self._parallel_config = own._attention_backend, own._parallel_config
 
     def __call__(
         self,

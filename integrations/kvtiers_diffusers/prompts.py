@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
 from kvtiers_diffusers.fingerprint import Fingerprint
@@ -43,7 +44,7 @@ class Prompts:
             attn = block.attn2
             makers += [attn.to_kv] if attn.fused_projections else [attn.to_k, attn.to_v]
             makers.append(attn.norm_k)
-            around += [block, attn]
+            around += [unwrap_module(block), unwrap_module(attn)]
         if self._makers.changes(makers, around, kind):
             for _, held in self._held:
                 held.clear()
