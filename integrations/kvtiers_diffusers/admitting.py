@@ -94,7 +94,14 @@ def check_block(transformer: Any, block: Tensor, text: Tensor) -> None:
             f"text is [{block.shape[0]} rows (or 1), words, {config.text_dim}], got {tuple(text.shape)}; "
             "give the prompt's embedding for each row of the block"
         )
-    if not torch.is_autocast_enabled(block.device.type):
+    kind = block.device.type
+    if torch.is_autocast_enabled(kind):
+        if torch.get_autocast_dtype(kind) != dtype:
+            raise GeometryError(
+                f"torch.autocast to {torch.get_autocast_dtype(kind)} is on and this model works in {dtype}; load the "
+                "model in the dtype that it is to work in, and leave autocast out"
+            )
+    else:
         for name, given in (("block", block), ("text", text)):
             if given.dtype != dtype:
                 raise GeometryError(
