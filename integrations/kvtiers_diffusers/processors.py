@@ -154,9 +154,9 @@ class TieredSelfAttention(_Processor):
 
     def _reduced(self, now: Pass, reduced: Reduced, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's reduced tokens attend the context and one another, and are kept for when the block has aged."""
-        cache, layer = now.cache, self.layer
+        cache, layer, offsets = now.cache, self.layer, reduced.offsets.to(key.device)
         if not cache.policies[layer].realigner.rotates:
-            where = reduced.offsets.double().clone()
+            where = offsets.double().clone()
             where[:, 0] += cache.committed_steps
             table = now.rotary.table(where, key.dtype)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
@@ -164,7 +164,7 @@ class TieredSelfAttention(_Processor):
         now.compressed[layer] = Blocks(
             keys=key[:, :, None].clone(),  # not views that would hold all of the block's own until the commit
             values=value[:, :, None].clone(),
-            offsets=reduced.offsets[None, None, None],
+            offsets=offsets[None, None, None],
             starts=one,
             span=reduced.span,
         )
@@ -173,7 +173,7 @@ class TieredSelfAttention(_Processor):
         added = context.logit_bias(query.shape[1], query.dtype)
         if added is not None:
             added = torch.nn.functional.pad(added[..., history], (0, tokens))
-        query, key = own.place_beside(torch.cat([query, key], 1), reduced.offsets).chunk(2, 1)
+        query, key = own.place_beside(torch.cat([query, key], 1), offsets).chunk(2, 1)
         return self._attend(
             query,
             torch.cat([context.keys[:, :, history], key], 2),

@@ -33,10 +33,10 @@ class Prompts:
         self._held = [*self._held[1 - _KEPT :], (identity, held)]
         return held
 
-    def check_makers(self, transformer: Any, kind: str) -> None:
-        """Forget all keys and values if what makes them has changed: weights, adapters, settings, hooks.
+    def check_makers(self, transformer: Any, kind: str, *, look: bool) -> bool:
+        """Forget all keys and values if what makes them has changed: weights, adapters, settings, hooks; say whether.
 
-        kind: the kind of device that the transformer runs on.
+        kind: the kind of device that the transformer runs on. look: whether to compare some of the weights' numbers.
         """
         embedder = transformer.condition_embedder
         makers, around = [embedder.text_embedder], [transformer, embedder]
@@ -45,9 +45,11 @@ class Prompts:
             makers += [attn.to_kv] if attn.fused_projections else [attn.to_k, attn.to_v]
             makers.append(attn.norm_k)
             around += [unwrap_module(block), unwrap_module(attn)]
-        if self._makers.changes(makers, around, kind):
+        changed = self._makers.changes(makers, around, kind, look=look)
+        if changed:
             for _, held in self._held:
                 held.clear()
+        return changed
 
     @property
     def nbytes(self) -> int:

@@ -76,8 +76,10 @@ class Runner:
         check_hooks(self.transformer)
         self._own(cache)
         self._find_prompt(cache, text)
-        self.prompts.check_makers(self.transformer, block.device.type)
         now = None if reduced is not None or clean else self.further_step(cache, block)
+        kind = block.device.type
+        if self.prompts.check_makers(self.transformer, kind, look=now is None or kind == "cpu"):
+            now = None
         further = now is not None
         if now is None:
             now = self._pass(cache, block, reduced=reduced)

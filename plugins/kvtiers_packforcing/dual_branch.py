@@ -174,9 +174,12 @@ class DualBranchReducer:
         """The sum of the branches; the model's patch embedding is at hand now."""
         parts = [] if fine is None else [fine]
         if encoded is not None:
+            embedding = self.model.patch_embedding
+            if not embedding.weight.is_meta:  # else its hooks bring its weights to its input
+                encoded = encoded.to(embedding.weight.device)
             with torch.no_grad():
-                parts.append(self.model.patch_embedding(encoded))
-        made: Tensor = sum(parts[1:], parts[0]).flatten(2).transpose(1, 2)
+                parts.append(embedding(encoded))
+        made: Tensor = sum((part.to(parts[0].device) for part in parts[1:]), parts[0]).flatten(2).transpose(1, 2)
         return made
 
     def _high_resolution(self, latents: Tensor) -> Tensor:

@@ -85,6 +85,10 @@ def _other_data(model: Any) -> None:
     weight.data = weight.data * 3
 
 
+def _past_autograd(model: Any) -> None:
+    model.blocks[0].attn2.to_v.weight.data.mul_(3)
+
+
 def _exchanged(model: Any) -> None:
     part = model.blocks[0].attn2.to_v
     forward = part.forward
@@ -95,6 +99,7 @@ OTHERS: dict[str, Change] = {
     "a module is replaced": _replaced,
     "a hook scales": _scaled,
     "a weight gets other memory": _other_data,
+    "a weight is written past autograd": _past_autograd,
     "a forward is exchanged": _exchanged,
     "a setting changes": lambda model: setattr(model.blocks[0].attn2.norm_k, "eps", 10.0),
     "a weight is written in place": lambda model: model.blocks[1].attn2.norm_k.weight.mul_(2),
@@ -106,12 +111,11 @@ def test_hooks_settings_and_replaced_parts_are_noticed_by_the_next_step(change: 
     check(build(), change)
 
 
-def test_what_is_written_past_autograd_needs_to_be_said() -> None:
+def test_a_part_of_a_weight_that_is_written_past_autograd_needs_to_be_said() -> None:
     model, clip, text = build(), blocks(1)[0], prompt()
     with torch.no_grad(), tiered(model) as wan:
         wan.denoise(clip, 500.0, text)
-        model.blocks[0].attn2.to_v.weight.data.mul_(3)
-        assert (wan.denoise(clip, 500.0, text) - plain(model, clip, text)).abs().max() > 1e-3
+        model.blocks[0].attn2.to_v.weight.data[0, 1:] = 5.0
         wan.forget_prompts()
         assert (wan.denoise(clip, 500.0, text) - plain(model, clip, text)).abs().max() < 1e-5
 
