@@ -110,7 +110,8 @@ class CausalWan:
     ) -> Float[Tensor, "batch channels frames height width"]:
         """The flow that the model predicts for a noisy block, given what it remembers. Changes nothing that is stored.
 
-        timestep: 0 to 1,000, one for all rows or one each. text: the encoder's embedding of the prompt.
+        timestep: 0 to 1,000, one for all rows or one each, which may be repeated for the row's frames or tokens.
+        text: the encoder's embedding of the prompt.
 
         What is attended is chosen by the first step of a block, and anew where timesteps rise (tensors that are not on
         the CPU are not looked at).

@@ -36,6 +36,8 @@ def brought(model: nn.Module) -> Iterator[None]:
         if hook is not None:
             undo.callback(hook.group.offload_)
             hook.group.onload_()
+            if hook.group.stream is not None:
+                hook.group.stream.synchronize()
         yield
 
 

@@ -9,6 +9,7 @@ import attrs
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
 from kvtiers import Blocks, CurrentView, Rotary, TieredCache, UnsupportedModelError
@@ -68,7 +69,7 @@ class _Processor(ABC):
 
     def __init__(self, layer: int, own: Any, switch: Switch) -> None:
         self.layer, self.own, self.switch = layer, own, switch
-        self._attention_backend, self._parallel_config = own._attention_backend, own._parallel_config
+        self._attention_backend = own._attention_backend
 
     def __call__(
         self,
@@ -83,11 +84,7 @@ class _Processor(ABC):
         if now is None:
             own: Tensor = self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return own
-        if self._parallel_config is not None:
-            raise UnsupportedModelError(
-                "a tiered cache holds whole sequences and all heads, and this model splits them over devices "
-                "(context parallelism); load it without enable_parallelism()"
-            )
+        _check_whole(self)
         now.ran[self._place(now)] += 1
         attended = self._serve(now, attn, hidden_states, encoder_hidden_states)
         out: Tensor = attn.to_out[1](attn.to_out[0](attended.type_as(hidden_states)))
@@ -212,6 +209,15 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return split.transpose(1, 2)
 
 
+def _check_whole(processor: Any) -> None:
+    """Raise `UnsupportedModelError` for attention that is split over devices."""
+    if processor._parallel_config is not None:
+        raise UnsupportedModelError(
+            "a tiered cache holds whole sequences and all heads, and this model's attention splits them over devices "
+            "(context parallelism); load it anew, without enable_parallelism()"
+        )
+
+
 def _append(switch: Switch) -> Any:
     """Before the first block of the model: reduced tokens go along behind the full ones."""
 
@@ -251,6 +257,7 @@ _installing = RLock()
 
 def enable(transformer: Any) -> Switch:
     """Install the processors that let a `CausalWan` serve `transformer`. Until one does, it is exactly as before."""
+    transformer = unwrap_module(transformer)
     with _installing:
         state = _installed.get(transformer)
         if state is not None:
@@ -263,6 +270,7 @@ def enable(transformer: Any) -> Switch:
                     f"this model's attention goes through {type(processor).__name__}, whose arithmetic would be passed "
                     "over; kvtiers_diffusers serves diffusers' WanAttnProcessor: set_attn_processor(WanAttnProcessor())"
                 )
+            _check_whole(processor)
         switch = Switch()
         for layer, block in enumerate(transformer.blocks):
             for part, kind in ((block.attn1, TieredSelfAttention), (block.attn2, PromptAttention)):
@@ -277,6 +285,7 @@ def enable(transformer: Any) -> Switch:
 
 def disable(transformer: Any) -> None:
     """Undo one `enable`: the model's own processors are put back. Harmless on a model that is not enabled."""
+    transformer = unwrap_module(transformer)
     with _installing:
         state = _installed.get(transformer)
         if state is None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kvtiers import Rotary, RotaryError
+from kvtiers import Rotary, RotaryError, UnsupportedModelError
 from kvtiers_diffusers.offloading import brought, device_of
 
 _THETA = 10_000.0
@@ -15,7 +15,8 @@ _ROUNDED = 2e-4
 def rotary_of(transformer: Any) -> Rotary:
     """The rotary embedding of `transformer`, for positions without end (its own table has 1,024 frames).
 
-    Raises `RotaryError` if the model's table is not what Wan's formula gives, to the precision that the table has.
+    Raises `RotaryError` if the model's table is not what Wan's formula gives, to the precision that the table has, and
+    `UnsupportedModelError` if it has none yet.
     """
     rope: Any = transformer.rope
     axes, device = (rope.t_dim, rope.h_dim, rope.w_dim), device_of(transformer)
@@ -36,8 +37,12 @@ def _error(transformer: Any, rotary: Rotary, axis: int, device: torch.device) ->
     counts = [1, 1, 1]
     counts[axis] = transformer.rope.max_seq_len
     sizes = [count * patch for count, patch in zip(counts, transformer.config.patch_size, strict=True)]
-    with brought(transformer):
+    with brought(transformer), brought(transformer.rope):
         own = transformer.rope(torch.empty(1, 1, 1, 1, 1, device=device).expand(1, 1, *sizes))
+    if own[0].is_meta:
+        raise UnsupportedModelError(
+            "this model's weights were never made (they are on the device meta); load them first"
+        )
     positions = torch.zeros(counts[axis], len(counts), device=device)
     positions[:, axis] = torch.arange(counts[axis], device=device)
     cos, sin = rotary.table(positions)

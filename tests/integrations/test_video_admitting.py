@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 24, "nu
         pytest.param(lambda: diffusers.LTXVideoTransformer3DModel(**SMALL), "got LTXVideoTransformer", id="another"),
         pytest.param(lambda: torch.nn.DataParallel(build()), "got DataParallel.*the model itself", id="in a wrapper"),
         pytest.param(lambda: None, "got NoneType", id="none"),
+        pytest.param(lambda: build().to("meta"), "weights were never made", id="without weights"),
     ],
 )
 def test_models_of_another_kind_are_refused_by_name(made: Callable[[], Any], message: str) -> None:
