@@ -40,10 +40,8 @@ class Fingerprint:
         for root in roots:
             for module in root.modules():
                 known += _settings(module, held)
-                for tensor in (*module._parameters.values(), *module._buffers.values()):
-                    if tensor is not None:
-                        known.append(_state(tensor, held))
-                        tensors.append(tensor)
+            tensors += [*root.parameters(), *root.buffers()]
+        known += [_state(tensor, held) for tensor in tensors]
         changed = known != self._known
         self._known, self._held = known, held
         if look:

@@ -44,8 +44,8 @@ def brought(model: nn.Module) -> Iterator[None]:
 def hidden_weights(model: nn.Module) -> str | None:
     """Why what is written to the weights of `model` would not be what its forward reads; None if it would."""
     for name, module in model.named_modules():
-        tensors = [*module._parameters.values(), *module._buffers.values()]
-        if any(tensor is not None and tensor.is_meta for tensor in tensors):
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(tensor.is_meta for tensor in tensors):
             return f"those of {name or 'the model'} are kept elsewhere (accelerate's offload), or were never made"
         hook = group_offload(module)
         if hook is None:
