@@ -20,6 +20,10 @@ def rotary_of(transformer: Any) -> Rotary:
     """
     rope: Any = transformer.rope
     axes, device = (rope.t_dim, rope.h_dim, rope.w_dim), device_of(transformer)
+    if device.type == "meta":
+        raise UnsupportedModelError(
+            "this model's weights were never made (they are on the device meta); load them first"
+        )
     frequencies = [_THETA ** -(torch.arange(0, n, 2, dtype=torch.float64, device=device) / n) for n in axes]
     rotary = Rotary(frequencies, layout="interleaved", angle_dtype=torch.float64)
     error = max(_error(transformer, rotary, axis, device) for axis in range(len(axes)))
@@ -39,10 +43,6 @@ def _error(transformer: Any, rotary: Rotary, axis: int, device: torch.device) ->
     sizes = [count * patch for count, patch in zip(counts, transformer.config.patch_size, strict=True)]
     with brought(transformer), brought(transformer.rope):
         own = transformer.rope(torch.empty(1, 1, 1, 1, 1, device=device).expand(1, 1, *sizes))
-    if own[0].is_meta:
-        raise UnsupportedModelError(
-            "this model's weights were never made (they are on the device meta); load them first"
-        )
     positions = torch.zeros(counts[axis], len(counts), device=device)
     positions[:, axis] = torch.arange(counts[axis], device=device)
     cos, sin = rotary.table(positions)
