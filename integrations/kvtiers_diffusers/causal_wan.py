@@ -7,10 +7,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import WanTransformer3DModel
 from diffusers.utils.torch_utils import unwrap_module
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 import kvtiers
 from kvtiers import (
@@ -64,7 +63,7 @@ class CausalWan:
 
     def __init__(
         self,
-        transformer: WanTransformer3DModel,
+        transformer: nn.Module,
         policy: str | Path | Policy = "full",
         *,
         vae: Any = None,
@@ -339,9 +338,7 @@ class CausalWan:
 
 
 @contextmanager
-def tiered(
-    transformer: WanTransformer3DModel, policy: str | Path | Policy = "full", **options: Any
-) -> Iterator[CausalWan]:
+def tiered(transformer: nn.Module, policy: str | Path | Policy = "full", **options: Any) -> Iterator[CausalWan]:
     """A `CausalWan` over `transformer`, which is restored when the `with` block ends, however it ends."""
     wan = CausalWan(transformer, policy, **options)
     try:

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
     LayerSkipConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -25,7 +26,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from kvtiers import UnsupportedModelError
-from kvtiers_diffusers import CausalWan, tiered
+from kvtiers_diffusers import CausalWan, CausalWanPipeline, tiered
 from kvtiers_packforcing.network import HighResolution
 from tiny_wan import blocks, build, prompt, vae
 
@@ -114,6 +115,30 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
 def test_a_model_that_is_kept_elsewhere_makes_the_same_video(offload: str, video: list[Tensor], tmp_path: Path) -> None:
     kept = kept_video(tmp_path, OFFLOADS[offload])
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(kept, video, strict=True))
+
+
+PIPELINES: dict[str, Callable[[Any, Path], None]] = {
+    "whole models": lambda pipe, _: pipe.enable_model_cpu_offload(device="cpu"),
+    "groups of leaves from disk": _grouped("leaf_level", disk=True),
+}
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_is_kept_elsewhere_makes_the_same_video(tmp_path: Path) -> None:
+    def made(change: Callable[[Any, Path], None] | None) -> Tensor:
+        pipe = CausalWanPipeline(vae=vae(), transformer=build(), scheduler=FlowMatchEulerDiscreteScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        if change is not None:
+            change(pipe, tmp_path)
+        frames: Tensor = pipe(
+            prompt_embeds=prompt(), num_frames=17, height=64, width=64, block_frames=2, timesteps=(1000, 500),
+            generator=torch.Generator().manual_seed(0), output_type="pt", **ROLLING,
+        ).frames  # fmt: skip
+        return frames
+
+    wanted = made(None)
+    for name, change in PIPELINES.items():
+        assert torch.equal(made(change), wanted), name
 
 
 # ---------------------------------------------------------------- layers that do not run
