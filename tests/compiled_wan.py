@@ -1,5 +1,5 @@
 """Make a video with a compiled and with a plain model; print, for each policy, how far they are apart, and how many
-graphs had been compiled after each block.
+graphs had been compiled after each block. The model is compiled in place, by `torch.compile`, or block by block.
 
     python tests/compiled_wan.py
 """
@@ -37,6 +37,8 @@ def videos(weights: str) -> list[tuple[str, dict[str, Any], list[Tensor]]]:
     uneven = [blocks(1, frames=frames, seed=seed, **SIZE)[0] for seed, frames in enumerate(LENGTHS)]
     return [
         ("archive/contiguous", ROLLING, blocks(11)),
+        ("archive/contiguous/function", ROLLING, blocks(11)),
+        ("archive/contiguous/blocks", ROLLING, blocks(11)),
         ("sink-rolling-window/original", ROLLING, blocks(11)),
         ("packforcing/contiguous", {**PACKED, "compressor": compressor}, even),
         (
@@ -57,8 +59,12 @@ def compare(name: str, changes: dict[str, Any], clips: list[Tensor]) -> tuple[fl
     counts = []
     for compiled in (False, True):
         model, found = build(), []
-        with tiered(model, policy, realigner=realigner, **changes) as wan:
-            if compiled:
+        made = torch.compile(model, fullgraph=True, backend=counter) if compiled and "function" in name else model
+        if compiled and "blocks" in name:
+            for number, block in enumerate(model.blocks):
+                model.blocks[number] = torch.compile(block, fullgraph=True, backend=counter)
+        with tiered(made, policy, realigner=realigner, **changes) as wan:
+            if compiled and made is model and "blocks" not in name:
                 model.compile(fullgraph=True, backend=counter)
             for clip in clips:
                 found += [wan.denoise(clip, timestep, text) for timestep in (900.0, 600.0, 300.0)]

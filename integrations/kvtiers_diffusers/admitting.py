@@ -3,22 +3,68 @@
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from kvtiers import GeometryError, TieredCache, UnsupportedModelError
 
+_HARMLESS = (
+    "group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "layerwise_casting",
+    "peft_autocast_disable",
+)  # fmt: skip
+"""diffusers' hooks that change where weights are, or in which dtype, and nothing else."""
+
 
 def check_model(transformer: Any) -> None:
-    """Raise `UnsupportedModelError` for a Wan that attends images, or whose tokens span several latent frames."""
-    config = transformer.config
+    """Raise `UnsupportedModelError` for what is no plain Wan of text to video, and for one that other tools split or
+    let skip layers."""
+    if not isinstance(transformer, WanTransformer3DModel):
+        raise UnsupportedModelError(
+            f"kvtiers_diffusers serves diffusers' WanTransformer3DModel, got {type(transformer).__name__}; of a "
+            "pipeline give its transformer, of a model in a wrapper (PEFT, data parallel) the model itself"
+        )
+    model: Any = transformer
+    config = model.config
     if config.added_kv_proj_dim is not None or config.image_dim is not None:
         raise UnsupportedModelError(
             "this Wan attends an image beside the prompt (image to video); kvtiers_diffusers serves text to video"
+        )
+    if config.out_channels not in (None, config.in_channels):
+        raise UnsupportedModelError(
+            f"this Wan takes {config.in_channels} channels and gives {config.out_channels}: it wants more than noise "
+            "and a prompt (an image, a mask, a control video); kvtiers_diffusers serves text to video"
         )
     if config.patch_size[0] != 1:
         raise UnsupportedModelError(
             f"patch_size is {tuple(config.patch_size)}: a token must belong to one latent frame, so the first must be 1"
         )
+    check_hooks(transformer)
+
+
+def check_hooks(transformer: Any) -> None:
+    """Raise `UnsupportedModelError` for a model that is split over devices, or whose hooks may skip a layer."""
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise UnsupportedModelError(
+            "this model is split over devices (enable_parallelism), and a tiered cache holds whole sequences and all "
+            "heads; load the model anew, and do not split it before or while it is tiered"
+        )
+    step_cache = getattr(transformer, "_cache_config", None)
+    if step_cache is not None:
+        raise UnsupportedModelError(
+            f"a step cache is enabled ({type(step_cache).__name__}); it skips layers or reuses what they gave, and a "
+            "memory needs what every layer makes of every pass: disable_cache()"
+        )
+    for name, module in transformer.named_modules():
+        registry = vars(module).get("_diffusers_hook")
+        if registry is None:
+            continue
+        for hook in registry.hooks:
+            if hook not in _HARMLESS:
+                raise UnsupportedModelError(
+                    f"diffusers' hook {hook!r} is on {name or 'the model'}; hooks of its kind skip layers, reuse what "
+                    "they gave or split the sequence, and a memory needs what every layer makes of every pass: remove "
+                    "it, or load the model anew"
+                )
 
 
 def check_gradients(transformer: Any) -> None:
@@ -30,8 +76,9 @@ def check_gradients(transformer: Any) -> None:
         )
 
 
-def check_block(config: Any, block: Tensor, text: Tensor) -> None:
-    """Raise `GeometryError` for latents or a prompt that a model of this configuration does not take."""
+def check_block(transformer: Any, block: Tensor, text: Tensor) -> None:
+    """Raise `GeometryError` for latents or a prompt that this model does not take."""
+    config, dtype = transformer.config, transformer.dtype
     high, wide = config.patch_size[1:]
     if block.dim() != 5 or block.shape[1] != config.in_channels:
         raise GeometryError(
@@ -47,6 +94,19 @@ def check_block(config: Any, block: Tensor, text: Tensor) -> None:
             f"text is [{block.shape[0]} rows (or 1), words, {config.text_dim}], got {tuple(text.shape)}; "
             "give the prompt's embedding for each row of the block"
         )
+    kind = block.device.type
+    if torch.is_autocast_enabled(kind):
+        if torch.get_autocast_dtype(kind) != dtype:
+            raise GeometryError(
+                f"torch.autocast to {torch.get_autocast_dtype(kind)} is on and this model works in {dtype}; load the "
+                "model in the dtype that it is to work in, and leave autocast out"
+            )
+    else:
+        for name, given in (("block", block), ("text", text)):
+            if given.dtype != dtype:
+                raise GeometryError(
+                    f"this model works in {dtype}, got the {name} in {given.dtype}; give {name}.to(transformer.dtype)"
+                )
 
 
 def check_continues(cache: TieredCache, block: Tensor, grid: tuple[int, int], *, even: bool) -> None:
@@ -70,15 +130,29 @@ def check_continues(cache: TieredCache, block: Tensor, grid: tuple[int, int], *,
         )
 
 
-def by_row(block: Tensor, timestep: float | int | Tensor) -> Tensor:
-    """The timestep of each row of `block`. Raises `GeometryError` unless it is 0 to 1,000, one or one for each row."""
+def by_row(block: Tensor, timestep: float | int | Tensor, tokens: int = 0) -> Tensor:
+    """The timestep of each row of `block`. Raises `GeometryError` unless it is 0 to 1,000, and one, one for each row,
+    or the same for each of a row's frames or tokens.
+
+    tokens: how many a row of the block has.
+    """
     known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
     if known and not bool(((torch.as_tensor(timestep) >= 0) & (torch.as_tensor(timestep) <= 1000)).all()):
         raise GeometryError(f"timesteps are 0 (clean) to 1000 (noise), got {timestep}")
+    rows, frames = block.shape[0], block.shape[2]
     if not isinstance(timestep, Tensor):
-        return torch.full((block.shape[0],), float(timestep), device=block.device)
-    if timestep.numel() not in (1, block.shape[0]):
+        return torch.full((rows,), float(timestep), device=block.device)
+    if timestep.dim() == 2 and timestep.shape[0] in (1, rows) and timestep.shape[1] in (frames, tokens):
+        first = timestep[:, :1]
+        if not bool((timestep == first).all()):
+            raise GeometryError(
+                f"timestep has {timestep.shape[1]} entries a row that differ (image to video, or frames of different "
+                "noise); all of a block are denoised together here: give one number a row"
+            )
+        timestep = first
+    if timestep.numel() not in (1, rows):
         raise GeometryError(
-            f"timestep is one number, or one for each of {block.shape[0]} rows, got {tuple(timestep.shape)}"
+            f"timestep is one number, or one for each of {rows} rows (or the same for each of a row's {frames} frames "
+            f"or {tokens} tokens), got {tuple(timestep.shape)}"
         )
-    return timestep.to(block.device, torch.float32).reshape(-1).expand(block.shape[0])
+    return timestep.to(block.device, torch.float32).reshape(-1).expand(rows)

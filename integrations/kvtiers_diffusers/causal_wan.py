@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import WanTransformer3DModel
+from diffusers.utils.torch_utils import unwrap_module
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 import kvtiers
 from kvtiers import (
@@ -26,6 +27,7 @@ from kvtiers import (
 )
 from kvtiers_diffusers.admitting import by_row, check_block, check_continues, check_model
 from kvtiers_diffusers.graph_layer import GraphLayer
+from kvtiers_diffusers.offloading import device_of
 from kvtiers_diffusers.processors import disable
 from kvtiers_diffusers.reducing import Reducer
 from kvtiers_diffusers.running import Runner
@@ -44,7 +46,8 @@ class CausalWan:
     step of a block, which chooses what is attended, and its clean pass run as they are. The other steps run compiled,
     and no longer recompile once what is attended has its full length.
 
-    transformer: a `WanTransformer3DModel` as diffusers ships it. `close()` gives it back as it was.
+    transformer: a `WanTransformer3DModel` as diffusers ships it, or what `torch.compile` made of one. `close()` gives
+        it back as it was.
     policy: the name of a preset, the path of a .toml file, or a `kvtiers.Policy`. Further keywords change its settings.
     vae: the model's `AutoencoderKLWan`, which a policy needs that compresses blocks by their pixels.
     compressor_network: trained weights for the policy's compressor, instead of those that its settings name.
@@ -60,7 +63,7 @@ class CausalWan:
 
     def __init__(
         self,
-        transformer: WanTransformer3DModel,
+        transformer: nn.Module,
         policy: str | Path | Policy = "full",
         *,
         vae: Any = None,
@@ -71,7 +74,7 @@ class CausalWan:
         keep_graph: bool = False,
         **changes: Any,
     ) -> None:
-        self.transformer = cast(Any, transformer)  # diffusers' models say little about their own types
+        self.transformer = cast(Any, unwrap_module(transformer))  # diffusers' models say little about their own types
         check_model(self.transformer)
         layers = list(range(len(self.transformer.blocks)))
         self.policies = kvtiers.resolve(policy, layers=layers, **changes)
@@ -79,14 +82,14 @@ class CausalWan:
             raise GeometryError(f"block_frames is a whole number of at least 1, or none, got {block_frames!r}")
         self.block_frames, self.even, self.check, self.keep_graph = block_frames, even, check, keep_graph
         self.cache: TieredCache | None = None
-        self._committed, self._committed_frames = TensorIdentity(content=True), 0
+        self._committed, self._committed_frames = TensorIdentity(), 0
         self._unfinished = False
         self._compressed: list[Blocks | None] = []
         """By layer, the compressed form of the block that is being committed."""
         self._last_timestep: float | None = None
         compressor = self.policies[0].compressor
         self.sources = Sources(compressor, self.transformer, vae, compressor_network)
-        self.runner = Runner(self.transformer)
+        self.runner = Runner(transformer)
         self.rotary = self.runner.rotary
         self._closed = False
         if keep_graph and self.sources.reducer is None:
@@ -106,15 +109,15 @@ class CausalWan:
     ) -> Float[Tensor, "batch channels frames height width"]:
         """The flow that the model predicts for a noisy block, given what it remembers. Changes nothing that is stored.
 
-        timestep: 0 to 1,000, one for all rows or one each. text: the encoder's embedding of the prompt (under inference
-            mode, one that is changed in place is taken for unchanged).
+        timestep: 0 to 1,000, one for all rows or one each, which may be repeated for the row's frames or tokens.
+        text: the encoder's embedding of the prompt.
 
         What is attended is chosen by the first step of a block, and anew where timesteps rise (tensors that are not on
         the CPU are not looked at).
         """
-        times = by_row(block, timestep)
         with self._undo_on_error():
             self._admit(block, text)
+            times = by_row(block, timestep, prod(self.runner.grid(block)) * block.shape[2])
             self._finish()
             self._begin_again(timestep)
             return self.runner.run(self._filled, block, times, text)[0]
@@ -196,7 +199,7 @@ class CausalWan:
         """Check a block against the model and the video so far; the first one gives the video its size."""
         if self._closed:
             raise UnsupportedModelError("this CausalWan was closed; make a new one")
-        check_block(self.transformer.config, block, text)
+        check_block(self.transformer, block, text)
         grid = self.runner.grid(block)
         if self.cache is None:
             self.cache = self._cache_of(grid, self.block_frames or block.shape[2], even=self.even)
@@ -215,8 +218,10 @@ class CausalWan:
     def forget_prompts(self) -> None:
         """Project prompts anew from here on.
 
-        The first step of a block notices weights that were changed in place, as optimisers and loaders do, and modules
-        that were replaced; it does not notice what is written past autograd (`.data`), or a setting of a module.
+        Every step notices by itself weights that were changed in place, as optimisers and loaders do, modules that were
+        replaced, adapters that were switched, scaled, merged or removed, and hooks. What is written past autograd, as
+        `weight.data.copy_(other)` is, shows in the numbers alone. Of those, diagonals are compared, by every step on a
+        CPU, and elsewhere by the first step of a block and by its clean pass: call this where that is not enough.
         """
         self.runner.forget_prompts()
 
@@ -297,7 +302,7 @@ class CausalWan:
             raise SavedCacheError(f"{where} does not say {', '.join(sorted(missing))} of its video; save it again")
         cache = self._cache_of(tuple(video["grid"]), video["block_frames"], even=video["even"])
         beside: dict[str, Tensor] = {}
-        cache.load(where, device=self.transformer.device, beside=beside)
+        cache.load(where, device=device_of(self.transformer), beside=beside)
         before = self.sources.remembered()
         try:
             self.sources.restore(beside)
@@ -333,9 +338,7 @@ class CausalWan:
 
 
 @contextmanager
-def tiered(
-    transformer: WanTransformer3DModel, policy: str | Path | Policy = "full", **options: Any
-) -> Iterator[CausalWan]:
+def tiered(transformer: nn.Module, policy: str | Path | Policy = "full", **options: Any) -> Iterator[CausalWan]:
     """A `CausalWan` over `transformer`, which is restored when the `with` block ends, however it ends."""
     wan = CausalWan(transformer, policy, **options)
     try:

@@ -1,5 +1,6 @@
 """Loading checkpoints of causal Wan models, as Self-Forcing and its kin publish them, into diffusers' own model."""
 
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers.utils.torch_utils import unwrap_module
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kvtiers import UnsupportedModelError
+from kvtiers_diffusers.offloading import hidden_weights
 
 _INSIDE = ("generator_ema", "generator", "model", "state_dict")
 """What a checkpoint may keep its weights under; the first that is there, and not empty, is taken."""
@@ -18,17 +21,25 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.
 """What training wrappers put anywhere in a name."""
 _MOST_UNPACKED = 4
 """How many times larger than its file a checkpoint may be."""
-_PREFIXES = ("model.", "module.")
+_PREFIXES = ("model.", "module.", "diffusion_model.")
 
 
 def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
     """Load the weights at `path` (.safetensors, or .pt read with `weights_only=True`) into a `WanTransformer3DModel`.
 
-    Wan's original names and diffusers' are both understood, and the names that training wrappers add. Raises
-    `UnsupportedModelError`, naming them, if keys are missing or unexpected or weights are not finite, and changes
-    nothing then.
+    path: one file, the .index.json of several, or a folder with either. Wan's original names and diffusers' are both
+    understood, and the names that wrappers add. Raises `UnsupportedModelError`, naming them, if keys are missing or
+    unexpected or weights are not finite, and if the model is offloaded so that it would not run with what is written;
+    it changes nothing then.
     """
-    weights = {_stripped(key): part for key, part in _read(Path(path)).items()}
+    transformer = unwrap_module(transformer)
+    hidden = hidden_weights(transformer)
+    if hidden is not None:
+        raise UnsupportedModelError(
+            f"weights written to this {type(transformer).__name__} would not be those that it runs with: {hidden}; "
+            "load the checkpoint first, and let the model be offloaded after that"
+        )
+    weights = {_stripped(key): part for key, part in _weights(Path(path)).items()}
     if any(".self_attn." in key for key in weights):
         weights = convert_wan_transformer_to_diffusers(weights)
     own = transformer.state_dict()
@@ -52,6 +63,58 @@ def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
             "checkpoint of a training that has diverged"
         )
     transformer.load_state_dict(weights, strict=True)
+    lost = [key for key, part in transformer.state_dict().items() if not _same(part, weights[key])]
+    if lost:
+        raise UnsupportedModelError(
+            f"{len(lost)} weights of this {type(transformer).__name__} are not what was written to them: "
+            f"{_some(lost)}; some are written now and some are not, so load the model anew, and the checkpoint before "
+            "anything else"
+        )
+
+
+def _same(written: Tensor, given: Tensor) -> bool:
+    return not written.is_meta and torch.equal(written, given.to(written))
+
+
+def _weights(path: Path) -> Mapping[str, Tensor]:
+    """The weights in one file, or in the shards that an index names, which may be given by their folder."""
+    if path.is_dir():
+        path = _index_in(path)
+    if not path.name.endswith(".index.json"):
+        return _read(path)
+    try:
+        places: Any = json.loads(path.read_text())["weight_map"]
+        files = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{path} cannot be read as the index of a checkpoint: {error}; it must hold a weight_map of names to files"
+        ) from error
+    outside = [name for name in files if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise UnsupportedModelError(f"{path} names {outside[0]!r}, and its shards must lie beside it")
+    absent = [name for name in files if not (path.parent / name).is_file()]
+    if absent:
+        raise UnsupportedModelError(f"{path} names {len(absent)} files that are not there: {_some(absent)}; get them")
+    found = {name: _read(path.parent / name) for name in files}
+    lacking = [key for key, name in places.items() if key not in found[name]]
+    if lacking:
+        raise UnsupportedModelError(
+            f"{len(lacking)} weights are not in the files that {path} names for them: {_some(lacking)}; get them again"
+        )
+    return {key: found[name][key] for key, name in places.items()}
+
+
+def _index_in(folder: Path) -> Path:
+    """What a folder holds: one index, or one file of weights."""
+    for pattern in ("*.index.json", "*.safetensors", "*.pt"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UnsupportedModelError(
+                f"{folder} holds {len(found)} files {pattern}: {_some([path.name for path in found])}; name the one"
+            )
+    raise UnsupportedModelError(f"{folder} holds no .index.json, .safetensors or .pt; name the checkpoint's file")
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 import attrs
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
 from kvtiers import Blocks, CurrentView, Rotary, TieredCache, UnsupportedModelError
@@ -27,9 +29,28 @@ class Pass:
     """By layer, what the clean pass made of the reduced tokens; handed over with the commit."""
     reduced: Reduced | None = None
     """Tokens that pass through the model behind the block's own (the clean pass)."""
+    tokens: Tensor | None = None
+    """What the reduced tokens are before the first layer, [batch, tokens, channels]; found by this very pass."""
+    ran: list[int] = attrs.field(factory=list)
+    """How often each attention ran: of self-attention by layer, then of cross-attention by layer."""
     steady: list[CurrentView] | None = None
     """By layer, once a block's selection is made: what a further step reads and writes. Tensors alone, so that the step
     can be compiled; the cache is not asked."""
+
+    def __attrs_post_init__(self) -> None:
+        self.ran = [0] * (2 * len(self.compressed))
+
+    def check_ran(self) -> None:
+        """Raise `UnsupportedModelError` unless every attention of every layer ran exactly once."""
+        wrong = [at for at, times in enumerate(self.ran) if times != 1]
+        if wrong:
+            layers = len(self.compressed)
+            raise UnsupportedModelError(
+                f"of this model's attention, {len(wrong)} of {len(self.ran)} did not run once in this pass, such as "
+                f"{'cross' if wrong[0] >= layers else 'self'}-attention of layer {wrong[0] % layers}, which ran "
+                f"{self.ran[wrong[0]]} times; a memory needs every layer of every pass: take off what skips, repeats "
+                "or replaces layers (a step cache, a forward or an attention processor that was exchanged)"
+            )
 
 
 @attrs.define(eq=False)
@@ -63,14 +84,15 @@ class _Processor(ABC):
         if now is None:
             own: Tensor = self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return own
-        if self._parallel_config is not None:
-            raise UnsupportedModelError(
-                "a tiered cache holds whole sequences and all heads, and this model splits them over devices "
-                "(context parallelism); load it without enable_parallelism()"
-            )
+        _check_whole(self)
+        now.ran[self._place(now)] += 1
         attended = self._serve(now, attn, hidden_states, encoder_hidden_states)
         out: Tensor = attn.to_out[1](attn.to_out[0](attended.type_as(hidden_states)))
         return out
+
+    def _place(self, now: Pass) -> int:
+        """Where this attention's runs are counted."""
+        return self.layer
 
     @abstractmethod
     def _serve(self, now: Pass, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:
@@ -102,9 +124,9 @@ class TieredSelfAttention(_Processor):
         else:
             query, key, value = attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
         query, key, value = (_heads(x, attn.heads) for x in (attn.norm_q(query), attn.norm_k(key), value))
-        if now.reduced is None:
+        if now.reduced is None or now.tokens is None:
             return self._full(now, query, key, value)
-        own = key.shape[2] - now.reduced.tokens.shape[1]
+        own = key.shape[2] - now.tokens.shape[1]
         full = self._full(now, *(x[:, :, :own] for x in (query, key, value)))
         rest = self._reduced(now, now.reduced, *(x[:, :, own:] for x in (query, key, value)))
         return torch.cat([full, rest], 1)
@@ -129,9 +151,9 @@ class TieredSelfAttention(_Processor):
 
     def _reduced(self, now: Pass, reduced: Reduced, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The block's reduced tokens attend the context and one another, and are kept for when the block has aged."""
-        cache, layer = now.cache, self.layer
+        cache, layer, offsets = now.cache, self.layer, reduced.offsets.to(key.device)
         if not cache.policies[layer].realigner.rotates:
-            where = reduced.offsets.double().clone()
+            where = offsets.double().clone()
             where[:, 0] += cache.committed_steps
             table = now.rotary.table(where, key.dtype)
             query, key = now.rotary.apply(query, table), now.rotary.apply(key, table)
@@ -139,7 +161,7 @@ class TieredSelfAttention(_Processor):
         now.compressed[layer] = Blocks(
             keys=key[:, :, None].clone(),  # not views that would hold all of the block's own until the commit
             values=value[:, :, None].clone(),
-            offsets=reduced.offsets[None, None, None],
+            offsets=offsets[None, None, None],
             starts=one,
             span=reduced.span,
         )
@@ -148,7 +170,7 @@ class TieredSelfAttention(_Processor):
         added = context.logit_bias(query.shape[1], query.dtype)
         if added is not None:
             added = torch.nn.functional.pad(added[..., history], (0, tokens))
-        query, key = own.place_beside(torch.cat([query, key], 1), reduced.offsets).chunk(2, 1)
+        query, key = own.place_beside(torch.cat([query, key], 1), offsets).chunk(2, 1)
         return self._attend(
             query,
             torch.cat([context.keys[:, :, history], key], 2),
@@ -159,6 +181,9 @@ class TieredSelfAttention(_Processor):
 
 class PromptAttention(_Processor):
     """Cross-attention of one layer: the prompt's keys and values are worked out once."""
+
+    def _place(self, now: Pass) -> int:
+        return len(now.compressed) + self.layer
 
     def _serve(self, now: Pass, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:
         found = None if torch.is_grad_enabled() else now.text.get(self.layer)
@@ -184,6 +209,15 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return split.transpose(1, 2)
 
 
+def _check_whole(processor: Any) -> None:
+    """Raise `UnsupportedModelError` for attention that is split over devices."""
+    if processor._parallel_config is not None:
+        raise UnsupportedModelError(
+            "a tiered cache holds whole sequences and all heads, and this model's attention splits them over devices "
+            "(context parallelism); load it anew, without enable_parallelism()"
+        )
+
+
 def _append(switch: Switch) -> Any:
     """Before the first block of the model: reduced tokens go along behind the full ones."""
 
@@ -192,7 +226,8 @@ def _append(switch: Switch) -> Any:
         if now is None or now.reduced is None:
             return None
         hidden, *others = args
-        return (torch.cat([hidden, now.reduced.tokens.to(hidden)], 1), *others)
+        now.tokens = now.reduced.tokens.to(hidden)
+        return (torch.cat([hidden, now.tokens], 1), *others)
 
     return hook
 
@@ -202,14 +237,15 @@ def _strip(switch: Switch) -> Any:
 
     def hook(_module: Any, _args: tuple[Any, ...], hidden: Tensor) -> Any:
         now = switch.serving
-        return None if now is None or now.reduced is None else hidden[:, : -now.reduced.tokens.shape[1]]
+        return None if now is None or now.tokens is None else hidden[:, : -now.tokens.shape[1]]
 
     return hook
 
 
 @attrs.define(eq=False)
 class _Installed:
-    own: dict[str, Any]
+    own: list[tuple[Any, Any]]
+    """Each attention and the processor that is its own."""
     switch: Switch
     handles: list[Any]
     count: int = 1
@@ -221,18 +257,24 @@ _installing = RLock()
 
 def enable(transformer: Any) -> Switch:
     """Install the processors that let a `CausalWan` serve `transformer`. Until one does, it is exactly as before."""
+    transformer = unwrap_module(transformer)
     with _installing:
         state = _installed.get(transformer)
         if state is not None:
             state.count += 1
             return state.switch
-        own: dict[str, Any] = dict(transformer.attn_processors)
-        switch, ours = Switch(), dict(own)
-        for layer in range(len(transformer.blocks)):
-            for name, kind in (("attn1", TieredSelfAttention), ("attn2", PromptAttention)):
-                key = f"blocks.{layer}.{name}.processor"
-                ours[key] = kind(layer, own[key], switch)
-        transformer.set_attn_processor(ours)
+        own = [(part, part.processor) for block in transformer.blocks for part in (block.attn1, block.attn2)]
+        for _, processor in own:
+            if type(processor) is not WanAttnProcessor:
+                raise UnsupportedModelError(
+                    f"this model's attention goes through {type(processor).__name__}, whose arithmetic would be passed "
+                    "over; kvtiers_diffusers serves diffusers' WanAttnProcessor: set_attn_processor(WanAttnProcessor())"
+                )
+            _check_whole(processor)
+        switch = Switch()
+        for layer, block in enumerate(transformer.blocks):
+            for part, kind in ((block.attn1, TieredSelfAttention), (block.attn2, PromptAttention)):
+                part.set_processor(kind(layer, part.processor, switch))
         handles = [
             transformer.blocks[0].register_forward_pre_hook(_append(switch)),
             transformer.blocks[-1].register_forward_hook(_strip(switch)),
@@ -243,16 +285,17 @@ def enable(transformer: Any) -> Switch:
 
 def disable(transformer: Any) -> None:
     """Undo one `enable`: the model's own processors are put back. Harmless on a model that is not enabled."""
+    transformer = unwrap_module(transformer)
     with _installing:
         state = _installed.get(transformer)
         if state is None:
             return
         state.count -= 1
         if state.count == 0:
-            for processor in transformer.attn_processors.values():
-                if isinstance(processor, _Processor):  # a backend that was chosen meanwhile stays chosen
-                    processor.own._attention_backend = processor._attention_backend
-            transformer.set_attn_processor(dict(state.own))
+            for part, own in state.own:
+                if isinstance(part.processor, _Processor):  # a backend that was chosen meanwhile stays chosen
+                    own._attention_backend = part.processor._attention_backend
+                part.set_processor(own)
             for handle in state.handles:
                 handle.remove()
             del _installed[transformer]

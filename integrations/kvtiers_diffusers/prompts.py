@@ -1,9 +1,11 @@
-"""The prompts of a video. Their keys and values are worked out once, and again when the weights behind them change."""
+"""The prompts of a video. Their keys and values are worked out once, and again when what makes them has changed."""
 
 from typing import Any
 
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
+from kvtiers_diffusers.fingerprint import Fingerprint
 from kvtiers_diffusers.tensor_identity import TensorIdentity
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]
@@ -18,7 +20,7 @@ class Prompts:
 
     def __init__(self) -> None:
         self._held: list[tuple[TensorIdentity, KeysValues]] = []
-        self._weights: tuple[tuple[int, int], ...] = ()
+        self._makers = Fingerprint()
 
     def find(self, text: Tensor) -> KeysValues | None:
         """The keys and values of the prompt with this embedding, if it is held."""
@@ -31,19 +33,23 @@ class Prompts:
         self._held = [*self._held[1 - _KEPT :], (identity, held)]
         return held
 
-    def check_weights(self, transformer: Any) -> None:
-        """Forget all keys and values if what makes them has changed: trained, loaded, replaced."""
-        makers = [transformer.condition_embedder.text_embedder]
+    def check_makers(self, transformer: Any, kind: str, *, look: bool) -> bool:
+        """Forget all keys and values if what makes them has changed: weights, adapters, settings, hooks; say whether.
+
+        kind: the kind of device that the transformer runs on. look: whether to compare some of the weights' numbers.
+        """
+        embedder = transformer.condition_embedder
+        makers, around = [embedder.text_embedder], [transformer, embedder]
         for block in transformer.blocks:
             attn = block.attn2
             makers += [attn.to_kv] if attn.fused_projections else [attn.to_k, attn.to_v]
             makers.append(attn.norm_k)
-        parameters = [parameter for maker in makers for parameter in maker.parameters()]
-        weights = tuple((id(one), 0 if one.is_inference() else one._version) for one in parameters)
-        if weights != self._weights:
-            self._weights = weights
+            around += [unwrap_module(block), unwrap_module(attn)]
+        changed = self._makers.changes(makers, around, kind, look=look)
+        if changed:
             for _, held in self._held:
                 held.clear()
+        return changed
 
     @property
     def nbytes(self) -> int:

@@ -14,12 +14,14 @@ from torch import Tensor
 class Reduced(Protocol):
     """Input tokens of the transformer that stand for one block at reduced resolution.
 
-    tokens: [batch, tokens, channels], what the patch embedding would have yielded. offsets: [tokens, axes], positions
-    from the start of the block. span: steps that it occupies when placed.
+    offsets: [tokens, axes], positions from the start of the block. span: steps that it occupies when placed.
     """
 
     @property
-    def tokens(self) -> Tensor: ...
+    def tokens(self) -> Tensor:
+        """[batch, tokens, channels], what the patch embedding would have yielded. Read once, while the model runs and
+        before its first layer: what is kept elsewhere between passes, such as the patch embedding, is there then."""
+
     @property
     def offsets(self) -> Tensor: ...
     @property

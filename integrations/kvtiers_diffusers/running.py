@@ -5,11 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
 from kvtiers import Blocks, CurrentView, Geometry, GeometryError, TieredCache
 from kvtiers.events import PromptChanged
-from kvtiers_diffusers.admitting import check_gradients
+from kvtiers_diffusers.admitting import check_gradients, check_hooks
 from kvtiers_diffusers.processors import Pass, enable
 from kvtiers_diffusers.prompts import KeysValues, Prompts
 from kvtiers_diffusers.reducing import Reduced
@@ -23,14 +24,16 @@ class Runner:
     """Runs a transformer over the blocks of one video. `kvtiers_diffusers.disable` gives the transformer back."""
 
     def __init__(self, transformer: Any) -> None:
-        self.transformer = transformer
-        self.rotary = rotary_of(transformer)
-        self.switch = enable(transformer)
+        self.given = transformer
+        """The transformer, or what `torch.compile` made of it."""
+        self.transformer: Any = unwrap_module(transformer)
+        self.rotary = rotary_of(self.transformer)
+        self.switch = enable(self.transformer)
         self.forget_prompts()
 
     def fork(self) -> "Runner":
         """For another video with the same transformer."""
-        return Runner(self.transformer)
+        return Runner(self.given)
 
     def forget_prompts(self) -> None:
         """Project prompts anew from here on."""
@@ -70,19 +73,23 @@ class Runner:
         clean: whether this is a clean pass, which asks the cache although the block's selection is made.
         """
         check_gradients(self.transformer)
+        check_hooks(self.transformer)
         self._own(cache)
         self._find_prompt(cache, text)
         now = None if reduced is not None or clean else self.further_step(cache, block)
+        kind = block.device.type
+        if self.prompts.check_makers(self.transformer, kind, look=now is None or kind == "cpu"):
+            now = None
         further = now is not None
         if now is None:
-            self.prompts.check_weights(self.transformer)
             now = self._pass(cache, block, reduced=reduced)
         with self.switch.lock, nullcontext() if further else self._eager():
             self.switch.serving = now
             try:
-                flow: Tensor = self.transformer(block, times, text, return_dict=False)[0]
+                flow: Tensor = self.given(block, times, text, return_dict=False)[0]
             finally:
                 self.switch.serving = None
+        now.check_ran()
         return flow, now.compressed
 
     def further_step(self, cache: TieredCache, block: Tensor) -> Pass | None:
@@ -124,5 +131,7 @@ class Runner:
     def _eager(self) -> AbstractContextManager[Any]:
         """A pass that asks the cache cannot be compiled: it runs as it is, in a model that is."""
         parts = (part for block in self.transformer.blocks for part in (block, block.attn1, block.attn2))
-        compiled = any(part._compiled_call_impl is not None for part in (self.transformer, *parts))
+        compiled = any(
+            part is not unwrap_module(part) or part._compiled_call_impl is not None for part in (self.given, *parts)
+        )
         return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -7,12 +7,11 @@ from torch import Tensor
 class TensorIdentity:
     """Knows the tensor that was noted last. It is held on to, so that its memory does not become another's meanwhile.
 
-    content: compare what a tensor made under inference mode holds, which waits for the device; such tensors do not
-        count their changes, and otherwise one that was changed in place is taken for unchanged.
+    A tensor made under inference mode does not count its changes: what it holds is compared, which waits for the
+    device.
     """
 
-    def __init__(self, *, content: bool = False) -> None:
-        self.content = content
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -23,7 +22,7 @@ class TensorIdentity:
     def note(self, tensor: Tensor) -> None:
         """Take `tensor` as the one to know again."""
         self._held, self._version = tensor, _version(tensor)
-        self._copy = tensor.clone() if self.content and tensor.is_inference() else None
+        self._copy = tensor.clone() if tensor.is_inference() else None
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether `tensor` is what was noted: the same part of the same memory, unchanged since."""

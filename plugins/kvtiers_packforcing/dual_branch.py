@@ -8,6 +8,7 @@ wide on strided axes, the last layer of HR starts at zero, and `positions` names
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -128,8 +129,8 @@ class DualBranchReducer:
             )
         if given:
             return found
-        # not diffusers' own `to`, which warns of any cast
-        return torch.nn.Module.to(found, device=self.model.device, dtype=self.model.dtype)
+        # not diffusers' own `to`, which warns of any cast; it moves to its device when a block comes
+        return torch.nn.Module.to(found, dtype=self.model.dtype)
 
     def reset(self) -> None:
         self._last: Tensor | None = None
@@ -152,29 +153,44 @@ class DualBranchReducer:
         high, wide = self.model.config.patch_size[1:]
         steps, grid = latents.shape[2], (latents.shape[3] // high, latents.shape[4] // wide)
         cells = self.settings.cells(steps, grid)
-        parts = []
-        if self.network is not None:
-            self.network.to(latents.device)
-            parts.append(self.network(latents.to(self.network.dtype)))
-        if self.needs_pixels:
-            parts.append(self._low_resolution(self._admitted(latents, pixels), cells[0]))
-        for part in parts:
-            if part.shape[2:] != cells:
+        fine = None if self.network is None else self._high_resolution(latents)
+        encoded = self._encoded(self._admitted(latents, pixels), cells[0]) if self.needs_pixels else None
+        embedded = None if encoded is None else (encoded.shape[2], encoded.shape[3] // high, encoded.shape[4] // wide)
+        for made in (None if fine is None else tuple(fine.shape[2:]), embedded):
+            if made not in (None, cells):
                 raise PolicyError(
-                    f"a branch of dual-branch made {tuple(part.shape[2:])} cells of a block of {steps} frames of "
-                    f"{grid} tokens, expected {cells}; give pixels of exactly this block"
+                    f"a branch of dual-branch made {made} cells of a block of {steps} frames of {grid} tokens, "
+                    f"expected {cells}; give pixels of exactly this block"
                 )
         if self.needs_pixels and pixels is not None:
             self._last = _newest(pixels)
-        tokens = sum(parts[1:], parts[0]).flatten(2).transpose(1, 2)
         return Reduced(
-            tokens=tokens,
+            make=partial(self._tokens, fine, encoded),
             offsets=self.settings.offsets(steps, grid).to(latents.device),
             span=self.settings.span(steps),
         )
 
-    def _low_resolution(self, pixels: Tensor, frames: int) -> Tensor:
-        """The pixels, pooled 4 times in height and width and 2 in time, encoded and embedded.
+    def _tokens(self, fine: Tensor | None, encoded: Tensor | None) -> Tensor:
+        """The sum of the branches; the model's patch embedding is at hand now."""
+        parts = [] if fine is None else [fine]
+        if encoded is not None:
+            embedding = self.model.patch_embedding
+            if not embedding.weight.is_meta:  # else its hooks bring its weights to its input
+                encoded = encoded.to(embedding.weight.device)
+            with torch.no_grad():
+                parts.append(embedding(encoded))
+        made: Tensor = sum((part.to(parts[0].device) for part in parts[1:]), parts[0]).flatten(2).transpose(1, 2)
+        return made
+
+    def _high_resolution(self, latents: Tensor) -> Tensor:
+        network: Any = self.network
+        if not any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in network.modules()):
+            network.to(latents.device)  # hooks would bring its weights
+        made: Tensor = network(latents.to(network.dtype))
+        return made
+
+    def _encoded(self, pixels: Tensor, frames: int) -> Tensor:
+        """The pixels, pooled 4 times in height and width and 2 in time, as normalised latents.
 
         The encoder is causal and makes one latent of its first frame alone: the last frame before the block is put in
         front, and that latent left out. The first block has none before it and begins with such a frame itself.
@@ -192,11 +208,8 @@ class DualBranchReducer:
                 torch.tensor(numbers, device=latents.device, dtype=latents.dtype).view(shape)
                 for numbers in (self.vae.config.latents_mean, self.vae.config.latents_std)
             )
-            hook = getattr(self.model, "_hf_hook", None)
-            if hook is not None:  # a model that is kept elsewhere until it is needed
-                hook.pre_forward(self.model)
-            embedded: Tensor = self.model.patch_embedding(((latents - mean) / deviation).to(self.model.dtype))
-        return embedded
+            normal: Tensor = ((latents - mean) / deviation).to(self.model.dtype)
+        return normal
 
     def _admitted(self, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """The pixels, if they can be those of these latents."""
