@@ -6,6 +6,7 @@ Deviations: the paper gives no kernels, no initial weights and no positions for 
 wide on strided axes, the last layer of HR starts at zero, and `positions` names the choice.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -164,14 +165,14 @@ class DualBranchReducer:
                     f"a branch of dual-branch made {tuple(part.shape[2:])} cells of a block of {steps} frames of "
                     f"{grid} tokens, expected {cells}; give pixels of exactly this block"
                 )
-        if self.needs_pixels and pixels is not None:
-            self._last = _newest(pixels)
-        tokens = sum(parts[1:], parts[0]).flatten(2).transpose(1, 2)
-        return Reduced(
-            tokens=tokens,
+        last = _newest(pixels) if self.needs_pixels and pixels is not None else self._last
+        reduced = Reduced(
+            tokens=sum(parts[1:], parts[0]).flatten(2).transpose(1, 2),
             offsets=self.settings.offsets(steps, grid).to(latents.device),
             span=self.settings.span(steps),
         )
+        self._last = last  # nothing fails any more
+        return reduced
 
     def _low_resolution(self, pixels: Tensor, frames: int) -> Tensor:
         """The pixels, pooled 4 times in height and width and 2 in time, encoded and embedded.
@@ -186,7 +187,9 @@ class DualBranchReducer:
             before, body = self._last, pixels
         pooled = torch.cat([before, adaptive_avg_pool3d(body, (4 * frames, *small))], 2)
         with torch.no_grad():
-            latents = self.vae.encode(pooled.to(self.vae.dtype)).latent_dist.mode()[:, :, 1:]
+            # what the encoder remembers between frames lies on the object: threads may share the weights, not that
+            encoder = copy.copy(self.vae)
+            latents = encoder.encode(pooled.to(self.vae.dtype)).latent_dist.mode()[:, :, 1:]
             shape = (1, -1, 1, 1, 1)
             mean, deviation = (
                 torch.tensor(numbers, device=latents.device, dtype=latents.dtype).view(shape)
