@@ -48,7 +48,7 @@ class StreamingDecoder:
         return {_CUT: torch.tensor(self._cut.numbers()), **held}
 
     def restore(self, remembered: Mapping[str, Tensor]) -> None:
-        """Go on from what `remembered` gave. `ValueError` or `IndexError` for another autoencoder's; nothing changes."""
+        """Go on from what `remembered` gave. `ValueError` or `IndexError`, and no change, for another autoencoder's."""
         if not remembered:
             self.reset()
             return

@@ -44,9 +44,7 @@ class Cut:
         """What `numbers` gave; `ValueError` for others."""
         rows, height, width, sliced, *sides = numbers
         high, wide, down, right = sides
-        return cls(
-            rows=rows, height=height, width=width, sliced=bool(sliced), tile=(high, wide), stride=(down, right)
-        )
+        return cls(rows=rows, height=height, width=width, sliced=bool(sliced), tile=(high, wide), stride=(down, right))
 
     def parts(self, latents: Tensor) -> Iterator[Tensor]:
         """The pieces that are decoded alone: by slice, then from top to bottom, then from left to right."""
