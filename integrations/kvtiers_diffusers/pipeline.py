@@ -22,7 +22,7 @@ from kvtiers_diffusers.rates import rate
 from kvtiers_diffusers.schedule import TIMESTEPS, clean, noised, warped
 from kvtiers_diffusers.steering import Steering, tensor_inputs
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
-from kvtiers_diffusers.texts import at, by_second, negative, rows_of
+from kvtiers_diffusers.texts import by_second, negative, rows_of, since
 
 _WORDS = 512
 """Tokens of a prompt, padded with zeros, that Wan was trained with."""
@@ -241,14 +241,16 @@ class CausalWanPipeline(WanPipeline):
                 behind = 0
                 for block in [] if begun is None else begun.blocks(self.vae, device, dtype):
                     pixels = None if decoder is None else decoder.decode(block)
-                    held.commit(block, at(texts, asked.second(behind)), steering.negative_prompt_embeds, pixels)
+                    held.commit(
+                        block, texts[since(texts, asked.second(behind))], steering.negative_prompt_embeds, pixels
+                    )
                     behind += block.shape[2]
                 for number in range(asked.blocks):
                     if self._interrupt:
                         break
-                    text = at(texts, asked.second(behind))
-                    if text is not due:  # a callback's own prompt holds until the next one is due
-                        steering.prompt_embeds = due = text
+                    start = since(texts, asked.second(behind))
+                    if start != due:  # a callback's own prompt holds until the next one is due
+                        steering.prompt_embeds, due = texts[start], start
                     for _ in self._steps(asked, held, steering, generator, callback, tensors, number):
                         progress.update()
                     block = steering.latents

@@ -7,8 +7,8 @@ from typing import Any
 
 from kvtiers import PolicyError
 
-_MOST = 2**31 - 1
-"""Video files hold both numbers of a rate in 32 bits."""
+_LEAST, _MOST, _PARTS = Fraction(1, 1000), 1000, 10**6
+"""Rates, and denominators of them, that video files keep exactly and without losing frames."""
 _CLOSE = 1e-6
 
 
@@ -16,11 +16,11 @@ def rate(fps: Any) -> Fraction:
     """`fps` as a fraction: a whole number, a `Fraction`, a text such as "24000/1001", or a float such as 23.976, which
     becomes the nearest fraction with a denominator of at most 1,001.
 
-    Raises `PolicyError` unless it is more than 0.
+    Raises `PolicyError` unless it is from 0.001 to 1,000, with a denominator of at most a million.
     """
     found = _fraction(fps)
-    if found is None or found <= 0 or max(found.numerator, found.denominator) > _MOST:
-        raise PolicyError(f"fps must be more than 0 frames a second, such as 16, 23.976 or '24000/1001', got {fps!r}")
+    if found is None or not _LEAST <= found <= _MOST or found.denominator > _PARTS:
+        raise PolicyError(f"fps must be 0.001 to 1000 frames a second, such as 16, 23.976 or '24000/1001', got {fps!r}")
     return found
 
 
@@ -36,4 +36,4 @@ def _fraction(fps: Any) -> Fraction | None:
     if not isfinite(exact):
         return None
     near = Fraction(exact).limit_denominator(1001)
-    return near if abs(near - exact) <= _CLOSE * abs(exact) else Fraction(exact)
+    return near if abs(near - exact) <= _CLOSE * abs(exact) else Fraction(exact).limit_denominator(_PARTS)

@@ -86,9 +86,9 @@ def rows_of(prompt: str | list[str] | Tensor) -> int:
     return 1 if isinstance(prompt, str) else len(prompt)
 
 
-def at(texts: Mapping[float, Tensor], second: float) -> Tensor:
-    """The text at `second`; the same tensor as long as it does not change."""
-    return texts[max(start for start in texts if start <= second + 1e-9)]
+def since(texts: Mapping[float, Tensor], second: float) -> float:
+    """Since when the text has been the one that it is at `second`."""
+    return max(start for start in texts if start <= second + 1e-9)
 
 
 def is_finite(got: Any) -> bool:

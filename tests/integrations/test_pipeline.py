@@ -347,7 +347,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_their_names(
         pytest.param({"seconds": 0.01}, PolicyError, "at least one frame at 16 a second, got 0.01", id="an instant"),
         pytest.param({"seconds": float("nan")}, PolicyError, "finite number, .* got nan", id="seconds nan"),
         pytest.param({"seconds": float("inf")}, PolicyError, "finite number, .* got inf", id="endless"),
-        pytest.param({"num_frames": 5, "fps": 0}, PolicyError, "fps must be more than 0 .*, got 0", id="fps"),
+        pytest.param({"num_frames": 5, "fps": 0}, PolicyError, "fps must be 0.001 to 1000 .*, got 0", id="fps"),
         pytest.param({"num_frames": 5, "block_frames": 0}, PolicyError, "block_frames must be", id="empty blocks"),
         pytest.param({"num_frames": 5, "block_frames": 2.0}, PolicyError, "block_frames must be", id="uneven blocks"),
         pytest.param({"num_frames": 5, "height": 60}, GeometryError, "of 16 and 16 pixels, got 60", id="height"),

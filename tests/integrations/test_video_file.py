@@ -106,11 +106,11 @@ def test_a_file_runs_at_every_rate_that_can_be_written(fps: Any, wanted: Fractio
     assert (len(levels), found) == (9, wanted)
 
 
-@pytest.mark.parametrize("fps", [0, -1, 0.0, float("nan"), float("inf"), "fast", "1/0", True, 1e-12, 2**40])
+@pytest.mark.parametrize("fps", [0, -1, 0.0, float("nan"), float("inf"), "fast", "1/0", True, 1e-12, 70000])
 def test_other_rates_are_refused(fps: Any, tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="fps must be more than 0 frames a second"):
+    with pytest.raises(PolicyError, match=r"fps must be 0.001 to 1000 frames a second"):
         write_video(tmp_path / "video.mp4", [grey(0.25)], fps=fps)
-    with pytest.raises(PolicyError, match="fps must be more than 0 frames a second"):
+    with pytest.raises(PolicyError, match=r"fps must be 0.001 to 1000 frames a second"):
         pipeline().stream(prompt_embeds=prompt(), num_frames=5, fps=fps, **SMALL)
     assert not (tmp_path / "video.mp4").exists()
 
