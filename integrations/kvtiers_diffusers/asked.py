@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from kvtiers import GeometryError, Policy, PolicyError, resolve
+from kvtiers import Geometry, GeometryError, Policy, PolicyError, resolve
 from kvtiers_diffusers.causal_wan import CausalWan
 from kvtiers_diffusers.texts import is_finite
 
@@ -107,8 +107,10 @@ def scales(first: Any, second: Any, *, two: bool) -> tuple[float, float]:
     return float(first), float(first if second is None else second)
 
 
-def check_options(policy: str | Path | Policy, layers: int, options: Mapping[str, Any], own: Sequence[str]) -> None:
-    """Check that what `stream` does not take itself (it takes `own`) is for `CausalWan` or its policy."""
+def policies_of(
+    policy: str | Path | Policy, layers: int, options: Mapping[str, Any], own: Sequence[str]
+) -> Sequence[Policy]:
+    """The policy of every layer, if what `stream` does not take itself (it takes `own`) is for it or `CausalWan`."""
     foreign = next((name for name in options if name in _NOT_TAKEN), None)
     if foreign is not None:
         raise PolicyError(f"got {foreign}, but CausalWanPipeline takes none: {_NOT_TAKEN[foreign]}; leave it out")
@@ -119,6 +121,29 @@ def check_options(policy: str | Path | Policy, layers: int, options: Mapping[str
         )
     settings = {name: value for name, value in options.items() if name not in signature(CausalWan).parameters}
     try:
-        resolve(policy, layers=list(range(layers)), **settings)
+        return resolve(policy, layers=list(range(layers)), **settings)
     except PolicyError as error:
         raise type(error)(f"{error} (stream itself takes {', '.join(own)})") from error
+
+
+def check_blocks(
+    policies: Sequence[Policy], config: Any, shape: Sequence[int], lengths: Sequence[int], *, even: bool
+) -> None:
+    """Raise what a policy has against blocks of latents of `shape`, or against those of the clip that begins a video.
+
+    config: of the transformer. lengths: latent frames of the clip's blocks.
+    """
+    _, high, wide = config.patch_size
+    geometry = Geometry(
+        kv_heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        grid=(shape[3] // high, shape[4] // wide),
+        steps_per_commit=shape[2],
+        even=even,
+        causal=False,
+    )
+    for policy in dict.fromkeys(policies):
+        policy.check_budget(geometry)
+        for first in lengths[:1]:  # the one that may be shorter; it is compressed unless it is an anchor
+            if policy.extended(policy.timeline(geometry), first).sink != first:
+                policy.compressor.block_tokens(first, geometry)

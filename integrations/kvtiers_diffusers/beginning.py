@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kvtiers import GeometryError, PolicyError
+from kvtiers import GeometryError, NotFiniteError, PolicyError
 from kvtiers_diffusers.encoding import encoded
 from kvtiers_diffusers.pictures import as_tensor, in_unit
 from kvtiers_diffusers.texts import described
@@ -18,12 +18,13 @@ class Beginning:
 
     latents: normalised, [rows, channels, frames, height, width]; None if they are still to be encoded.
     pixels: from -1 to 1, [rows, 3, pixel frames, height, width]; None if latents were given.
-    lengths: latent frames of each block. If the clip is not whole blocks, the first one is shorter.
+    lengths: latent frames of each block. even: whether all are whole blocks; if not, the first one is shorter.
     """
 
     latents: Tensor | None
     pixels: Tensor | None
     lengths: list[int]
+    even: bool
 
     def blocks(self, vae: Any, device: Any, dtype: torch.dtype) -> list[Tensor]:
         """The latents of each block, on `device`."""
@@ -31,11 +32,6 @@ class Beginning:
         if found is None and self.pixels is not None:
             found = encoded(vae, self.pixels.to(device))
         return [] if found is None else list(found.to(device, dtype).split(self.lengths, 2))
-
-    @property
-    def even(self) -> bool:
-        """Whether its blocks are whole."""
-        return len(set(self.lengths)) < 2
 
     @property
     def frames(self) -> int:
@@ -82,11 +78,11 @@ def beginning(image: Any, clip: Any, shape: tuple[int, ...], scale: tuple[int, i
             )
         frames = 1 + (frames - 1) // scale[0]
     elif not bool(given.isfinite().all()):
-        raise GeometryError("the latents of this clip hold NaN or infinity")
+        raise NotFiniteError("the latents of this clip hold NaN or infinity")
     rest, whole = frames % shape[2], frames // shape[2]
     lengths = [*([rest] if rest else []), *[shape[2]] * whole]
     latents, pixels = (None if x is None else x.expand(shape[0], *x.shape[1:]) for x in (latents, pixels))
-    return Beginning(latents=latents, pixels=pixels, lengths=lengths)
+    return Beginning(latents=latents, pixels=pixels, lengths=lengths, even=not rest)
 
 
 def _frames(given: Any, what: str, rows: int, size: tuple[int, ...], *, axes: int) -> Tensor:

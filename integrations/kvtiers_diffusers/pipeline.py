@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from kvtiers import GeometryError, Policy, PolicyError
-from kvtiers_diffusers.asked import KINDS, Asked, block_shape, check_options, length, scales
+from kvtiers_diffusers.asked import KINDS, Asked, block_shape, check_blocks, length, policies_of, scales
 from kvtiers_diffusers.beginning import Beginning, beginning
 from kvtiers_diffusers.clips import Clips
 from kvtiers_diffusers.memories import Memories, remembering
@@ -174,7 +174,7 @@ class CausalWanPipeline(WanPipeline):
         why = None if output_type == "latent" else f"output_type={output_type!r} decodes with it"
         check_complete(transformer=self.transformer, vae=self.vae, why=why)
         transformers, boundary = self._taking_part(schedule)
-        check_options(policy, len(self.transformer.blocks), changes, own)
+        policies = policies_of(policy, len(self.transformer.blocks), changes, own)
         speed = rate(fps)
         frames = length(seconds, num_frames, speed)
         config, encoder = self.transformer.config, None not in (self.text_encoder, self.tokenizer)
@@ -197,6 +197,8 @@ class CausalWanPipeline(WanPipeline):
                 f"a clip of {begun.frames} latent frames is not whole blocks of {block_frames}; leave even=True out, "
                 "or cut the clip"
             )
+        lengths = [] if begun is None else begun.lengths
+        check_blocks(policies, config, shape, lengths, even=changes.get("even", True))
         tensors = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         asked = Asked(
             frames=frames, fps=speed, shape=shape, schedule=schedule, scale=scale[0],

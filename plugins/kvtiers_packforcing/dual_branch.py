@@ -165,14 +165,14 @@ class DualBranchReducer:
                     f"a branch of dual-branch made {tuple(part.shape[2:])} cells of a block of {steps} frames of "
                     f"{grid} tokens, expected {cells}; give pixels of exactly this block"
                 )
-        last = _newest(pixels) if self.needs_pixels and pixels is not None else self._last
-        reduced = Reduced(
-            tokens=sum(parts[1:], parts[0]).flatten(2).transpose(1, 2),
+        if self.needs_pixels and pixels is not None:
+            self._last = _newest(pixels)
+        tokens = sum(parts[1:], parts[0]).flatten(2).transpose(1, 2)
+        return Reduced(
+            tokens=tokens,
             offsets=self.settings.offsets(steps, grid).to(latents.device),
             span=self.settings.span(steps),
         )
-        self._last = last  # nothing fails any more
-        return reduced
 
     def _low_resolution(self, pixels: Tensor, frames: int) -> Tensor:
         """The pixels, pooled 4 times in height and width and 2 in time, encoded and embedded.
