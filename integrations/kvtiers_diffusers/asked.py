@@ -16,7 +16,7 @@ from kvtiers_diffusers.texts import is_finite
 KINDS = ("np", "pt", "pil", "latent")
 """What clips can be made of."""
 _NOT_TAKEN = {
-    "num_inference_steps": "its steps are those of timesteps",
+    "num_inference_steps": "it makes the steps of timesteps",
     "attention_kwargs": "weights of adapters are set with set_adapters()",
     "latents": "every block begins with noise of the generator",
     "num_videos_per_prompt": "each prompt of a list makes one video",

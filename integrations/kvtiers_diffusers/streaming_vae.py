@@ -55,11 +55,14 @@ class StreamingDecoder:
         if _CUT not in remembered:
             raise ValueError("it does not say how its video is cut into slices and tiles")
         cut = Cut.from_numbers(remembered[_CUT].tolist())
+        held = {tuple(map(int, name.split("."))): one for name, one in remembered.items() if name != _CUT}
+        if {part for part, _ in held} != set(range(min(cut.count, len(held) + 1))):
+            raise ValueError(f"its parts are not the {cut.count} that its video is cut into")
         features = self._empty(cut)
-        for name, one in remembered.items():
-            if name != _CUT:
-                part, at = name.split(".")
-                features[int(part)][int(at)] = one if one.numel() else _REPEATED
+        for (part, at), one in held.items():
+            if at < 0:
+                raise IndexError(f"there is no convolution {at}")
+            features[part][at] = one if one.numel() else _REPEATED
         self._features, self._cut = features, cut
 
     @torch.no_grad()

@@ -391,7 +391,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_their_names(
         ),
         pytest.param({"num_frames": 5, "policy": "packforcng"}, PolicyError, "Did you mean", id="policy"),
         pytest.param({"num_frames": 5, "negative_prompt": "blur"}, PolicyError, "only with a guidance", id="negative"),
-        pytest.param({"num_frames": 5, "num_inference_steps": 4}, PolicyError, "those of timesteps", id="steps"),
+        pytest.param({"num_frames": 5, "num_inference_steps": 4}, PolicyError, "steps of timesteps", id="steps"),
         pytest.param({"num_frames": 5, "outputtype": "np"}, PolicyError, "itself takes .* output_type", id="option"),
         pytest.param({"num_frames": 5, "rescent": 2}, PolicyError, "no setting 'rescent'; .* 'recent'", id="setting"),
     ],

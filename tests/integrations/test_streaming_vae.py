@@ -1,6 +1,7 @@
 """Decoding and encoding block by block: slices and tiles, failures that are undone, threads that share the weights."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from torch import Tensor
 
 from kvtiers import GeometryError
@@ -101,8 +103,18 @@ def test_another_video_or_setting_in_the_middle_of_one_is_refused_and_nothing_ch
     autoencoder.enable_tiling(16, 16, 8, 8)
     with pytest.raises(GeometryError, match="switched in the middle of a video"):
         decoder.decode(clips[1])
-    with pytest.raises(ValueError, match="does not say how"):
-        decoder.restore({"0.1": torch.zeros(1)})
+    held = decoder.remembered()
+    one = {"0.1": torch.zeros(1)}
+    many = torch.tensor([10**12, 4, 6, 1, 4, 6, 4, 6])  # a file that asks for more than there is room for
+    for crafted, message in (
+        (one, "does not say how"),
+        ({**one, "cut": many}, "not the 1000000000000 that"),
+        ({**held, "0.-1": torch.zeros(1)}, "no convolution -1"),
+        ({**held, "1.0": torch.zeros(1)}, "not the 1 that"),
+        ({**held, "cut": torch.zeros(8, dtype=torch.long)}, "must not be zero"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=message):
+            decoder.restore(crafted)
     autoencoder.disable_tiling()
     assert torch.equal(decoder.decode(clips[1]), wanted.decode(clips[1]))
 
@@ -154,9 +166,9 @@ def test_what_compresses_pixels_is_as_it_was_after_a_failure(part: str) -> None:
 
 @torch.no_grad()
 def test_threads_that_share_an_autoencoder_make_the_videos_that_one_thread_makes() -> None:
-    """Each has a transformer of its own; pixels are decoded and encoded by the same weights meanwhile."""
+    """They share a transformer too; other threads decode and encode pixels with the same weights meanwhile."""
     autoencoder, films = vae(), [blocks(2, high=8, wide=8, seed=seed) for seed in range(2)]
-    models = [build() for _ in films]
+    models = [build()] * len(films)
     options: dict[str, Any] = {"compressor": ("dual-branch", {"branches": "lr"}), "sink": 0, "recent": 2}
 
     def flows(model: Any, clips: list[Tensor]) -> Tensor:
@@ -174,6 +186,26 @@ def test_threads_that_share_an_autoencoder_make_the_videos_that_one_thread_makes
         for (one, other), flow, latent in zip(alone, videos, latents, strict=True):
             assert torch.allclose(flow, one, atol=1e-5)
             assert torch.allclose(latent, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["leaf_level", "block_level", "accelerate", "accelerate, layer by layer"])
+@torch.no_grad()
+def test_an_autoencoder_that_is_kept_elsewhere_decodes_and_encodes_the_same(how: str, tmp_path: Path) -> None:
+    plain, other, clips, cpu = vae(), vae(), blocks(2), torch.device("cpu")
+    if how == "accelerate":
+        cpu_offload_with_hook(other, execution_device=cpu)
+    elif how.startswith("accelerate"):
+        cpu_offload(other, execution_device=cpu)
+    else:
+        groups = {"num_blocks_per_group": 1} if how == "block_level" else {}
+        other.enable_group_offload(cpu, offload_type=how, offload_to_disk_path=str(tmp_path), **groups)
+    found = []
+    for one in (plain, other):
+        decoder = StreamingDecoder(one)
+        pixels = torch.cat([decoder.decode(clip) for clip in clips], 2)
+        found.append((pixels, encoded(one, pixels)))
+    for wanted, got in zip(*found, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("setting", [lambda one: one, tiles, slices], ids=["whole", "tiles", "slices"])
