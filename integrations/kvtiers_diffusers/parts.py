@@ -55,7 +55,6 @@ def _check_transformer(name: str, model: Any) -> None:
         raise UnsupportedModelError(
             f"{name} is a {type(plain).__name__}; CausalWanPipeline makes videos of text with a WanTransformer3DModel"
         )
-    check_model(plain)
     config: Any = model.config
     channels, made = config.in_channels, config.out_channels
     if made is not None and made != channels:
@@ -63,3 +62,4 @@ def _check_transformer(name: str, model: Any) -> None:
             f"{name} takes {channels} channels and makes {made}: it wants an image or a mask beside the noise (image "
             "to video); give the transformer of text to video, and the image as stream(image=...)"
         )
+    check_model(plain)
