@@ -105,7 +105,10 @@ class CausalWanPipeline(WanPipeline):
         return found if dtype is None else found.to(dtype=dtype)
 
     def __call__(self, *args: Any, return_dict: bool = True, output_type: str = "np", **options: Any) -> Any:
-        """A whole video; options as for `stream`. Returns `WanPipelineOutput` with `frames`, or a tuple."""
+        """A whole video; options as for `stream`. Returns `WanPipelineOutput` with `frames`, or a tuple.
+
+        Its frames do not know their rate, as the clips of `stream` do: give `write_video` the same fps.
+        """
         clips = list(self.stream(*args, output_type=output_type, **options))
         if isinstance(clips[0], Tensor):
             frames: Any = torch.cat(clips, 2 if output_type == "latent" else 1)
