@@ -11,6 +11,7 @@ except ImportError as error:
 
 from kvtiers_diffusers.causal_wan import CausalWan, tiered
 from kvtiers_diffusers.checkpoints import load_causal_checkpoint
+from kvtiers_diffusers.clips import Clips
 from kvtiers_diffusers.pipeline import CausalWanPipeline
 from kvtiers_diffusers.processors import disable, enable
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
@@ -19,6 +20,7 @@ from kvtiers_diffusers.video_file import write_video
 __all__ = [
     "CausalWan",
     "CausalWanPipeline",
+    "Clips",
     "StreamingDecoder",
     "disable",
     "enable",

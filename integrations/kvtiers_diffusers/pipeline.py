@@ -1,8 +1,8 @@
 """`CausalWanPipeline`: prompts to video of any length, block by block, each streamed as soon as it is decoded."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from inspect import signature
-from math import ceil, isfinite
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,20 +12,22 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from kvtiers import GeometryError, Policy, PolicyError, bytes_in, resolve
-from kvtiers_diffusers.causal_wan import CausalWan, tiered
+from kvtiers import GeometryError, Policy, PolicyError
+from kvtiers_diffusers.asked import KINDS, Asked, block_shape, check_blocks, length, policies_of, scales
+from kvtiers_diffusers.beginning import Beginning, beginning
+from kvtiers_diffusers.clips import Clips
+from kvtiers_diffusers.memories import Memories, remembering
+from kvtiers_diffusers.parts import check_complete, check_parts
+from kvtiers_diffusers.rates import rate
 from kvtiers_diffusers.schedule import TIMESTEPS, clean, noised, warped
+from kvtiers_diffusers.steering import Steering, tensor_inputs
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
+from kvtiers_diffusers.texts import by_second, negative, rows_of, since
 
-_PIXEL_FRAMES = 4
-"""Frames that a latent frame becomes; the first of a video, which a clip has made, becomes one."""
 _WORDS = 512
 """Tokens of a prompt, padded with zeros, that Wan was trained with."""
-_KINDS = ("np", "pt", "pil", "latent")
-_DISTILLED = (
-    "guidance_scale", "guidance_scale_2", "negative_prompt", "negative_prompt_embeds", "num_inference_steps",
-)  # fmt: skip
-"""Options of `WanPipeline` that distillation has made needless."""
+_SCALE = (4, 8)
+"""Frames and pixels that a latent of Wan 2.1 stands for, where no autoencoder says so."""
 
 
 class CausalWanPipeline(WanPipeline):
@@ -33,23 +35,30 @@ class CausalWanPipeline(WanPipeline):
 
     Takes what `WanPipeline` takes, and as `compressor` trained weights of the policy's compressor (such as
     `kvtiers_packforcing.network.HighResolution`), which are saved, loaded and moved with the rest. tokenizer and
-    text_encoder may be none if embeddings are given, and the scheduler is kept for others: a causal model is distilled
-    to a schedule of its own, which `stream` is given. The transformer stays diffusers' own and is given back as it was
-    when a video ends, however it ends.
+    text_encoder may be none if embeddings are given, vae if latents are asked for, and the scheduler is kept for
+    others: a causal model is distilled to a schedule of its own, which `stream` is given. With `transformer_2` and
+    `boundary_ratio` (Wan 2.2), steps below that noise are the second's; each of the two remembers the clean blocks
+    itself. The transformers stay diffusers' own and are given back as they were when a video ends, however it ends.
+
+    Raises `UnsupportedModelError` for parts that cannot make such a video: those of image to video, VACE, and so on.
 
     Source: PackForcing (arXiv 2603.25730) section 4.1; the recipe is Self-Forcing's (arXiv 2506.08009).
     """
 
     _optional_components: ClassVar = ["tokenizer", "text_encoder", "transformer_2", "compressor"]
+    _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     transformer: Any
+    transformer_2: Any
     compressor: Any
     vae: Any
     scheduler: Any
     text_encoder: Any
     tokenizer: Any
+    config: Any
     video_processor: Any
     progress_bar: Any
-    vae_scale_factor_spatial: int
+    maybe_free_model_hooks: Any
+    to: Any
     _execution_device: Any
     register_modules: Any
     _get_t5_prompt_embeds: Any
@@ -66,6 +75,7 @@ class CausalWanPipeline(WanPipeline):
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
     ) -> None:
+        check_parts(transformer=transformer, transformer_2=transformer_2, vae=vae, boundary_ratio=boundary_ratio)
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -77,12 +87,28 @@ class CausalWanPipeline(WanPipeline):
             expand_timesteps=expand_timesteps,
         )
         self.register_modules(compressor=compressor)
-        if transformer_2 is not None:
-            raise PolicyError("a causal model is one transformer; this one has a second for low noise (Wan 2.2)")
+        self._guidance_scale, self._num_timesteps = 1.0, 0
+        self._attention_kwargs: dict[str, Any] | None = None
+        self._current_timestep: float | None = None
+        self._interrupt = False
 
-    @torch.no_grad()
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **changes: Any) -> "CausalWanPipeline":
+        """The parts of another pipeline of Wan, shared with it; changes replace some.
+
+        Every part keeps its dtype (other pipelines' `from_pipe` casts all of them to float32) unless `dtype` is given.
+        """
+        dtype = changes.pop("dtype", changes.pop("torch_dtype", None))
+        held = {**dict(pipeline.config), **pipeline.components}
+        names = [name for name in signature(cls.__init__).parameters if name != "self"]
+        found = cls(**{**{name: held[name] for name in names if name in held}, **changes})
+        return found if dtype is None else found.to(dtype=dtype)
+
     def __call__(self, *args: Any, return_dict: bool = True, output_type: str = "np", **options: Any) -> Any:
-        """A whole video; options as for `stream`. Returns `WanPipelineOutput` with `frames`, or a tuple."""
+        """A whole video; options as for `stream`. Returns `WanPipelineOutput` with `frames`, or a tuple.
+
+        Its frames do not know their rate, as the clips of `stream` do: give `write_video` the same fps.
+        """
         clips = list(self.stream(*args, output_type=output_type, **options))
         if isinstance(clips[0], Tensor):
             frames: Any = torch.cat(clips, 2 if output_type == "latent" else 1)
@@ -98,227 +124,217 @@ class CausalWanPipeline(WanPipeline):
         self,
         prompt: str | list[str] | Mapping[float | int, str | list[str]] | None = None,
         *,
+        negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | Mapping[float | int, Tensor] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         seconds: float | int | None = None,
         num_frames: int | None = None,
-        fps: int = 16,
+        fps: Any = 16,
         height: int = 480,
         width: int = 832,
         policy: str | Path | Policy = "packforcing",
         block_frames: int = 4,
         timesteps: Sequence[float | int] = TIMESTEPS,
         shift: float = 5.0,
+        guidance_scale: float | int = 1.0,
+        guidance_scale_2: float | int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        clip: Tensor | None = None,
-        callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None = None,
+        image: Any = None,
+        clip: Any = None,
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         output_type: str = "np",
         **changes: Any,
-    ) -> Iterator[Any]:
-        """Yield the frames of each block as soon as it is decoded.
+    ) -> Clips:
+        """An iterator of clips: the frames of each block as soon as it is decoded. Its `fps` is that of the video.
 
         prompt (or prompt_embeds, [batch, words, text_dim]): one, or `{second: prompt}` if it changes during the video:
             then each block has the prompt of the second at which it begins, counted from the start of the clip, if one
             is given, and four frames for every latent frame.
+        negative_prompt (or negative_prompt_embeds), guidance_scale: for models that are not distilled to do without.
+            Above 1, every step runs twice, and a second memory follows the negative prompt (the empty one if none is
+            given). guidance_scale_2: for the steps of transformer_2, guidance_scale if it is not given.
         seconds or num_frames: how long; whole blocks are made and the last is cut. height, width: in pixels.
+        fps: frames a second: a whole number, a float, a `Fraction`, or "24000/1001".
         policy, changes: what is remembered. timesteps: of the schedule, before the shift.
-        clip: normalised latents [batch, channels, frames, height, width] of whole blocks, with which the video begins;
-            they are committed first, and their frames are not yielded.
-        callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": x0, "block": number})` after
-            every denoising step; what it returns under "latents" replaces x0.
+        image or clip: with what the video begins. An image or 1 + 4n frames of pixels (PIL, arrays or tensors as
+            `stream` gives them, of this height and width) are encoded; a clip may also be normalised latents [batch,
+            channels, frames, height, width]. It is committed first, and its frames are not yielded. If it is not whole
+            blocks, its first block is shorter. One row serves all prompts.
+        callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after every denoising step.
+            `tensors` holds what callback_on_step_end_tensor_inputs names ("latents" is x0, "prompt_embeds",
+            "negative_prompt_embeds"), the number of the "block", and the "memories", whose `forget_prompts()` says that
+            weights were changed. What it returns under those names of tensors replaces them.
+            `pipeline._interrupt = True` ends the video with this block as it is.
         output_type: "np", "pt", "pil" or "latent".
 
-        Raises `PolicyError` or `GeometryError`, before anything runs, for what cannot be made.
+        Raises `PolicyError`, `GeometryError` or `UnsupportedModelError`, before anything runs, for what cannot be made.
         """
-        _check_options(policy, len(self.transformer.blocks), changes)
-        if output_type not in _KINDS:
-            raise PolicyError(f"output_type must be one of {', '.join(_KINDS)}, got {output_type!r}")
-        for name, number in (("fps", fps), ("block_frames", block_frames), ("height", height), ("width", width)):
-            _check_whole(name, number)
-        frames = _length(seconds, num_frames, fps)
+        own = [name for name in signature(self.stream).parameters if name != "changes"]
+        if output_type not in KINDS:
+            raise PolicyError(f"output_type must be one of {', '.join(KINDS)}, got {output_type!r}")
         schedule = warped(timesteps, shift)
-        prompts = self._prompts(prompt, prompt_embeds)
-        rows = _rows(next(iter(prompts.values())))
+        why = None if output_type == "latent" else f"output_type={output_type!r} decodes with it"
+        check_complete(transformer=self.transformer, vae=self.vae, why=why)
+        transformers, boundary = self._taking_part(schedule)
+        policies = policies_of(policy, len(self.transformer.blocks), changes, own)
+        speed = rate(fps)
+        frames = length(seconds, num_frames, speed)
+        config, encoder = self.transformer.config, None not in (self.text_encoder, self.tokenizer)
+        prompts = by_second(prompt, prompt_embeds, width=config.text_dim, encoder=encoder)
+        rows = rows_of(next(iter(prompts.values())))
         if isinstance(generator, list) and len(generator) != rows:
             raise GeometryError(f"give one generator, or a list with one for each of {rows} rows, got {len(generator)}")
-        scale, (_, high, wide) = self.vae_scale_factor_spatial, self.transformer.config.patch_size
-        if height % (high * scale) or width % (wide * scale):
-            raise GeometryError(
-                f"height and width must be multiples of {high * scale} and {wide * scale} pixels, "
-                f"got {height} x {width}"
-            )
-        shape = (rows, self.transformer.config.in_channels, block_frames, height // scale, width // scale)
-        given = [] if clip is None else self._blocks_of(clip, shape)
-        latents = ceil(frames / _PIXEL_FRAMES) if given else 1 + ceil((frames - 1) / _PIXEL_FRAMES)
-        return self._stream(
-            self._embedded(prompts), schedule, latents, shape, given, frames, fps, generator, callback_on_step_end,
-            output_type, dict(policy=policy, block_frames=block_frames, **changes),
+        guidance = scales(guidance_scale, guidance_scale_2, two=self.transformer_2 in transformers)
+        against = negative(
+            negative_prompt, negative_prompt_embeds, guided=guidance[0] > 1, rows=rows, width=config.text_dim,
+            encoder=encoder,
         )  # fmt: skip
+        scale = self._scale()
+        shape = block_shape(config, scale[1], rows=rows, block_frames=block_frames, height=height, width=width)
+        begun = beginning(image, clip, shape, scale)
+        if begun is not None and begun.latents is None:
+            check_complete(transformer=self.transformer, vae=self.vae, why="pixels are encoded with it")
+        if begun is not None and not begun.even and changes.setdefault("even", False):
+            raise PolicyError(
+                f"a clip of {begun.frames} latent frames is not whole blocks of {block_frames}; leave even=True out, "
+                "or cut the clip"
+            )
+        lengths = [] if begun is None else begun.lengths
+        check_blocks(policies, config, shape, lengths, even=changes.get("even", True))
+        tensors = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        asked = Asked(
+            frames=frames, fps=speed, shape=shape, schedule=schedule, scale=scale[0],
+            before=0 if begun is None else begun.frames,
+        )  # fmt: skip
+        self._interrupt, self._num_timesteps, self._guidance_scale = False, len(schedule), guidance[0]
+        memories = remembering(
+            transformers, boundary=boundary, guided=against is not None, networks=[self.compressor] * len(transformers),
+            vae=self.vae, policy=policy, block_frames=block_frames, **changes,
+        )  # fmt: skip
+        made = self._stream(
+            asked, memories, prompts, against, guidance, begun, generator, callback_on_step_end, tensors, output_type
+        )
+        return Clips(made, speed)
 
-    @torch.no_grad()
     def _stream(
         self,
-        texts: Mapping[float, Tensor],
-        schedule: Sequence[float | int],
-        latents: int,
-        shape: tuple[int, ...],
-        given: Sequence[Tensor],
-        frames: int,
-        fps: int,
+        asked: Asked,
+        memories: Any,
+        prompts: Mapping[float, Any],
+        against: Any,
+        guidance: tuple[float, float],
+        begun: Beginning | None,
         generator: Any,
         callback: Any,
+        tensors: Sequence[str],
         output_type: str,
-        options: dict[str, Any],
-    ) -> Iterator[Any]:
-        device, dtype = self._execution_device, self.transformer.dtype
-        decoder, left, latents_left = StreamingDecoder(self.vae), frames, latents
-        made, blocks = len(given), ceil(latents / shape[2])
-        with (
-            tiered(self.transformer, vae=self.vae, compressor_network=self.compressor, **options) as wan,
-            self.progress_bar(total=blocks * (len(schedule) + 1)) as progress,
-        ):
-            for number, block in enumerate(given):
-                pixels = None if output_type == "latent" and not wan.needs_pixels else decoder.decode(block)
-                wan.commit(block, _at(texts, number * shape[2] * _PIXEL_FRAMES / fps), pixels)
-            for number in range(blocks):
-                text = _at(texts, (made + number) * shape[2] * _PIXEL_FRAMES / fps)
-                block = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-                for step, timestep in enumerate(schedule):
-                    block = clean(block, wan.denoise(block, timestep, text), timestep)
-                    if callback is not None:
-                        said = callback(self, step, timestep, {"latents": block, "block": number}) or {}
-                        block = said.get("latents", block)
-                    if step + 1 < len(schedule):
-                        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-                        block = noised(block, noise, schedule[step + 1])
+    ) -> Generator[Any, None, None]:
+        left, latents_left, due = asked.frames, asked.latents, None
+        try:
+            with memories as held, self.progress_bar(total=asked.blocks * (len(asked.schedule) + 1)) as progress:
+                device, dtype = self._execution_device, self.transformer.dtype
+                texts = {second: self._embedded(one) for second, one in prompts.items()}
+                wanted = output_type != "latent" or held.needs_pixels
+                decoder = StreamingDecoder(self.vae) if wanted else None
+                steering = Steering(
+                    latents=torch.empty(0),
+                    prompt_embeds=texts[0.0],
+                    negative_prompt_embeds=None if against is None else self._embedded(against),
+                    guidance=guidance,
+                )
+                behind = 0
+                for block in [] if begun is None else begun.blocks(self.vae, device, dtype):
+                    pixels = None if decoder is None else decoder.decode(block)
+                    held.commit(
+                        block, texts[since(texts, asked.second(behind))], steering.negative_prompt_embeds, pixels
+                    )
+                    behind += block.shape[2]
+                for number in range(asked.blocks):
+                    if self._interrupt:
+                        break
+                    start = since(texts, asked.second(behind))
+                    if start != due:  # a callback's own prompt holds until the next one is due
+                        steering.prompt_embeds, due = texts[start], start
+                    for _ in self._steps(asked, held, steering, generator, callback, tensors, number):
+                        progress.update()
+                    block = steering.latents
+                    pixels = None if decoder is None else decoder.decode(block)
+                    if number + 1 < asked.blocks and not self._interrupt:
+                        held.commit(block, steering.prompt_embeds, steering.negative_prompt_embeds, pixels)
+                    behind += block.shape[2]
                     progress.update()
-                pixels = None if output_type == "latent" and not wan.needs_pixels else decoder.decode(block)
-                if number + 1 < blocks:
-                    wan.commit(block, text, pixels)
-                progress.update()
-                progress.set_postfix_str(_held(wan))
-                if output_type == "latent" or pixels is None:
-                    yield block[:, :, :latents_left]
-                else:
-                    yield self.video_processor.postprocess_video(pixels[:, :, :left], output_type=output_type)
-                    left -= pixels.shape[2]
-                latents_left -= shape[2]
+                    progress.set_postfix_str(held.describe())
+                    if output_type == "latent" or pixels is None:
+                        yield block[:, :, :latents_left]
+                    else:
+                        yield self.video_processor.postprocess_video(pixels[:, :, :left], output_type=output_type)
+                        left -= pixels.shape[2]
+                    latents_left -= block.shape[2]
+        finally:
+            self._current_timestep = None
+            self.maybe_free_model_hooks()
 
-    def _prompts(self, prompt: Any, embeds: Any) -> dict[float, Any]:
-        """The prompt, or its embedding, from each second on."""
-        if (prompt is None) == (embeds is None):
-            raise PolicyError("give prompt or prompt_embeds, one of them")
-        given = embeds if prompt is None else prompt
-        each = dict(given) if isinstance(given, Mapping) else {0.0: given}
-        wrong = [second for second in each if not _is_finite(second) or second < 0]
-        if wrong:
-            raise PolicyError(f"prompts change at finite numbers of seconds, 0 or more, got {wrong[0]!r}")
-        if 0 not in each:
-            raise PolicyError(f"a prompt that changes needs one from second 0, got {sorted(each)}")
-        check = self._check_prompt if embeds is None else self._check_embeds
-        for one in each.values():
-            check(one)
-        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise PolicyError("this pipeline has no text encoder; give prompt_embeds, or load it with one")
-        rows = {_rows(one) for one in each.values()}
-        if len(rows) > 1:
-            raise GeometryError(f"prompts of one video are of one batch size, got {sorted(rows)}")
-        return {float(second): each[second] for second in sorted(each)}
+    def _steps(
+        self,
+        asked: Asked,
+        held: Memories,
+        steering: Steering,
+        generator: Any,
+        callback: Any,
+        tensors: Sequence[str],
+        number: int,
+    ) -> Generator[None, None, None]:
+        """Make one block from noise, step by step; it is left in `steering`."""
+        device, dtype, schedule = self._execution_device, self.transformer.dtype, asked.schedule
+        noisy = randn_tensor(asked.shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        for step, timestep in enumerate(schedule):
+            text, against = steering.prompt_embeds, steering.negative_prompt_embeds
+            self._current_timestep = timestep
+            flow = held.denoise(noisy, timestep, text, against, steering.scales)
+            steering.latents = clean(noisy, flow, timestep)
+            if callback is not None:
+                # several streams of one pipeline may take turns: what it says is what holds for this one
+                self._num_timesteps, self._guidance_scale = len(schedule), steering.guidance[0]
+                given = {name: getattr(steering, name) for name in tensors}
+                said = callback(self, step, timestep, {**given, "block": number, "memories": held})
+                steering.take(said or {})
+                steering.guide(self._guidance_scale)
+            yield
+            if self._interrupt:
+                return
+            if step + 1 < len(schedule):
+                noise = randn_tensor(asked.shape, generator=generator, device=device, dtype=torch.float32)
+                noisy = noised(steering.latents, noise, schedule[step + 1])
 
-    @staticmethod
-    def _check_prompt(prompt: Any) -> None:
-        words = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-            raise PolicyError(f"a prompt is a string, or a list with one for each row, got {prompt!r}")
-
-    def _check_embeds(self, embeds: Any) -> None:
-        width = self.transformer.config.text_dim
-        if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != width or not embeds.numel():
-            raise GeometryError(f"prompt_embeds are [batch, words, {width}], got {_described(embeds)}")
-
-    @torch.no_grad()
-    def _embedded(self, prompts: Mapping[float, Any]) -> dict[float, Tensor]:
-        """The embeddings of `prompts`, on the device; those that are embeddings are only moved there."""
-        device, dtype = self._execution_device, self.transformer.dtype
-        return {
-            second: one.to(device, dtype)
-            if isinstance(one, Tensor)
-            else self._get_t5_prompt_embeds(prompt=one, max_sequence_length=_WORDS, device=device, dtype=dtype)
-            for second, one in prompts.items()
-        }
-
-    def _blocks_of(self, clip: Any, shape: tuple[int, ...]) -> list[Tensor]:
-        """The blocks of a clip of whole blocks."""
-        if (
-            not isinstance(clip, Tensor)
-            or clip.dim() != 5
-            or (*clip.shape[:2], *clip.shape[3:]) != (*shape[:2], *shape[3:])
-            or clip.shape[2] % shape[2]
-            or not clip.shape[2]
-        ):
-            raise GeometryError(
-                f"a clip is latents of one or more whole blocks, {(*shape[:2], f'n x {shape[2]}', *shape[3:])}, "
-                f"got {_described(clip)}"
+    def _taking_part(self, schedule: Sequence[float]) -> tuple[list[Any], float]:
+        """The transformers that make the steps of `schedule`, and the timestep from which on it is the first."""
+        ratio = self.config.boundary_ratio
+        check_parts(transformer=self.transformer, transformer_2=self.transformer_2, vae=self.vae, boundary_ratio=ratio)
+        if self.transformer_2 is None or ratio is None:
+            return [self.transformer], 0.0
+        boundary = 1000.0 * ratio
+        high, low = (any((t >= boundary) is first for t in schedule) for first in (True, False))
+        if low and self.compressor is not None:
+            raise PolicyError(
+                "a compressor is trained for one transformer, and here two make the steps; load the pipeline without "
+                "transformer_2, or without compressor"
             )
-        return list(clip.to(self._execution_device, self.transformer.dtype).split(shape[2], 2))
+        if high and low:
+            return [self.transformer, self.transformer_2], boundary
+        return ([self.transformer], 0.0) if high else ([self.transformer_2], inf)
 
+    def _scale(self) -> tuple[int, int]:
+        """Frames and pixels that one latent stands for."""
+        config = None if self.vae is None else self.vae.config
+        return _SCALE if config is None else (config.scale_factor_temporal, config.scale_factor_spatial)
 
-def _check_options(policy: str | Path | Policy, layers: int, options: Mapping[str, Any]) -> None:
-    """Check that what `stream` does not take itself is for `CausalWan` or its policy."""
-    needless = next((name for name in options if name in _DISTILLED), None)
-    if needless is not None:
-        raise PolicyError(
-            f"got {needless}, but a causal model takes none: it is distilled to work without guidance, in the steps of "
-            "timesteps; leave it out"
+    def _embedded(self, prompt: Any) -> Tensor:
+        """The embedding of a prompt, on the device; one that is an embedding is only moved there."""
+        device, dtype = self._execution_device, self.transformer.dtype
+        if isinstance(prompt, Tensor):
+            return prompt.to(device, dtype)
+        found: Tensor = self._get_t5_prompt_embeds(
+            prompt=prompt, max_sequence_length=_WORDS, device=device, dtype=dtype
         )
-    taken = {"vae", "transformer", "compressor_network"} & set(options)
-    if taken:
-        raise PolicyError(
-            f"got {', '.join(sorted(taken))}, but the pipeline gives its own parts; set them on the pipeline"
-        )
-    settings = {name: value for name, value in options.items() if name not in signature(CausalWan).parameters}
-    try:
-        resolve(policy, layers=list(range(layers)), **settings)
-    except PolicyError as error:
-        own = [name for name in signature(CausalWanPipeline.stream).parameters if name not in ("self", "changes")]
-        raise type(error)(f"{error} (stream itself takes {', '.join(own)})") from error
-
-
-def _length(seconds: float | int | None, num_frames: int | None, fps: int) -> int:
-    """The frames that were asked for."""
-    if num_frames is not None and seconds is None:
-        _check_whole("num_frames", num_frames)
-        return num_frames
-    if seconds is None or num_frames is not None:
-        raise PolicyError(f"give seconds or num_frames, got seconds={seconds} and num_frames={num_frames}")
-    if not _is_finite(seconds) or round(seconds * fps) < 1:
-        raise PolicyError(f"seconds must be a finite number, of at least one frame at {fps} a second, got {seconds!r}")
-    return round(seconds * fps)
-
-
-def _check_whole(name: str, got: Any) -> None:
-    if isinstance(got, bool) or not isinstance(got, int) or got < 1:
-        raise PolicyError(f"{name} must be a whole number of at least 1, got {got!r}")
-
-
-def _is_finite(got: Any) -> bool:
-    return isinstance(got, int | float) and not isinstance(got, bool) and isfinite(got)
-
-
-def _rows(prompt: str | list[str] | Tensor) -> int:
-    """How many videos `prompt` describes."""
-    return 1 if isinstance(prompt, str) else len(prompt)
-
-
-def _described(got: Any) -> str:
-    """The shape of a tensor, the type of anything else."""
-    return str(tuple(got.shape)) if isinstance(got, Tensor) else f"a {type(got).__name__}"
-
-
-def _at(texts: Mapping[float, Tensor], second: float) -> Tensor:
-    """The text at `second`; the same tensor as long as it does not change."""
-    return texts[max(start for start in texts if start <= second + 1e-9)]
-
-
-def _held(wan: CausalWan) -> str:
-    held = wan.memory_usage()
-    return f"{max(wan.attended(), default=0):,} tokens, {bytes_in(held, 'device') / 1e9:.2f} GB"
+        return found

@@ -34,17 +34,26 @@ class Sources:
         return self.reducer is not None and self.reducer.needs_pixels
 
     def reduce(self, block: Tensor, pixels: Tensor | None, cache: TieredCache) -> Reduced | None:
-        """The reduced tokens of the clean block that follows what `cache` remembers; None if nobody asks for them."""
+        """The reduced tokens of the clean block that follows what `cache` remembers; None if nobody asks for them.
+
+        If a part fails, all of them are as they were.
+        """
         if self.reducer is None:
             return None
-        if self.needs_pixels:
-            self._check(pixels, cache.committed_steps)
-            if pixels is None and self.decoder is not None:
-                pixels = self.decoder.decode(block)
-        if _is_anchor(cache, block.shape[2]):
-            self.reducer.skip(block, pixels)
-            return None
-        return self.reducer.reduce(block, pixels)
+        before, given = self.remembered(), self.given
+        try:
+            if self.needs_pixels:
+                self._check(pixels, cache.committed_steps)
+                if pixels is None and self.decoder is not None:
+                    pixels = self.decoder.decode(block)
+            if _is_anchor(cache, block.shape[2]):
+                self.reducer.skip(block, pixels)
+                return None
+            return self.reducer.reduce(block, pixels)
+        except BaseException:
+            self.restore(before)
+            self.given = given
+            raise
 
     def _check(self, pixels: Tensor | None, frames: int) -> None:
         """Refuse what would let the compressor see another video than the one that is remembered."""
@@ -65,10 +74,16 @@ class Sources:
         return {f"{name}.{key}": x for name, part in self._parts() for key, x in part.remembered().items()}
 
     def restore(self, remembered: Mapping[str, Tensor]) -> None:
-        """Go on from what `remembered` gave."""
-        for name, part in self._parts():
-            start = f"{name}."
-            part.restore({key.removeprefix(start): x for key, x in remembered.items() if key.startswith(start)})
+        """Go on from what `remembered` gave. If a part refuses it, all of them are as they were."""
+        before = [(part, part.remembered()) for _, part in self._parts()]
+        try:
+            for name, part in self._parts():
+                start = f"{name}."
+                part.restore({key.removeprefix(start): x for key, x in remembered.items() if key.startswith(start)})
+        except BaseException:
+            for part, held in before:
+                part.restore(held)
+            raise
 
     def fork(self) -> "Sources":
         """The same parts for another video that goes on from here."""

@@ -6,6 +6,7 @@ Deviations: the paper gives no kernels, no initial weights and no positions for 
 wide on strided axes, the last layer of HR starts at zero, and `positions` names the choice.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -202,7 +203,9 @@ class DualBranchReducer:
             before, body = self._last, pixels
         pooled = torch.cat([before, adaptive_avg_pool3d(body, (4 * frames, *small))], 2)
         with torch.no_grad():
-            latents = self.vae.encode(pooled.to(self.vae.dtype)).latent_dist.mode()[:, :, 1:]
+            # what the encoder remembers between frames lies on the object: threads may share the weights, not that
+            encoder = copy.copy(self.vae)
+            latents = encoder.encode(pooled.to(self.vae.dtype)).latent_dist.mode()[:, :, 1:]
             shape = (1, -1, 1, 1, 1)
             mean, deviation = (
                 torch.tensor(numbers, device=latents.device, dtype=latents.dtype).view(shape)

@@ -11,7 +11,6 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import av
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
@@ -22,28 +21,8 @@ from kvtiers_diffusers import CausalWanPipeline, StreamingDecoder, load_causal_c
 from kvtiers_diffusers.schedule import clean, noised, warped
 from kvtiers_packforcing.network import HighResolution
 from strategies import unchecked
-from tiny_wan import GOLDENS, blocks, build, golden, prompt, vae
-
-SMALL: dict[str, Any] = {
-    "height": 64,
-    "width": 64,
-    "block_frames": 2,
-    "timesteps": (1000, 500),
-    "policy": "sink-rolling-window",
-    "sink": 2,
-    "recent": 2,
-}
-
-
-def pipeline(**parts: Any) -> CausalWanPipeline:
-    made = {"vae": vae(), "transformer": build(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0), **parts}
-    found = CausalWanPipeline(**made)
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tiny_pipeline import SMALL, pipeline, seeded
+from tiny_wan import GOLDENS, build, golden, prompt
 
 
 def test_the_schedule_is_the_published_one() -> None:
@@ -187,8 +166,8 @@ def test_packforcing_is_the_default_and_rows_have_prompts_of_their_own() -> None
 
 def test_a_video_file_has_the_frames_that_were_written(tmp_path: Path) -> None:
     made = pipeline()
-    clips = made.stream(prompt_embeds=prompt(), num_frames=13, generator=seeded(), **SMALL)
-    assert write_video(tmp_path / "video.mp4", clips, fps=8) == 13
+    clips = made.stream(prompt_embeds=prompt(), num_frames=13, generator=seeded(), fps=8, **SMALL)
+    assert write_video(tmp_path / "video.mp4", clips) == 13
     with av.open(str(tmp_path / "video.mp4")) as file:
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
         assert file.streams.video[0].average_rate == 8
@@ -368,7 +347,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_their_names(
         pytest.param({"seconds": 0.01}, PolicyError, "at least one frame at 16 a second, got 0.01", id="an instant"),
         pytest.param({"seconds": float("nan")}, PolicyError, "finite number, .* got nan", id="seconds nan"),
         pytest.param({"seconds": float("inf")}, PolicyError, "finite number, .* got inf", id="endless"),
-        pytest.param({"num_frames": 5, "fps": 0}, PolicyError, "fps must be a whole .* 1, got 0", id="fps"),
+        pytest.param({"num_frames": 5, "fps": 0}, PolicyError, "fps must be 0.001 to 1000 .*, got 0", id="fps"),
         pytest.param({"num_frames": 5, "block_frames": 0}, PolicyError, "block_frames must be", id="empty blocks"),
         pytest.param({"num_frames": 5, "block_frames": 2.0}, PolicyError, "block_frames must be", id="uneven blocks"),
         pytest.param({"num_frames": 5, "height": 60}, GeometryError, "of 16 and 16 pixels, got 60", id="height"),
@@ -408,14 +387,10 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_their_names(
             id="generators",
         ),
         pytest.param(
-            {"num_frames": 5, "clip": blocks(1, frames=3, high=8, wide=8)[0]}, GeometryError, "n x 2", id="clip"
-        ),
-        pytest.param(
-            {"num_frames": 5, "clip": torch.zeros(1, 16, 0, 8, 8)}, GeometryError, "one or more whole", id="empty clip"
+            {"num_frames": 5, "clip": torch.zeros(1, 16, 0, 8, 8)}, GeometryError, "one or more frames", id="empty clip"
         ),
         pytest.param({"num_frames": 5, "policy": "packforcng"}, PolicyError, "Did you mean", id="policy"),
-        pytest.param({"num_frames": 5, "guidance_scale": 5.0}, PolicyError, "got guidance_scale, but", id="guidance"),
-        pytest.param({"num_frames": 5, "negative_prompt": "blur"}, PolicyError, "takes none", id="negative"),
+        pytest.param({"num_frames": 5, "negative_prompt": "blur"}, PolicyError, "only with a guidance", id="negative"),
         pytest.param({"num_frames": 5, "num_inference_steps": 4}, PolicyError, "steps of timesteps", id="steps"),
         pytest.param({"num_frames": 5, "outputtype": "np"}, PolicyError, "itself takes .* output_type", id="option"),
         pytest.param({"num_frames": 5, "rescent": 2}, PolicyError, "no setting 'rescent'; .* 'recent'", id="setting"),
@@ -439,8 +414,3 @@ def test_a_video_that_fails_midway_leaves_the_model_whole() -> None:
     with pytest.raises(KeyboardInterrupt):
         made(prompt_embeds=prompt(), num_frames=5, callback_on_step_end=callback, **SMALL)
     assert made.transformer.attn_processors == own
-
-
-def test_a_second_transformer_is_refused() -> None:
-    with pytest.raises(PolicyError, match="a causal model is one transformer"):
-        pipeline(tokenizer=None, text_encoder=None, transformer_2=build())
