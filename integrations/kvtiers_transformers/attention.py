@@ -30,8 +30,8 @@ class Forward:
     model: Callable[[], object]
     padding: PaddingPattern | None = None
     cache: object = None
-    identity: tuple[Tensor, Tensor] | None = None
-    """A rotation that does nothing, made once per forward."""
+    identity: tuple[Any, Any] | None = None
+    """The model's position embeddings, and some like them that rotate nothing, made once per forward."""
     outer: "Forward | None" = None
     functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
     """The model's own attention functions, found once per forward."""
@@ -124,6 +124,8 @@ def tiered_attention(
     for chunk in kvtiers.chunks(query, key, value, forward.padding, together=backend in _WITH_MASKS_BY_ROW):
         context = chunk.context
         mask = _mask_for(backend, context, chunk.query)
+        if mask is None and backend == "eager" and attention_mask is not None:
+            mask = query.new_zeros(1, 1, 1, 1)  # some models add it without looking
         part = attend(module, chunk.query, context.keys, context.values, mask, **kwargs)[0]
         if chunk.rows is None and context.current == query.shape[2]:
             return part, None

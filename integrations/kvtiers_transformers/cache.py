@@ -27,19 +27,19 @@ from kvtiers_transformers.attention import running
 class Outline:
     """What must agree between a model and a cache.
 
-    shapes: (query_heads, kv_heads, head_dim) of each tiered layer. rope: how the model's configuration says it rotates.
+    shapes: (query_heads, kv_heads, head_dim, value_dim) of each tiered layer. rope: how the model's configuration says it rotates.
     """
 
     family: str
     layers: int
     tiers: list[int]
-    shapes: list[tuple[int, int, int]]
+    shapes: list[tuple[int, int, int, int]]
     rope: str
 
     def __str__(self) -> str:
         shapes = ", ".join(map(str, sorted(set(self.shapes))))
         return (
-            f"{self.family}, {self.layers} layers, {len(self.tiers)} tiered, (query_heads, kv_heads, head_dim) = "
+            f"{self.family}, {self.layers} layers, {len(self.tiers)} tiered, (query_heads, kv_heads, head_dim, value_dim) = "
             f"{shapes}, rope = {self.rope}"
         )
 

@@ -20,7 +20,8 @@ from kvtiers import Geometry, PaddingPattern, Policy, TieredCache, UnsupportedMo
 from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
 from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
-from kvtiers_transformers.rope import rotary_of
+from kvtiers_transformers.outer import around, before_outer, padding_mask
+from kvtiers_transformers.rope import rotary_of, shown, unrotated
 
 
 class ServedConfig:
@@ -48,31 +49,43 @@ class _Installed:
     attentions: list[nn.Module]
     handles: list[Any]
     count: int = 1
+    outer: "weakref.WeakSet[nn.Module]" = attrs.field(factory=weakref.WeakSet)
+    """The models around the decoder that have a hook."""
 
 
 _installed: "weakref.WeakKeyDictionary[nn.Module, _Installed]" = weakref.WeakKeyDictionary()
 """By decoder, so that a model and the decoder inside it are one."""
 _installing = threading.Lock()
 """Held while hooks are installed or removed."""
+_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
+"""What models call a layer's self-attention."""
 
 
 def _decoder(model: nn.Module) -> nn.Module:
     """The module that makes masks and rotations and runs the layers."""
     for found in (getattr(model, "get_decoder", lambda: None)(), getattr(model, "base_model", None), model):
         if isinstance(found, nn.Module) and _attentions(found):
-            return found
+            return _innermost(found)
     raise UnsupportedModelError(
         f"{type(model).__name__} has no self-attention that transformers' attention interface serves; "
         "kvtiers needs a decoder such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM"
     )
 
 
+def _innermost(module: nn.Module) -> nn.Module:
+    """The model inside `module` that has all its attentions: some models call themselves their decoder."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel) and len(_attentions(child)) == len(_attentions(module)):
+            return _innermost(child)
+    return module
+
+
 def _attentions(module: nn.Module) -> dict[int, nn.Module]:
     """The self-attention modules by layer number: those with a `layer_idx` whose forward passes keywords on."""
     found = {}
     for name, child in module.named_modules():
-        index = getattr(child, "layer_idx", None)
-        if isinstance(index, int) and name.rsplit(".", 1)[-1] in ("self_attn", "attention", "attn", "self_attention"):
+        index, last = getattr(child, "layer_idx", None), next((x for x in name.split(".")[::-1] if not x.isdigit()), "")
+        if isinstance(index, int) and last in _NAMES:
             kinds = [p.kind for p in inspect.signature(child.forward).parameters.values()]
             served = hasattr(sys.modules[type(child).__module__], "ALL_ATTENTION_FUNCTIONS") and hasattr(
                 child, "config"
@@ -89,6 +102,8 @@ def _cache_in(values: Any) -> TransformersCache | None:
 def _before_model(decoder: nn.Module) -> Callable[..., None]:
     signature, outline = inspect.signature(decoder.forward), _outline(decoder)
     original = weakref.ref(decoder)
+    kinds, _ = get_layer_types_and_kwargs(decoder.config)
+    tiered = {kinds[i] for i in outline.tiers}
 
     def admit(forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check what comes in; if there is a tiered cache, it serves this forward from here on."""
@@ -100,10 +115,10 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:
             return  # the model has its own words for that
-        mask = given.get("attention_mask")
         rows, columns = inputs.shape[:2]
         check_model(outline, cache)
         check_dtype(module, cache, inputs.device)
+        mask = padding_mask(given.get("attention_mask"), tiered, rows, columns)
         check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
         if cache.rotates:
@@ -148,7 +163,7 @@ def _outline(decoder: nn.Module) -> Outline:
     config: Any = decoder.config
     attentions = _attentions(decoder)
     tiers, own = tiers_of(config)
-    shapes = [_shape(_geometry(config, attentions[i])) for i in tiers if i in attentions]
+    shapes = [_shape(_geometry(decoder, attentions[i])) for i in tiers if i in attentions]
     return Outline(
         family=str(config.model_type),
         layers=len(tiers) + len(own),
@@ -176,11 +191,9 @@ def _before_attention() -> Callable[..., Any]:
         kwargs = {**kwargs, "kvtiers": layer.layer}
         turn = kwargs.get("position_embeddings")
         if turn is not None and cache.rotates:
-            cos = turn[0]
-            still = forward.identity
-            if still is None or still[0].shape != cos.shape or still[0].device != cos.device:
-                still = forward.identity = (torch.ones_like(cos), torch.zeros_like(cos))
-            kwargs["position_embeddings"] = still
+            if forward.identity is None or forward.identity[0] is not turn:
+                forward.identity = turn, unrotated(turn)
+            kwargs["position_embeddings"] = forward.identity[1]
         return args, kwargs
 
     return hook
@@ -208,6 +221,11 @@ def enable(model: PreTrainedModel) -> None:
             _installed[decoder].count += 1
         else:
             _installed[decoder] = _install(decoder)
+        state = _installed[decoder]
+        for outer in around(model, decoder):
+            if outer not in state.outer:
+                state.outer.add(outer)
+                state.handles.append(outer.register_forward_pre_hook(before_outer(outer), with_kwargs=True))
 
 
 def _install(decoder: nn.Module) -> _Installed:
@@ -287,7 +305,7 @@ def new_cache(
     rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if rotates else None for i in tiers]
     core = TieredCache(
         policies,
-        [attrs.evolve(_geometry(config, attentions[i]), dtype=model.dtype) for i in tiers],
+        [attrs.evolve(_geometry(decoder, attentions[i]), dtype=model.dtype) for i in tiers],
         rotaries=rotaries,
         numbers=tiers,
         check=check,
@@ -302,15 +320,20 @@ def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
     return [i for i in range(len(layers)) if i not in own], own
 
 
-def _geometry(config: Any, attention: nn.Module) -> Geometry:
+def _geometry(decoder: nn.Module, attention: Any) -> Geometry:
+    """What a layer of this attention stores: as its forward shows it, or else as the configuration says."""
+    config: Any = decoder.config
+    found = shown(decoder, attention, get_layer_types_and_kwargs(config)[0][attention.layer_idx])
+    if found is not None:
+        return found.geometry()
     heads = config.num_attention_heads
     width: Any = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return Geometry(kv_heads=kv_heads, query_heads=heads, head_dim=int(width or config.hidden_size // heads))
 
 
-def _shape(geometry: Geometry) -> tuple[int, int, int]:
-    return geometry.query_heads, geometry.kv_heads, geometry.head_dim
+def _shape(geometry: Geometry) -> tuple[int, int, int, int]:
+    return geometry.query_heads, geometry.kv_heads, geometry.head_dim, geometry.value_dim
 
 
 @contextmanager

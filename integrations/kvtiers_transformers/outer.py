@@ -1,0 +1,102 @@
+"""Models around a decoder, which make its masks: what those masks say of padding, or why they cannot be served."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvtiers import UnsupportedModelError
+
+_given: ContextVar[tuple[Any] | None] = ContextVar("kvtiers_given_mask", default=None)
+"""The attention_mask that the model around the decoder was given, in a tuple; None if there is none around it."""
+
+
+def around(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
+    """The modules from `model` down to `decoder` (left out) that take an attention_mask and may make another of it."""
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    parts = name.split(".") if name else []
+    for depth in range(len(parts)):
+        module = model.get_submodule(".".join(parts[:depth]))
+        other = getattr(module, "config", None) is not getattr(decoder, "config", None)
+        if other and "attention_mask" in inspect.signature(module.forward).parameters:
+            yield module
+
+
+def before_outer(model: nn.Module) -> Callable[..., None]:
+    """A hook that remembers the attention_mask that `model` is given."""
+    original, position = weakref.ref(model), list(inspect.signature(model.forward).parameters).index("attention_mask")
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is original():  # and no copy of it
+            mask = args[position] if len(args) > position else kwargs.get("attention_mask")
+            _given.set(None if isinstance(mask, dict) else (mask,))
+
+    return hook
+
+
+def padding_mask(made: Any, kinds: Collection[str], rows: int, columns: int) -> Any:
+    """The padding mask, [batch, tokens], of a forward whose decoder was handed the mask `made`; None if there is none.
+
+    kinds: the types of the tiered layers. A mask that was made outside the decoder, of shape
+    [batch, 1, columns, columns] or one for each type of layer, must be causal but for padding.
+    """
+    given, outside = _given.get(), isinstance(made, dict)
+    _given.set(None)
+    if not outside and (given is None or (isinstance(made, Tensor) and made.dim() == 2)):
+        return made  # nothing was made of it
+    masks = [made.get(kind) for kind in kinds] if outside else [made]
+    found = [_padding_in(mask, rows, columns) for mask in masks]
+    held = next((valid for valid in found if valid is not None), None)
+    if given is None or given[0] is None:
+        return held
+    mask = given[0]
+    if held is not None and isinstance(mask, Tensor) and mask.dim() == 2 and not _waits(held):
+        if not torch.equal(mask[:, -columns:].to(held.device).bool().expand(rows, -1), held):
+            raise UnsupportedModelError(_refusal("hides other tokens than the attention_mask that the model was given"))
+    return mask
+
+
+def _padding_in(mask: Any, rows: int, columns: int) -> Tensor | None:
+    """Which columns are real, [rows, columns], by a mask that must be causal but for padding."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        mask = _dense(mask, rows, columns)
+    if mask.dim() == 2:
+        return mask[:, -columns:].bool()
+    if mask.dim() != 4 or mask.shape[-2:] != (columns, columns):
+        raise UnsupportedModelError(_refusal(f"is of shape {tuple(mask.shape)} for {columns} new tokens"))
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    valid = allowed.diagonal(dim1=-2, dim2=-1)[:, 0].expand(rows, -1)
+    if not _waits(valid):
+        due = valid[:, None, None, :] & torch.ones(columns, columns, dtype=torch.bool, device=mask.device).tril()
+        if bool(((allowed != due) & valid[:, None, :, None]).any()):
+            raise UnsupportedModelError(
+                _refusal("is not causal: some tokens see later ones, as those of an image do, or do not see earlier ones")
+            )
+    return valid
+
+
+def _waits(valid: Tensor) -> bool:
+    """Whether looking would make a decoding GPU wait."""
+    return valid.shape[-1] == 1 and valid.device.type != "cpu"
+
+
+def _dense(mask: Any, rows: int, columns: int) -> Tensor:
+    """A mask of flex attention as [rows, 1, columns, columns]."""
+    from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+    if not isinstance(mask, BlockMask):
+        raise UnsupportedModelError(_refusal(f"is a {type(mask).__name__}"))
+    return create_mask(mask.mask_mod, rows, 1, columns, columns, device=str(mask.kv_num_blocks.device))
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"the mask that the model around the decoder made {what}. Tiers serve the causal order with padding alone; "
+        "give a prompt of text, or use the model's own cache for this one"
+    )
