@@ -32,6 +32,12 @@ class Forward:
     cache: object = None
     identity: tuple[Any, Any] | None = None
     """The model's position embeddings, and some like them that rotate nothing, made once per forward."""
+    mask: Tensor | None = None
+    """The padding mask, [batch, tokens], if there is one."""
+    shape: tuple[int, int] = (0, 0)
+    """Rows and columns."""
+    checked: tuple[Any] | None = None
+    """The mask of a layer that was looked at last, in a tuple."""
     outer: "Forward | None" = None
     functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
     """The model's own attention functions, found once per forward."""
@@ -126,6 +132,9 @@ def tiered_attention(
         mask = _mask_for(backend, context, chunk.query)
         if mask is None and backend == "eager" and attention_mask is not None:
             mask = query.new_zeros(1, 1, 1, 1)  # some models add it without looking
+        ordered = context.causal or "flash" in backend
+        if mask is None and ordered and not getattr(module, "is_causal", True):
+            kwargs["is_causal"] = True  # as its own mask says
         part = attend(module, chunk.query, context.keys, context.values, mask, **kwargs)[0]
         if chunk.rows is None and context.current == query.shape[2]:
             return part, None

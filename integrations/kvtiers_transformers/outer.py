@@ -49,36 +49,54 @@ def padding_mask(made: Any, kinds: Collection[str], rows: int, columns: int) -> 
     if not outside and (given is None or (isinstance(made, Tensor) and made.dim() == 2)):
         return made  # nothing was made of it
     masks = [made.get(kind) for kind in kinds] if outside else [made]
-    found = [_padding_in(mask, rows, columns) for mask in masks]
-    held = next((valid for valid in found if valid is not None), None)
-    if given is None or given[0] is None:
-        return held
-    mask = given[0]
-    if held is not None and isinstance(mask, Tensor) and mask.dim() == 2 and not _waits(held):
-        if not torch.equal(mask[:, -columns:].to(held.device).bool().expand(rows, -1), held):
-            raise UnsupportedModelError(_refusal("hides other tokens than the attention_mask that the model was given"))
-    return mask
+    mask = None if given is None else given[0]
+    known: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    found = [padding_in(one, known, rows, columns) for one in masks]
+    return next((valid for valid in found if valid is not None), None) if mask is None else mask
 
 
-def _padding_in(mask: Any, rows: int, columns: int) -> Tensor | None:
-    """Which columns are real, [rows, columns], by a mask that must be causal but for padding."""
+def padding_in(mask: Any, known: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    """Which columns are real, [rows, columns], by a mask that must be causal but for padding.
+
+    known: a padding mask, [rows or 1, tokens], with which it must agree. Raises UnsupportedModelError.
+    """
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        mask = _dense(mask, rows, columns)
-    if mask.dim() == 2:
-        return mask[:, -columns:].bool()
-    if mask.dim() != 4 or mask.shape[-2:] != (columns, columns):
-        raise UnsupportedModelError(_refusal(f"is of shape {tuple(mask.shape)} for {columns} new tokens"))
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    valid = allowed.diagonal(dim1=-2, dim2=-1)[:, 0].expand(rows, -1)
+    dense: Tensor = mask if isinstance(mask, Tensor) else _dense(mask, rows, columns)
+    if dense.dim() == 2:
+        return dense[:, -columns:].bool()
+    if dense.dim() != 4 or dense.shape[-2:] != (columns, columns):
+        raise UnsupportedModelError(_refusal(f"is of shape {tuple(dense.shape)} for {columns} new tokens"))
+    allowed = dense if dense.dtype == torch.bool else dense > torch.finfo(dense.dtype).min / 2
+    valid: Tensor = allowed.diagonal(dim1=-2, dim2=-1)[:, 0].expand(rows, -1)
     if not _waits(valid):
-        due = valid[:, None, None, :] & torch.ones(columns, columns, dtype=torch.bool, device=mask.device).tril()
+        due = valid[:, None, None, :] & torch.ones(columns, columns, dtype=torch.bool, device=dense.device).tril()
         if bool(((allowed != due) & valid[:, None, :, None]).any()):
             raise UnsupportedModelError(
-                _refusal("is not causal: some tokens see later ones, as those of an image do, or do not see earlier ones")
+                _refusal(
+                    "is not causal: some tokens see later ones, as those of an image do, or do not see earlier ones"
+                )
             )
+        if known is not None and bool((known[:, -columns:].to(valid.device).bool() != valid).any()):
+            raise UnsupportedModelError(_refusal("hides other tokens than the attention_mask that the model was given"))
     return valid
+
+
+def check_layer_mask(attention: nn.Module, mask: Any, known: Tensor | None, rows: int, columns: int) -> None:
+    """Refuse the mask that an attention is handed for its own new tokens unless it is causal but for padding.
+
+    known: as for `padding_in`. None for a mask means causal, if the attention is.
+    """
+    if columns == 1:
+        return
+    if mask is None and not getattr(attention, "is_causal", True):
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} lets tokens see later ones where it is handed no mask, and tiers serve the "
+            "causal order; load the model with attn_implementation='eager', which makes a mask, or use the model's own "
+            "cache"
+        )
+    if not isinstance(mask, Tensor) or mask.shape[-2:] == (columns, columns):
+        padding_in(mask, known, rows, columns)
 
 
 def _waits(valid: Tensor) -> bool:
@@ -97,6 +115,6 @@ def _dense(mask: Any, rows: int, columns: int) -> Tensor:
 
 def _refusal(what: str) -> str:
     return (
-        f"the mask that the model around the decoder made {what}. Tiers serve the causal order with padding alone; "
+        f"the mask that the model made {what}. Tiers serve the causal order with padding alone; "
         "give a prompt of text, or use the model's own cache for this one"
     )

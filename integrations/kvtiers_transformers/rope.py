@@ -1,4 +1,4 @@
-"""How a transformers model rotates: read its frequencies, and find the rest (which channels, in what pairs) by trying."""
+"""How a transformers model rotates: read its frequencies, and find the rest (which channels, which pairs) by trying."""
 
 import copy
 import inspect
@@ -51,11 +51,13 @@ def rotary_of(decoder: nn.Module, attention: nn.Module, layer_type: str, *, froz
     for layout in _LAYOUTS:
         for first in sorted({0, rest}) if rest >= 0 else ():
             rotary = Rotary([frequencies.float()], layout=layout, scaling=scaling, first=first)
-            if _agree(rotary, positions, plain.key, turned.key) and _agree(rotary, positions, plain.query, turned.query):
+            if _agree(rotary, positions, plain.key, turned.key) and _agree(
+                rotary, positions, plain.query, turned.query
+            ):
                 return rotary
     raise RotaryError(
-        f"{type(attention).__name__} rotates in a way that kvtiers does not know: neither {' nor '.join(_LAYOUTS)} pairs "
-        "of its first or last channels; use realigner='original', which keeps the model's own rotation"
+        f"{type(attention).__name__} rotates in a way that kvtiers does not know: neither {' nor '.join(_LAYOUTS)} "
+        "pairs of its first or last channels; use realigner='original', which keeps the model's own rotation"
     )
 
 

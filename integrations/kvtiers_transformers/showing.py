@@ -124,13 +124,15 @@ def show(attention: nn.Module, turn: Any, device: torch.device) -> Shown | None:
     at = torch.arange(_TOKENS, device=device)[None]
     given: dict[str, Any] = {"position_embeddings": turn, "position_ids": at, "shared_kv_states": {}}
     forward = type(attention).forward
-    named = [p for p in inspect.signature(forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [
+        p for p in inspect.signature(forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     keywords = {p.name: given.get(p.name) for p in named[2:] if p.name in given or p.default is p.empty}
     with torch.no_grad(), suppress(AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         try:
             forward(module, hidden, **keywords)
         except _Reached as reached:
             shown = reached.shown
-            if all(isinstance(x, Tensor) and x.dim() == 4 for x in (shown.query, shown.key, shown.value)):
+            if all(x.dim() == 4 for x in (shown.query, shown.key, shown.value)):
                 return shown
     return None

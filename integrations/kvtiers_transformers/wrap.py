@@ -20,8 +20,9 @@ from kvtiers import Geometry, PaddingPattern, Policy, TieredCache, UnsupportedMo
 from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
 from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
-from kvtiers_transformers.outer import around, before_outer, padding_mask
-from kvtiers_transformers.rope import rotary_of, shown, unrotated
+from kvtiers_transformers.geometries import geometry_of, shape_of
+from kvtiers_transformers.outer import around, before_outer, check_layer_mask, padding_mask
+from kvtiers_transformers.rope import rotary_of, unrotated
 
 
 class ServedConfig:
@@ -102,7 +103,8 @@ def _cache_in(values: Any) -> TransformersCache | None:
 def _before_model(decoder: nn.Module) -> Callable[..., None]:
     signature, outline = inspect.signature(decoder.forward), _outline(decoder)
     original = weakref.ref(decoder)
-    kinds, _ = get_layer_types_and_kwargs(decoder.config)
+    config: Any = decoder.config
+    kinds, _ = get_layer_types_and_kwargs(config)
     tiered = {kinds[i] for i in outline.tiers}
 
     def admit(forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,11 +124,11 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
         if cache.rotates:
-            check_positions(given.get("position_ids"), mask, cache, rows)
+            check_positions(given.get("position_ids"), mask, cache, rows, columns)
         cache.check_decoded()
         padding = None if mask is None else _padding(mask[:, -columns:].bool(), cache)
         cache.start(rows * columns if padding is None else padding.tokens)
-        forward.padding, forward.cache = padding, cache
+        forward.padding, forward.cache, forward.mask, forward.shape = padding, cache, mask, (rows, columns)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not original():
@@ -163,7 +165,7 @@ def _outline(decoder: nn.Module) -> Outline:
     config: Any = decoder.config
     attentions = _attentions(decoder)
     tiers, own = tiers_of(config)
-    shapes = [_shape(_geometry(decoder, attentions[i])) for i in tiers if i in attentions]
+    shapes = [shape_of(geometry_of(decoder, attentions[i])) for i in tiers if i in attentions]
     return Outline(
         family=str(config.model_type),
         layers=len(tiers) + len(own),
@@ -173,7 +175,9 @@ def _outline(decoder: nn.Module) -> Outline:
     )
 
 
-def _before_attention() -> Callable[..., Any]:
+def _before_attention(attention: nn.Module) -> Callable[..., Any]:
+    names = list(inspect.signature(type(attention).forward).parameters)[1:]
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = running.get()
         if forward is None or not isinstance(forward.cache, TransformersCache):
@@ -188,12 +192,19 @@ def _before_attention() -> Callable[..., Any]:
                 f"layer {number} was not given the cache that its model was given; gradient checkpointing does that "
                 "while training: call model.eval() or model.activation_checkpointing_disable()"
             )
+        given = dict(zip(names, args, strict=False)) | kwargs
+        own, turn = given.get("attention_mask"), given.get("position_embeddings")
+        if forward.checked is None or forward.checked[0] is not own:
+            check_layer_mask(module, own, forward.mask, *forward.shape)
+            forward.checked = (own,)
         kwargs = {**kwargs, "kvtiers": layer.layer}
-        turn = kwargs.get("position_embeddings")
         if turn is not None and cache.rotates:
             if forward.identity is None or forward.identity[0] is not turn:
                 forward.identity = turn, unrotated(turn)
-            kwargs["position_embeddings"] = forward.identity[1]
+            if "position_embeddings" in kwargs:
+                kwargs["position_embeddings"] = forward.identity[1]
+            else:
+                args = tuple(forward.identity[1] if value is turn else value for value in args)
         return args, kwargs
 
     return hook
@@ -235,7 +246,7 @@ def _install(decoder: nn.Module) -> _Installed:
     try:
         handles.append(decoder.register_forward_pre_hook(_before_model(decoder), with_kwargs=True))
         handles.append(decoder.register_forward_hook(_after_model(decoder), always_call=True))
-        handles += [m.register_forward_pre_hook(_before_attention(), with_kwargs=True) for m in served]
+        handles += [m.register_forward_pre_hook(_before_attention(m), with_kwargs=True) for m in served]
         for module in served:
             if not isinstance(module.config, ServedConfig):  # as in a copy of an enabled model
                 module.config = ServedConfig(module.config)
@@ -305,12 +316,18 @@ def new_cache(
     rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if rotates else None for i in tiers]
     core = TieredCache(
         policies,
-        [attrs.evolve(_geometry(decoder, attentions[i]), dtype=model.dtype) for i in tiers],
+        [attrs.evolve(geometry_of(decoder, attentions[i]), dtype=model.dtype) for i in tiers],
         rotaries=rotaries,
         numbers=tiers,
         check=check,
     )
-    return TransformersCache(core, own, _outline(decoder), model.device)
+    return TransformersCache(core, own, _outline(decoder), _device(model))
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where the model computes. Weights that were offloaded say `meta`; its buffers, as a rule, were not."""
+    held = (part.device for part in (*model.parameters(), *model.buffers()))
+    return next((device for device in held if device.type != "meta"), torch.device("cpu"))
 
 
 def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
@@ -320,20 +337,11 @@ def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
     return [i for i in range(len(layers)) if i not in own], own
 
 
-def _geometry(decoder: nn.Module, attention: Any) -> Geometry:
-    """What a layer of this attention stores: as its forward shows it, or else as the configuration says."""
-    config: Any = decoder.config
-    found = shown(decoder, attention, get_layer_types_and_kwargs(config)[0][attention.layer_idx])
-    if found is not None:
-        return found.geometry()
-    heads = config.num_attention_heads
-    width: Any = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Geometry(kv_heads=kv_heads, query_heads=heads, head_dim=int(width or config.hidden_size // heads))
-
-
-def _shape(geometry: Geometry) -> tuple[int, int, int, int]:
-    return geometry.query_heads, geometry.kv_heads, geometry.head_dim, geometry.value_dim
+def geometries_of(model: nn.Module) -> list[Geometry]:
+    """What each layer that would be tiered stores, in float32. The model may be on the device `meta`."""
+    decoder = _decoder(model)
+    attentions, (tiers, _) = _attentions(decoder), tiers_of(decoder.config)
+    return [geometry_of(decoder, attentions[i]) for i in tiers if i in attentions]
 
 
 @contextmanager
