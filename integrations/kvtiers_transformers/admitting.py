@@ -35,9 +35,11 @@ def check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) -> 
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dim() != 2:
+        more = "" if isinstance(mask, Tensor) else "; if a model around the decoder made it, give tiered() that model"
         raise UnsupportedModelError(
             f"a tiered cache takes a padding mask of shape [batch, tokens], got {type(mask).__name__} of shape "
             f"{tuple(getattr(mask, 'shape', ()))}; a custom 4D mask names slots that a tiered context does not have"
+            f"{more}"
         )
     past, length = mask.shape[1] - columns, cache.get_seq_length()
     if mask.shape[0] != rows or past not in (0, length):

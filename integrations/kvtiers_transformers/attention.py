@@ -32,12 +32,10 @@ class Forward:
     cache: object = None
     identity: tuple[Any, Any] | None = None
     """The model's position embeddings, and some like them that rotate nothing, made once per forward."""
-    mask: Tensor | None = None
-    """The padding mask, [batch, tokens], if there is one."""
-    shape: tuple[int, int] = (0, 0)
-    """Rows and columns."""
-    checked: tuple[Any] | None = None
-    """The mask of a layer that was looked at last, in a tuple."""
+    looks: Callable[[nn.Module, Any], None] | None = None
+    """Refuses a mask that the model made for an attention, unless it says what the tiers assume."""
+    looked: tuple[Any] | None = None
+    """The mask that was looked at last, in a tuple."""
     outer: "Forward | None" = None
     functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
     """The model's own attention functions, found once per forward."""

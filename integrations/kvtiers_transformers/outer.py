@@ -33,7 +33,7 @@ def before_outer(model: nn.Module) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is original():  # and no copy of it
             mask = args[position] if len(args) > position else kwargs.get("attention_mask")
-            _given.set(None if isinstance(mask, dict) else (mask,))
+            _given.set(None if isinstance(mask, dict) else (mask,))  # a dictionary of masks is the user's own
 
     return hook
 
@@ -44,48 +44,49 @@ def padding_mask(made: Any, kinds: Collection[str], rows: int, columns: int) -> 
     kinds: the types of the tiered layers. A mask that was made outside the decoder, of shape
     [batch, 1, columns, columns] or one for each type of layer, must be causal but for padding.
     """
-    given, outside = _given.get(), isinstance(made, dict)
+    given = _given.get()
     _given.set(None)
-    if not outside and (given is None or (isinstance(made, Tensor) and made.dim() == 2)):
+    if given is None or (isinstance(made, Tensor) and made.dim() == 2):
         return made  # nothing was made of it
-    masks = [made.get(kind) for kind in kinds] if outside else [made]
-    mask = None if given is None else given[0]
+    mask = given[0]
     known: Tensor | None = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    found = [padding_in(one, known, rows, columns) for one in masks]
-    return next((valid for valid in found if valid is not None), None) if mask is None else mask
+    for one in [made.get(kind) for kind in kinds] if isinstance(made, dict) else [made]:
+        check_made(one, known, rows, columns)
+    return mask
 
 
-def padding_in(mask: Any, known: Tensor | None, rows: int, columns: int) -> Tensor | None:
-    """Which columns are real, [rows, columns], by a mask that must be causal but for padding.
+def check_made(mask: Any, known: Tensor | None, rows: int, columns: int) -> None:
+    """Refuse a mask for new tokens, [rows, 1, columns, columns], unless it is causal but for padding.
 
-    known: a padding mask, [rows or 1, tokens], with which it must agree. Raises UnsupportedModelError.
+    known: the padding mask that the model was given, [rows or 1, tokens].
     """
-    if mask is None:
-        return None
+    if mask is None or (columns == 1 and _on_gpu(mask)):
+        return  # while decoding on a GPU nobody waits for a mask
     dense: Tensor = mask if isinstance(mask, Tensor) else _dense(mask, rows, columns)
     if dense.dim() == 2:
-        return dense[:, -columns:].bool()
+        return
     if dense.dim() != 4 or dense.shape[-2:] != (columns, columns):
         raise UnsupportedModelError(_refusal(f"is of shape {tuple(dense.shape)} for {columns} new tokens"))
-    allowed = dense if dense.dtype == torch.bool else dense > torch.finfo(dense.dtype).min / 2
-    valid: Tensor = allowed.diagonal(dim1=-2, dim2=-1)[:, 0].expand(rows, -1)
-    if not _waits(valid):
-        due = valid[:, None, None, :] & torch.ones(columns, columns, dtype=torch.bool, device=dense.device).tril()
-        if bool(((allowed != due) & valid[:, None, :, None]).any()):
-            raise UnsupportedModelError(
-                _refusal(
-                    "is not causal: some tokens see later ones, as those of an image do, or do not see earlier ones"
-                )
+    numbers = dense.dtype != torch.bool
+    allowed = dense > torch.finfo(dense.dtype).min / 2 if numbers else dense
+    if numbers and bool((allowed & (dense != 0)).any()):
+        raise UnsupportedModelError(_refusal("adds numbers to the logits of tokens that are seen"))
+    valid = torch.ones(rows, columns, dtype=torch.bool, device=dense.device)
+    if known is not None:
+        valid = valid & known[:, -columns:].to(dense.device).bool()
+    due = valid[:, None, None, :] & torch.ones(columns, columns, dtype=torch.bool, device=dense.device).tril()
+    if bool(((allowed != due) & valid[:, None, :, None]).any()):
+        raise UnsupportedModelError(
+            _refusal(
+                "is not causal but for padding: tokens see later ones, as those of an image do, or not all earlier"
             )
-        if known is not None and bool((known[:, -columns:].to(valid.device).bool() != valid).any()):
-            raise UnsupportedModelError(_refusal("hides other tokens than the attention_mask that the model was given"))
-    return valid
+        )
 
 
 def check_layer_mask(attention: nn.Module, mask: Any, known: Tensor | None, rows: int, columns: int) -> None:
     """Refuse the mask that an attention is handed for its own new tokens unless it is causal but for padding.
 
-    known: as for `padding_in`. None for a mask means causal, if the attention is.
+    known: as for `check_made`. None for a mask means causal, if the attention is.
     """
     if columns == 1:
         return
@@ -96,12 +97,11 @@ def check_layer_mask(attention: nn.Module, mask: Any, known: Tensor | None, rows
             "cache"
         )
     if not isinstance(mask, Tensor) or mask.shape[-2:] == (columns, columns):
-        padding_in(mask, known, rows, columns)
+        check_made(mask, known, rows, columns)
 
 
-def _waits(valid: Tensor) -> bool:
-    """Whether looking would make a decoding GPU wait."""
-    return valid.shape[-1] == 1 and valid.device.type != "cpu"
+def _on_gpu(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.device.type != "cpu"
 
 
 def _dense(mask: Any, rows: int, columns: int) -> Tensor:

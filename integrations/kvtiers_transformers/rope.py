@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from kvtiers_transformers.showing import Shown, show
 
 _LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 _POSITIONS = (0, 1, 7)
+_UNKNOWN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a rotary module raises that is called in another way than ours."""
 
 
 def rotary_of(decoder: nn.Module, attention: nn.Module, layer_type: str, *, frozen: bool) -> Rotary | None:
@@ -25,12 +28,14 @@ def rotary_of(decoder: nn.Module, attention: nn.Module, layer_type: str, *, froz
     module = _rotary_module(decoder)
     if module is None:
         return None
+    if _per_type(module) and layer_type not in module.rope_type:
+        return Rotary([torch.zeros(0)])  # its model does not rotate it
     prefix = f"{layer_type}_" if _per_type(module) else ""
-    kind = module.rope_type[layer_type] if _per_type(module) else getattr(module, "rope_type", "default")
+    kind = _kind(module, layer_type)
     frequencies = getattr(module, f"{prefix}inv_freq", None)
     if frequencies is None:
         return None
-    if not frozen and (kind == "longrope" or "dynamic" in kind):
+    if not frozen and _changes(kind):
         raise RotaryError(
             f"the rotary frequencies of this model change with length (rope_type={kind!r}), and keys that are rotated "
             "anew need one set; use realigner='original', or freeze_rope=True to keep the frequencies it has now"
@@ -69,11 +74,12 @@ def _agree(rotary: Rotary, positions: Tensor, plain: Tensor, turned: Tensor) -> 
 
 def shown(decoder: nn.Module, attention: nn.Module, layer_type: str) -> Shown | None:
     """What `attention` hands to the attention interface for three tokens; None if that cannot be told."""
-    module = _rotary_module(decoder)
-    if module is None:
-        return show(attention, None, torch.device("cpu"))
-    turn = _turn(module, layer_type)
-    return show(attention, turn, (turn[0] if isinstance(turn, tuple) else turn).device)
+    module, turn = _rotary_module(decoder), None
+    if module is not None and not (_per_type(module) and layer_type not in module.rope_type):
+        with suppress(RotaryError):
+            turn = _turn(module, layer_type)
+    part = turn[0] if isinstance(turn, tuple | list) else turn
+    return show(attention, turn, part.device if isinstance(part, Tensor) else torch.device("cpu"))
 
 
 def unrotated(turn: Any) -> Any:
@@ -106,15 +112,29 @@ def _per_type(module: Any) -> bool:
 
 
 def _turn(module: Any, layer_type: str) -> Any:
-    """The position embeddings of `_POSITIONS`, in float32.
-
-    They are made by a copy: a longer or shorter input may change a module's frequencies, and the model's with them.
-    """
-    still = copy.copy(module)
-    still.rope_type = dict.fromkeys(module.rope_type, "default") if _per_type(module) else "default"
+    """The position embeddings of `_POSITIONS`, in float32. Raises RotaryError if `module` cannot make them."""
     device = next((held.device for held in module.buffers()), torch.device("cpu"))
-    hidden = torch.zeros(1, len(_POSITIONS), 1, device=device)
-    positions = torch.tensor([_POSITIONS], device=device)
+    inputs = torch.zeros(1, len(_POSITIONS), 1, device=device), torch.tensor([_POSITIONS], device=device)
     extra = (layer_type,) if _per_type(module) else ()
-    with torch.no_grad():
-        return type(module).forward(still, hidden, positions, *extra)
+    try:
+        with torch.no_grad():
+            if not _changes(_kind(module, layer_type)):
+                return module(*inputs, *extra)
+            still = copy.copy(module)  # a longer or shorter input changes its frequencies, and the model's with them
+            still.rope_type = dict.fromkeys(module.rope_type, "default") if _per_type(module) else "default"
+            return type(module).forward(still, *inputs, *extra)
+    except _UNKNOWN as error:
+        raise RotaryError(
+            f"{type(module).__name__} makes no position embeddings when tried ({type(error).__name__}: {error}); "
+            "use realigner='original', which keeps the model's own rotation"
+        ) from error
+
+
+def _kind(module: Any, layer_type: str) -> str:
+    """The rope_type of layers of one type."""
+    return str(module.rope_type[layer_type] if _per_type(module) else getattr(module, "rope_type", "default"))
+
+
+def _changes(kind: str) -> bool:
+    """Whether frequencies of this rope_type change with length."""
+    return kind == "longrope" or "dynamic" in kind

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,11 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         cache.check_decoded()
         padding = None if mask is None else _padding(mask[:, -columns:].bool(), cache)
         cache.start(rows * columns if padding is None else padding.tokens)
-        forward.padding, forward.cache, forward.mask, forward.shape = padding, cache, mask, (rows, columns)
+        if (
+            mask is None or mask.shape[1] == columns + cache.get_seq_length()
+        ):  # else the model made nothing useful of it
+            forward.looks = partial(check_layer_mask, known=mask, rows=rows, columns=columns)
+        forward.padding, forward.cache = padding, cache
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not original():
@@ -194,9 +199,9 @@ def _before_attention(attention: nn.Module) -> Callable[..., Any]:
             )
         given = dict(zip(names, args, strict=False)) | kwargs
         own, turn = given.get("attention_mask"), given.get("position_embeddings")
-        if forward.checked is None or forward.checked[0] is not own:
-            check_layer_mask(module, own, forward.mask, *forward.shape)
-            forward.checked = (own,)
+        if forward.looks is not None and (forward.looked is None or forward.looked[0] is not own):
+            forward.looks(module, own)
+            forward.looked = (own,)
         kwargs = {**kwargs, "kvtiers": layer.layer}
         if turn is not None and cache.rotates:
             if forward.identity is None or forward.identity[0] is not turn:
