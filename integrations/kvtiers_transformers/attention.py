@@ -36,6 +36,8 @@ class Forward:
     """Refuses a mask that the model made for an attention, unless it says what the tiers assume."""
     looked: tuple[Any] | None = None
     """The mask that was looked at last, in a tuple."""
+    turns: Callable[[str, Any], None] | None = None
+    """Refuses position embeddings, of layers of a type, that are not those of the tokens that come next."""
     outer: "Forward | None" = None
     functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
     """The model's own attention functions, found once per forward."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -25,3 +26,9 @@ def geometry_of(decoder: nn.Module, attention: nn.Module) -> Geometry:
 def shape_of(geometry: Geometry) -> tuple[int, int, int, int]:
     """(query_heads, kv_heads, head_dim, value_dim)."""
     return geometry.query_heads, geometry.kv_heads, geometry.head_dim, geometry.value_dim
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes. Weights that were offloaded say `meta`; buffers, as a rule, were not."""
+    held = (part.device for part in (*model.parameters(), *model.buffers()))
+    return next((device for device in held if device.type != "meta"), torch.device("cpu"))

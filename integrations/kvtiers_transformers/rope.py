@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtiers import Rotary, RotaryError
+from kvtiers import Rotary, RotaryError, UnsupportedModelError
 from kvtiers.rotary import Layout
 from kvtiers_transformers.showing import Shown, show
 
@@ -95,6 +95,28 @@ def unrotated(turn: Any) -> Any:
         f"this model rotates by a {type(turn).__name__}, which kvtiers does not know; use realigner='original', which "
         "keeps the model's own rotation"
     )
+
+
+def check_turn(decoder: nn.Module, layer_type: str, turn: Any, *, first: int, columns: int) -> None:
+    """Refuse position embeddings that are not those of `columns` consecutive positions from `first` on.
+
+    So some models count where they are given no position_ids. Looks at nothing while a GPU decodes.
+    """
+    module = _rotary_module(decoder)
+    part = turn if isinstance(turn, Tensor) else turn[0]
+    unknown = module is None or (_per_type(module) and layer_type not in module.rope_type)
+    if unknown or _changes(_kind(module, layer_type)) or (columns == 1 and part.device.type != "cpu"):
+        return
+    at = torch.arange(first, first + columns, device=part.device)[None]
+    like = torch.zeros(1, columns, 1, device=part.device, dtype=part.real.dtype)
+    with torch.no_grad():
+        due = module(like, at, *((layer_type,) if _per_type(module) else ()))
+    pairs = [(turn, due)] if isinstance(turn, Tensor) else zip(turn, due, strict=True)
+    if not all(torch.allclose(got, want.expand_as(got), rtol=0, atol=1e-2) for got, want in pairs):
+        raise UnsupportedModelError(
+            f"without position_ids this model does not count on from the {first} columns that the cache holds, and a "
+            "realigner does; give position_ids, or use realigner='original', which keeps the model's positions"
+        )
 
 
 def _rotary_module(decoder: nn.Module) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
@@ -21,9 +20,9 @@ from kvtiers import Geometry, PaddingPattern, Policy, TieredCache, UnsupportedMo
 from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
 from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
-from kvtiers_transformers.geometries import geometry_of, shape_of
+from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
 from kvtiers_transformers.outer import around, before_outer, check_layer_mask, padding_mask
-from kvtiers_transformers.rope import rotary_of, unrotated
+from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
 
 
 class ServedConfig:
@@ -126,6 +125,8 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         cache.core.layers[0].check_batch(rows)
         if cache.rotates:
             check_positions(given.get("position_ids"), mask, cache, rows, columns)
+            if given.get("position_ids") is None:
+                forward.turns = partial(check_turn, module, first=cache.get_seq_length(), columns=columns)
         cache.check_decoded()
         padding = None if mask is None else _padding(mask[:, -columns:].bool(), cache)
         cache.start(rows * columns if padding is None else padding.tokens)
@@ -182,6 +183,8 @@ def _outline(decoder: nn.Module) -> Outline:
 
 def _before_attention(attention: nn.Module) -> Callable[..., Any]:
     names = list(inspect.signature(type(attention).forward).parameters)[1:]
+    config: Any = attention.config
+    kinds, _ = get_layer_types_and_kwargs(config)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = running.get()
@@ -206,6 +209,8 @@ def _before_attention(attention: nn.Module) -> Callable[..., Any]:
         if turn is not None and cache.rotates:
             if forward.identity is None or forward.identity[0] is not turn:
                 forward.identity = turn, unrotated(turn)
+                if forward.turns is not None:
+                    forward.turns(kinds[number], turn)
             if "position_embeddings" in kwargs:
                 kwargs["position_embeddings"] = forward.identity[1]
             else:
@@ -326,13 +331,7 @@ def new_cache(
         numbers=tiers,
         check=check,
     )
-    return TransformersCache(core, own, _outline(decoder), _device(model))
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    """Where the model computes. Weights that were offloaded say `meta`; its buffers, as a rule, were not."""
-    held = (part.device for part in (*model.parameters(), *model.buffers()))
-    return next((device for device in held if device.type != "meta"), torch.device("cpu"))
+    return TransformersCache(core, own, _outline(decoder), device_of(model))
 
 
 def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
