@@ -58,16 +58,19 @@ def check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) -> 
         )
 
 
-def check_positions(positions: Any, mask: Tensor | None, cache: TransformersCache, rows: int, columns: int) -> None:
+def check_positions(
+    positions: Tensor | None, mask: Tensor | None, cache: TransformersCache, rows: int, columns: int
+) -> Tensor | None:
     """Refuse positions that a realigner would silently replace: those with jumps, within this forward or before it.
 
     positions: [batch, columns], or [axes, batch, columns] (None: those that the model makes, one per column).
+    Returns them as [batch or 1, columns], or None if nothing was looked at.
     """
     if isinstance(positions, Tensor) and columns == 1 and positions.device.type != "cpu":
-        return  # while decoding on a GPU nobody waits for positions
-    known = isinstance(positions, Tensor)
-    made = cache.get_seq_length() + torch.arange(columns, device=positions.device if known else None)[None]
-    positions = _one_axis(positions) if known else made
+        return None  # while decoding on a GPU nobody waits for positions
+    given = positions if isinstance(positions, Tensor) else None
+    made = cache.get_seq_length() + torch.arange(columns, device=None if given is None else given.device)[None]
+    positions = made if given is None else _one_axis(given)
     if cache.get_seq_length() == 0:
         cache.position_shift = None
     shift = int(positions[0, 0] - made[0, 0])
@@ -75,7 +78,7 @@ def check_positions(positions: Any, mask: Tensor | None, cache: TransformersCach
         if cache.get_seq_length() == 0:
             cache.position_shift = shift
         if cache.position_shift == shift:
-            return
+            return positions
     valid = torch.ones_like(positions, dtype=torch.bool)
     if mask is not None:
         valid = valid & mask[:, -columns:].bool()
@@ -96,6 +99,7 @@ def check_positions(positions: Any, mask: Tensor | None, cache: TransformersCach
                 "point, crop() the cache to it or go on from a fork(); or use realigner='original', which keeps the "
                 "model's positions"
             )
+    return positions
 
 
 def _one_axis(positions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from contextlib import suppress
 from typing import Any
 
@@ -53,13 +54,11 @@ def rotary_of(decoder: nn.Module, attention: nn.Module, layer_type: str, *, froz
         return Rotary([frequencies.new_zeros(0, dtype=torch.float32)])
     positions = torch.tensor(_POSITIONS, dtype=torch.float64, device=frequencies.device)[:, None]
     rest = plain.key.shape[-1] - 2 * frequencies.numel()
-    for layout in _LAYOUTS:
-        for first in sorted({0, rest}) if rest >= 0 else ():
-            rotary = Rotary([frequencies.float()], layout=layout, scaling=scaling, first=first)
-            if _agree(rotary, positions, plain.key, turned.key) and _agree(
-                rotary, positions, plain.query, turned.query
-            ):
-                return rotary
+    pairs = ((plain.key, turned.key), (plain.query, turned.query))
+    for layout, first, sign in itertools.product(_LAYOUTS, sorted({0, rest}) if rest >= 0 else (), (1, -1)):
+        rotary = Rotary([sign * frequencies.float()], layout=layout, scaling=scaling, first=first)
+        if all(_agree(rotary, positions, *pair) for pair in pairs):
+            return rotary
     raise RotaryError(
         f"{type(attention).__name__} rotates in a way that kvtiers does not know: neither {' nor '.join(_LAYOUTS)} "
         "pairs of its first or last channels; use realigner='original', which keeps the model's own rotation"
@@ -74,9 +73,10 @@ def _agree(rotary: Rotary, positions: Tensor, plain: Tensor, turned: Tensor) -> 
 
 def shown(decoder: nn.Module, attention: nn.Module, layer_type: str) -> Shown | None:
     """What `attention` hands to the attention interface for three tokens; None if that cannot be told."""
-    module, turn = _rotary_module(decoder), None
-    if module is not None and not (_per_type(module) and layer_type not in module.rope_type):
-        with suppress(RotaryError):
+    turn = None
+    with suppress(RotaryError):
+        module = _rotary_module(decoder)
+        if module is not None and not (_per_type(module) and layer_type not in module.rope_type):
             turn = _turn(module, layer_type)
     part = turn[0] if isinstance(turn, tuple | list) else turn
     return show(attention, turn, part.device if isinstance(part, Tensor) else torch.device("cpu"))
@@ -97,31 +97,48 @@ def unrotated(turn: Any) -> Any:
     )
 
 
-def check_turn(decoder: nn.Module, layer_type: str, turn: Any, *, first: int, columns: int) -> None:
-    """Refuse position embeddings that are not those of `columns` consecutive positions from `first` on.
+def check_turn(decoder: nn.Module, layer_type: str, turn: Any, *, positions: Tensor) -> None:
+    """Refuse position embeddings that are not what the decoder's rotary module makes of `positions`, [batch, columns].
 
-    So some models count where they are given no position_ids. Looks at nothing while a GPU decodes.
+    Looks at nothing while a GPU decodes.
     """
-    module = _rotary_module(decoder)
-    part = turn if isinstance(turn, Tensor) else turn[0]
+    module, part = _rotary_module(decoder), turn if isinstance(turn, Tensor) else turn[0]
+    columns = positions.shape[-1]
     unknown = module is None or (_per_type(module) and layer_type not in module.rope_type)
     if unknown or _changes(_kind(module, layer_type)) or (columns == 1 and part.device.type != "cpu"):
         return
-    at = torch.arange(first, first + columns, device=part.device)[None]
     like = torch.zeros(1, columns, 1, device=part.device, dtype=part.real.dtype)
     with torch.no_grad():
-        due = module(like, at, *((layer_type,) if _per_type(module) else ()))
+        due = module(like, positions.to(part.device), *((layer_type,) if _per_type(module) else ()))
     pairs = [(turn, due)] if isinstance(turn, Tensor) else zip(turn, due, strict=True)
-    if not all(torch.allclose(got, want.expand_as(got), rtol=0, atol=1e-2) for got, want in pairs):
+    if max(float((got - want).abs().max()) for got, want in pairs) > 1e-2:
         raise UnsupportedModelError(
-            f"without position_ids this model does not count on from the {first} columns that the cache holds, and a "
-            "realigner does; give position_ids, or use realigner='original', which keeps the model's positions"
+            "this model rotates the tokens of this forward to other positions, or by other frequencies, than a "
+            "realigner takes it to; use realigner='original', which keeps the model's own rotation"
         )
 
 
+def rotary_modules(decoder: nn.Module) -> list[str]:
+    """The names of the children that make position embeddings."""
+    return [
+        name
+        for name, child in decoder.named_children()
+        if any(held.endswith("inv_freq") and "." not in held for held, _ in child.named_buffers())
+    ]
+
+
 def _rotary_module(decoder: nn.Module) -> Any:
-    """The module that makes position embeddings; made anew if what it holds was offloaded. None: there is none."""
-    module: Any = getattr(decoder, "rotary_emb", None)
+    """The module that makes position embeddings; made anew if what it holds was offloaded. None: there is none.
+
+    Raises RotaryError if there are several.
+    """
+    names = rotary_modules(decoder)
+    if len(names) > 1:
+        raise RotaryError(
+            f"{type(decoder).__name__} rotates by {' and '.join(names)}, and nobody can tell which layer is rotated by "
+            "which; use realigner='original', which keeps the model's own rotation"
+        )
+    module: Any = decoder.get_submodule(names[0]) if names else None
     if module is not None and any(held.is_meta for held in module.buffers()):
         with torch.device("cpu"):
             return type(module)(module.config)

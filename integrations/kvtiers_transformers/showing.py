@@ -2,7 +2,7 @@
 
 The module's own forward runs on a stand-in of the module, in float32, without any of its weights: a child that has
 weights is replaced by one that makes numbers of the right shape. So it does not matter where weights are (offloaded,
-on disk) or what they are (quantised, packed into buffers).
+on disk) or what they are (quantised, packed into buffers). A child that is neither a linear layer nor a norm is copied.
 """
 
 import copy
@@ -100,14 +100,22 @@ def _width(child: nn.Module) -> int | None:
     return None
 
 
+class _Unknown(Exception):  # noqa: N818 (no error: the caller has another way)
+    """Raised for a child of which nobody can tell how wide its output is."""
+
+
 def _stand_in(child: nn.Module) -> nn.Module:
     width = _width(child)
     if width is not None:
         return _Projection(width)
     if hasattr(child, "inv_freq"):  # it makes a rotation
         return child
-    holds = next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
-    return _Scaling() if holds else child
+    held = [part.dim() for part in (*child.parameters(), *child.buffers())]
+    if any(dim > 1 for dim in held):
+        if all(part.is_floating_point() and not part.is_meta for part in (*child.parameters(), *child.buffers())):
+            return copy.deepcopy(child).float()  # there is no other way
+        raise _Unknown
+    return _Scaling() if held else child
 
 
 def show(attention: nn.Module, turn: Any, device: torch.device) -> Shown | None:
@@ -115,12 +123,15 @@ def show(attention: nn.Module, turn: Any, device: torch.device) -> Shown | None:
 
     None if its forward cannot be run in this way. Nothing of `attention` is changed, and none of its hooks is called.
     """
-    module: Any = copy.copy(attention)
     children: dict[str, nn.Module | None] = attention.__dict__["_modules"]
-    stand_ins = {name: None if child is None else _stand_in(child) for name, child in children.items()}
+    try:
+        stand_ins = {name: None if child is None else _stand_in(child) for name, child in children.items()}
+    except _Unknown:
+        return None
+    module: Any = copy.copy(attention)
     module.__dict__ |= {"_modules": stand_ins, "training": False}
     module.config = _Config(module.config)
-    hidden = torch.zeros(1, _TOKENS, int(module.config.hidden_size), device=device)
+    hidden = _Projection(int(module.config.hidden_size))(torch.zeros(1, _TOKENS, 1, device=device))
     at = torch.arange(_TOKENS, device=device)[None]
     given: dict[str, Any] = {"position_embeddings": turn, "position_ids": at, "shared_kv_states": {}}
     forward = type(attention).forward

@@ -20,6 +20,7 @@ from kvtiers import Geometry, PaddingPattern, Policy, TieredCache, UnsupportedMo
 from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
 from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
+from kvtiers_transformers.counting import counts_on
 from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
 from kvtiers_transformers.outer import around, before_outer, check_layer_mask, padding_mask
 from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
@@ -105,7 +106,12 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
     original = weakref.ref(decoder)
     config: Any = decoder.config
     kinds, _ = get_layer_types_and_kwargs(config)
-    tiered = {kinds[i] for i in outline.tiers}
+    tiered, known = {kinds[i] for i in outline.tiers}, list[bool]()
+
+    def counting() -> bool:
+        model = original()
+        known[:] = known or [model is None or counts_on(model)]
+        return known[0]
 
     def admit(forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check what comes in; if there is a tiered cache, it serves this forward from here on."""
@@ -124,15 +130,18 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
         if cache.rotates:
-            check_positions(given.get("position_ids"), mask, cache, rows, columns)
-            if given.get("position_ids") is None:
-                forward.turns = partial(check_turn, module, first=cache.get_seq_length(), columns=columns)
+            positions = check_positions(given.get("position_ids"), mask, cache, rows, columns)
+            if given.get("position_ids") is None and not counting():
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} counts every forward from position 0 unless it is given position_ids, "
+                    "and a realigner counts on; give position_ids, or use realigner='original', which keeps the model's"
+                )
+            if positions is not None:
+                forward.turns = partial(check_turn, module, positions=positions)
         cache.check_decoded()
         padding = None if mask is None else _padding(mask[:, -columns:].bool(), cache)
         cache.start(rows * columns if padding is None else padding.tokens)
-        if (
-            mask is None or mask.shape[1] == columns + cache.get_seq_length()
-        ):  # else the model made nothing useful of it
+        if mask is None or mask.shape[1] == cache.get_seq_length() + columns:  # as the model takes it
             forward.looks = partial(check_layer_mask, known=mask, rows=rows, columns=columns)
         forward.padding, forward.cache = padding, cache
 
