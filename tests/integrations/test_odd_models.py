@@ -1,5 +1,6 @@
 """Models that differ from Llama in shape, position, mask or storage: the model's own result, or a refusal by name."""
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ SERVED = [
 pytestmark = pytest.mark.filterwarnings("ignore:.*falling back to its reference:UserWarning")
 
 
+def given(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument that gives `cache` to a model, as the installed transformers calls it."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 @torch.no_grad()
 def read_padded(model: Any, cache: Any) -> Tensor:
     """The logits of two rows, of which one is padded on the left: two forwards, and one of a token more."""
@@ -48,7 +54,7 @@ def read_padded(model: Any, cache: Any) -> Tensor:
     parts, start = [], 0
     ids, mask = torch.cat([ids, torch.full((2, 1), 5)], 1), torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
     for stop in (20, 33, 34):
-        parts.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+        parts.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], **given(model, cache)).logits)
         start = stop
     return torch.cat(parts, 1)[mask.bool()]
 
@@ -187,7 +193,7 @@ def test_text_alone_is_served_by_a_model_that_also_takes_images(name: str, atten
     own = read_padded(model, DynamicCache(config=model.config))
     with tiered(model, "full") as cache, torch.no_grad():  # with padding there is a mask, and it is causal
         ids, mask = pad_left([tokens(20, seed=1)[0], tokens(33, seed=2)[0]])
-        ours = model(ids, attention_mask=mask, past_key_values=cache).logits[0, 13:]
+        ours = model(ids, attention_mask=mask, **given(model, cache)).logits[0, 13:]
     assert distance(ours[:7], own[:7]) < 1e-5
     with (
         tiered(model, "full") as cache,
@@ -201,9 +207,9 @@ def test_tokens_of_the_past_cannot_be_hidden_behind_a_mask_that_is_made_outside(
     late = torch.ones(1, 20, dtype=torch.long)
     late[:, :4] = 0
     with tiered(model, "full") as cache, torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **given(model, cache))
         with pytest.raises(UnsupportedModelError, match=r"hold \[8\] tokens of the past, but the cache holds \[12\]"):
-            model(tokens(8), attention_mask=late, past_key_values=cache)
+            model(tokens(8), attention_mask=late, **given(model, cache))
 
 
 @pytest.mark.parametrize(("name", "image"), [("gemma3", 1), ("paligemma", 0)])
@@ -214,7 +220,7 @@ def test_spans_of_an_image_that_see_one_another_both_ways_are_refused(name: str,
     kinds[:, 3:7] = image
     with tiered(model, "full") as cache, torch.no_grad():
         with pytest.raises(UnsupportedModelError, match=r"not causal.*those of an image.*own cache"):
-            model(ids, token_type_ids=kinds, past_key_values=cache)
+            model(ids, token_type_ids=kinds, **given(model, cache))
         assert cache.get_seq_length() == 0
         assert distance(feed(model, ids, cache, ()), plain(model, ids)) < 1e-5
 
@@ -236,8 +242,8 @@ def read_image(model: Any, cache: Any) -> Tensor:
         "image_grid_thw": torch.tensor([[1, 4, 6]]),
         "mm_token_type_ids": (ids == 92).int(),
     }
-    parts = [model(ids, past_key_values=cache, **image).logits]
-    parts += [model(torch.tensor([[token]]), past_key_values=cache).logits for token in (11, 12, 13)]
+    parts = [model(ids, **given(model, cache), **image).logits]
+    parts += [model(torch.tensor([[token]]), **given(model, cache)).logits for token in (11, 12, 13)]
     return torch.cat(parts, 1)
 
 
@@ -263,9 +269,9 @@ def test_a_model_that_counts_every_forward_from_0_is_refused_under_a_realigner_u
     def read(cache: Any, *, positions: bool) -> Tensor:
         parts = []
         for start, stop in ((0, 12), (12, 29), (29, 30)):
-            given = {"position_ids": torch.arange(start, stop)[None]} if positions else {}
+            places = {"position_ids": torch.arange(start, stop)[None]} if positions else {}
             with torch.no_grad():
-                parts.append(model(ids[:, start:stop], past_key_values=cache, **given).logits)
+                parts.append(model(ids[:, start:stop], **given(model, cache), **places).logits)
         return torch.cat(parts, 1)
 
     for positions in (True, False):
