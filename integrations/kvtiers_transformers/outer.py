@@ -35,7 +35,8 @@ def before_outer(model: nn.Module) -> Callable[..., None]:
             mask = args[position] if len(args) > position else kwargs.get("attention_mask")
             _given.set(None if isinstance(mask, dict) else (mask,))  # a dictionary of masks is the user's own
 
-    return hook
+    undisturbed: Callable[..., None] = torch.compiler.disable(hook)
+    return undisturbed
 
 
 def padding_mask(made: Any, kinds: Collection[str], rows: int, columns: int) -> Any:

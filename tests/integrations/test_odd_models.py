@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from kvtiers import RotaryError, UnsupportedModelError
 from kvtiers_transformers import tiered
+from kvtiers_transformers.shapes import shape
 from odd_models import LATENT, PackedLinear, odd, packed, whole
 from tiny_models import build, distance, feed, pad_left, plain, tokens
 
@@ -106,6 +107,20 @@ def test_keys_and_values_of_different_width_are_counted_archived_and_saved(name:
         again.load(tmp_path / "held.safetensors")
         assert torch.equal(feed(model, ids[:, 40:], again, ()), rest)
     assert distance(ours[:, -1], everything[:, 39]) > 0.02  # the control: a window is not everything
+
+
+@pytest.mark.parametrize(("name", "widths"), [("deepseek-v3", (20, 10)), ("gemma4", (16, 16))])
+def test_a_plan_counts_the_widths_that_a_layer_really_stores(
+    name: str, widths: tuple[int, int], tmp_path: Path
+) -> None:
+    model = odd(name)
+    model.config.save_pretrained(tmp_path)
+    planned = shape(str(tmp_path), tokens=100, dtype=torch.float32)
+    with tiered(model, "full") as cache:
+        (held,) = set(cache.core.geometries)
+    assert planned is not None
+    assert (planned.geometry.head_dim, planned.geometry.value_dim) == widths
+    assert planned.geometry == held
 
 
 def test_only_the_channels_that_a_model_rotates_are_rotated() -> None:
