@@ -92,7 +92,7 @@ class _Scaling(nn.Module):
 
 def _width(child: nn.Module) -> int | None:
     """How wide the output of a linear layer is, by whatever name its kind has for it; None if it is none."""
-    for module in child.modules():
+    for module in (child, getattr(child, "base_layer", None)):  # an adapter's wrapper has a base layer
         for name in ("out_features", "outfeatures", "nf"):
             found = getattr(module, name, None)
             if isinstance(found, int):

@@ -215,6 +215,12 @@ def _before_attention(attention: nn.Module) -> Callable[..., Any]:
             forward.looks(module, own)
             forward.looked = (own,)
         kwargs = {**kwargs, "kvtiers": layer.layer}
+        rotary = cache.core.rotaries[cache.core.numbers.index(number)]
+        if turn is None and cache.rotates and rotary is not None and rotary.width:
+            raise UnsupportedModelError(
+                f"layer {number} is not rotated by its model, although {type(module).__name__} can rotate; use "
+                "realigner='original', which keeps the model's own rotation"
+            )
         if turn is not None and cache.rotates:
             if forward.identity is None or forward.identity[0] is not turn:
                 forward.identity = turn, unrotated(turn)
