@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
-from kvtiers import Geometry, PaddingPattern, Policy, TieredCache, UnsupportedModelError
+from kvtiers import Geometry, PaddingPattern, Policy, Rotary, TieredCache, UnsupportedModelError
 from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
 from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
-from kvtiers_transformers.counting import counts_on
+from kvtiers_transformers.counting import counts_on, unrotated_layers
 from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
 from kvtiers_transformers.outer import around, before_outer, check_layer_mask, padding_mask
 from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
@@ -339,6 +340,8 @@ def new_cache(
     policies = kvtiers.resolve(policy, layers=tiers, **changes)
     rotates = policies[0].realigner.rotates
     rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if rotates else None for i in tiers]
+    still = unrotated_layers(decoder) if rotates else set[int]()
+    rotaries = [Rotary([torch.zeros(0)]) if i in still else one for i, one in zip(tiers, rotaries, strict=True)]
     core = TieredCache(
         policies,
         [attrs.evolve(geometry_of(decoder, attentions[i]), dtype=model.dtype) for i in tiers],
