@@ -21,7 +21,7 @@ class Rotary:
     frequencies: inverse frequencies (radians per step), one tensor per axis (text: time; video: time, height, width).
     layout: `half` pairs channel i with i + n/2 (Llama); `interleaved` pairs 2i with 2i + 1 (GLM, Wan).
     scaling: what cos and sin are multiplied by (yarn's attention scaling).
-    Channels beyond twice the number of frequencies are not rotated (partial rotary).
+    first: the first channel that is rotated. As many as twice the number of frequencies are, the others are not.
 
     Source: RoFormer (arXiv 2104.09864) equation 15; several axes: PackForcing (arXiv 2603.25730) section 3.4.
     """
@@ -32,6 +32,7 @@ class Rotary:
         *,
         layout: Layout = "half",
         scaling: float = 1.0,
+        first: int = 0,
         angle_dtype: torch.dtype = torch.float32,
     ) -> None:
         if layout not in ("half", "interleaved"):
@@ -42,9 +43,9 @@ class Rotary:
         self._axes = torch.cat([torch.full((f.numel(),), i, device=f.device) for i, f in enumerate(self.frequencies)])
         """The axis that each frequency belongs to."""
         self.layout: Layout = layout
-        self.scaling = float(scaling)
+        self.scaling, self.first = float(scaling), first
         self.angle_dtype = angle_dtype
-        self.fingerprint = (layout, self.scaling, angle_dtype, *(tuple(f.tolist()) for f in self.frequencies))
+        self.fingerprint = (layout, self.scaling, first, angle_dtype, *(tuple(f.tolist()) for f in self.frequencies))
         """Rotary embeddings with equal fingerprints rotate alike."""
         self._tables: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
 
@@ -125,8 +126,9 @@ class Rotary:
     ) -> Float[Tensor, "*batch tokens head_dim"]:
         """Rotate `x` by a table of `table` or `run`, in the table's dtype, and round once to the dtype of `x`."""
         cos, sin = table
-        width = cos.shape[-1]
-        turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+        width, stop = cos.shape[-1], self.first + cos.shape[-1]
+        whole = width == x.shape[-1]
+        turned = x if whole else x[..., self.first : stop]
         turned = turned if turned.dtype == cos.dtype else turned.to(cos.dtype)
         if self.layout == "half":
             partner = turned.roll(width // 2, -1)
@@ -134,7 +136,7 @@ class Rotary:
             partner = turned.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # roll takes half the time of flip
         out = torch.addcmul(turned * cos, partner, sin)
         out = out if out.dtype == x.dtype else out.to(x.dtype)
-        return out if rest is None else torch.cat([out, rest], -1)
+        return out if whole else torch.cat([x[..., : self.first], out, x[..., stop:]], -1)
 
     def rotate(
         self,

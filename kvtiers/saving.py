@@ -198,7 +198,7 @@ def outline(policy: Policy, geometry: Geometry, rotary: Rotary | None) -> dict[s
     turn = None
     if rotary is not None and policy.realigner.rotates:
         frequencies = torch.cat([f.double().cpu() for f in rotary.frequencies]).numpy().tobytes()
-        turn = [rotary.layout, rotary.scaling, hashlib.sha256(frequencies).hexdigest()]
+        turn = [rotary.layout, rotary.scaling, rotary.first, hashlib.sha256(frequencies).hexdigest()]
     return {"policy": describe(policy), "shape": shape, "dtype": str(geometry.dtype), "rotary": turn}
 
 

@@ -116,7 +116,7 @@ def masked(model: Any, ids: Tensor, masks: Masks, **options: Any) -> Tensor:
 
 def attentions(model: Any) -> list[Any]:
     """The self-attention modules of `model`, in order."""
-    names = ("self_attn", "attention", "attn")
+    names = ("self_attn", "attention", "attn", "self_attention")
     return [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in names and isinstance(m.layer_idx, int)]
 
 

@@ -21,7 +21,7 @@ def check_model(wanted: Outline, cache: TransformersCache) -> None:
 def check_dtype(decoder: nn.Module, cache: TransformersCache, device: torch.device) -> None:
     """Refuse what would give keys of another dtype, before any layer takes them."""
     held = {geometry.dtype for geometry in cache.core.geometries}
-    made = next(p.dtype for p in decoder.parameters() if p.is_floating_point())
+    made = next((p.dtype for p in decoder.parameters() if p.is_floating_point()), next(iter(held)))
     if held != {made} or torch.is_autocast_enabled(device.type):
         now = f"{made}, under torch.autocast" if torch.is_autocast_enabled(device.type) else str(made)
         raise GeometryError(
@@ -35,9 +35,11 @@ def check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) -> 
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dim() != 2:
+        more = "" if isinstance(mask, Tensor) else "; if a model around the decoder made it, give tiered() that model"
         raise UnsupportedModelError(
             f"a tiered cache takes a padding mask of shape [batch, tokens], got {type(mask).__name__} of shape "
             f"{tuple(getattr(mask, 'shape', ()))}; a custom 4D mask names slots that a tiered context does not have"
+            f"{more}"
         )
     past, length = mask.shape[1] - columns, cache.get_seq_length()
     if mask.shape[0] != rows or past not in (0, length):
@@ -56,13 +58,27 @@ def check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) -> 
         )
 
 
-def check_positions(positions: Any, mask: Tensor | None, cache: TransformersCache, rows: int) -> None:
-    """Refuse positions that a realigner would silently replace: those with jumps, within this forward or before it."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return
-    columns = positions.shape[-1]
-    if columns == 1 and positions.device.type != "cpu":
-        return  # while decoding on a GPU nobody waits for positions
+def check_positions(
+    positions: Tensor | None, mask: Tensor | None, cache: TransformersCache, rows: int, columns: int
+) -> Tensor | None:
+    """Refuse positions that a realigner would silently replace: those with jumps, within this forward or before it.
+
+    positions: [batch, columns], or [axes, batch, columns] (None: those that the model makes, one per column).
+    Returns them as [batch or 1, columns], or None if nothing was looked at.
+    """
+    if isinstance(positions, Tensor) and columns == 1 and positions.device.type != "cpu":
+        return None  # while decoding on a GPU nobody waits for positions
+    given = positions if isinstance(positions, Tensor) else None
+    made = cache.get_seq_length() + torch.arange(columns, device=None if given is None else given.device)[None]
+    positions = made if given is None else _one_axis(given)
+    if cache.get_seq_length() == 0:
+        cache.position_shift = None
+    shift = int(positions[0, 0] - made[0, 0])
+    if bool((positions - made == shift).all()):  # one per column, which a model may count from 1
+        if cache.get_seq_length() == 0:
+            cache.position_shift = shift
+        if cache.position_shift == shift:
+            return positions
     valid = torch.ones_like(positions, dtype=torch.bool)
     if mask is not None:
         valid = valid & mask[:, -columns:].bool()
@@ -83,3 +99,18 @@ def check_positions(positions: Any, mask: Tensor | None, cache: TransformersCach
                 "point, crop() the cache to it or go on from a fork(); or use realigner='original', which keeps the "
                 "model's positions"
             )
+    return positions
+
+
+def _one_axis(positions: Tensor) -> Tensor:
+    """Positions [batch, columns] of tokens that lie at one position on every axis; others are refused."""
+    if positions.dim() != 3:
+        return positions[None] if positions.dim() == 1 else positions
+    axes = positions[1:] if positions.shape[0] == 4 else positions  # the first may be those of text, for packing
+    if bool((axes != axes[:1]).any()):
+        raise UnsupportedModelError(
+            "the tokens of this forward lie at positions that differ by axis (time, height, width), as those of an "
+            "image do, and a realigner knows one axis, that of text; use realigner='original', which keeps the "
+            "model's positions"
+        )
+    return axes[0]

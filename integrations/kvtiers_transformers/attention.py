@@ -30,8 +30,14 @@ class Forward:
     model: Callable[[], object]
     padding: PaddingPattern | None = None
     cache: object = None
-    identity: tuple[Tensor, Tensor] | None = None
-    """A rotation that does nothing, made once per forward."""
+    identity: tuple[Any, Any] | None = None
+    """The model's position embeddings, and some like them that rotate nothing, made once per forward."""
+    looks: Callable[[nn.Module, Any], None] | None = None
+    """Refuses a mask that the model made for an attention, unless it says what the tiers assume."""
+    looked: tuple[Any] | None = None
+    """The mask that was looked at last, in a tuple."""
+    turns: Callable[[str, Any], None] | None = None
+    """Refuses position embeddings, of layers of a type, that are not those of the tokens that come next."""
     outer: "Forward | None" = None
     functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
     """The model's own attention functions, found once per forward."""
@@ -124,6 +130,11 @@ def tiered_attention(
     for chunk in kvtiers.chunks(query, key, value, forward.padding, together=backend in _WITH_MASKS_BY_ROW):
         context = chunk.context
         mask = _mask_for(backend, context, chunk.query)
+        if mask is None and backend == "eager" and attention_mask is not None:
+            mask = query.new_zeros(1, 1, 1, 1)  # some models add it without looking
+        ordered = context.causal or "flash" in backend
+        if mask is None and ordered and not getattr(module, "is_causal", True):
+            kwargs["is_causal"] = True  # as its own mask says
         part = attend(module, chunk.query, context.keys, context.values, mask, **kwargs)[0]
         if chunk.rows is None and context.current == query.shape[2]:
             return part, None

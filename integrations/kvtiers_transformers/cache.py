@@ -27,20 +27,21 @@ from kvtiers_transformers.attention import running
 class Outline:
     """What must agree between a model and a cache.
 
-    shapes: (query_heads, kv_heads, head_dim) of each tiered layer. rope: how the model's configuration says it rotates.
+    shapes: (query_heads, kv_heads, head_dim, value_dim) of each tiered layer.
+    rope: how the model's configuration says it rotates.
     """
 
     family: str
     layers: int
     tiers: list[int]
-    shapes: list[tuple[int, int, int]]
+    shapes: list[tuple[int, int, int, int]]
     rope: str
 
     def __str__(self) -> str:
         shapes = ", ".join(map(str, sorted(set(self.shapes))))
         return (
-            f"{self.family}, {self.layers} layers, {len(self.tiers)} tiered, (query_heads, kv_heads, head_dim) = "
-            f"{shapes}, rope = {self.rope}"
+            f"{self.family}, {self.layers} layers, {len(self.tiers)} tiered, "
+            f"(query_heads, kv_heads, head_dim, value_dim) = {shapes}, rope = {self.rope}"
         )
 
 
@@ -125,6 +126,8 @@ class TransformersCache(Cache):
         self._started: list[int] | None = None
         self._all_real: Tensor | None = None
         self._coming = 0
+        self.position_shift: int | None = None
+        """What position_ids exceed the number of a column by, where they do so evenly; None where they do not."""
         tiers = iter(core.layers)
         count = len(core.layers) + len(own)
         super().__init__(layers=[own[i] if i in own else TieredLayer(self, next(tiers)) for i in range(count)])
@@ -273,7 +276,7 @@ class TransformersCache(Cache):
         """An independent copy that continues exactly from here; `copy.deepcopy` does the same."""
         own = {i: copy.deepcopy(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
         other = TransformersCache(self.core.fork(), own, self.outline, self.device)
-        other._started = self._started
+        other._started, other.position_shift = self._started, self.position_shift
         for mine, theirs in zip(self.tiered_layers, other.tiered_layers, strict=True):
             theirs.columns, theirs.padded_until = mine.columns, mine.padded_until
             theirs.is_initialized = mine.is_initialized
@@ -287,13 +290,13 @@ class TransformersCache(Cache):
         self._refuse_own_layers("saved")
         self._check_whole()
         columns = [[layer.columns, layer.padded_until] for layer in self.tiered_layers]
-        self.core.save(path, extra={"columns": columns, "model": str(self.outline)})
+        self.core.save(path, extra={"columns": columns, "shift": self.position_shift, "model": str(self.outline)})
 
     def load(self, path: str | Path) -> None:
         """Become what was saved from a cache of the same model and policy."""
         self._refuse_own_layers("loaded")
         extra = self.core.load(path, device=self.device, expect={"model": str(self.outline)})
-        self._started = None
+        self._started, self.position_shift = None, extra["shift"]
         for layer, (columns, padded_until) in zip(self.tiered_layers, extra["columns"], strict=True):
             layer.columns, layer.padded_until, layer.is_initialized = columns, padded_until, True
 

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
-from kvtiers import Geometry, PaddingPattern, Policy, TieredCache, UnsupportedModelError
+from kvtiers import Geometry, PaddingPattern, Policy, Rotary, TieredCache, UnsupportedModelError
 from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
 from kvtiers_transformers.attention import NAME, Forward, running
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
-from kvtiers_transformers.rope import rotary_of
+from kvtiers_transformers.counting import counts_on, unrotated_layers
+from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
+from kvtiers_transformers.outer import around, before_outer, check_layer_mask, padding_mask
+from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
 
 
 class ServedConfig:
@@ -48,31 +52,43 @@ class _Installed:
     attentions: list[nn.Module]
     handles: list[Any]
     count: int = 1
+    outer: "weakref.WeakSet[nn.Module]" = attrs.field(factory=weakref.WeakSet)
+    """The models around the decoder that have a hook."""
 
 
 _installed: "weakref.WeakKeyDictionary[nn.Module, _Installed]" = weakref.WeakKeyDictionary()
 """By decoder, so that a model and the decoder inside it are one."""
 _installing = threading.Lock()
 """Held while hooks are installed or removed."""
+_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
+"""What models call a layer's self-attention."""
 
 
 def _decoder(model: nn.Module) -> nn.Module:
     """The module that makes masks and rotations and runs the layers."""
     for found in (getattr(model, "get_decoder", lambda: None)(), getattr(model, "base_model", None), model):
         if isinstance(found, nn.Module) and _attentions(found):
-            return found
+            return _innermost(found)
     raise UnsupportedModelError(
         f"{type(model).__name__} has no self-attention that transformers' attention interface serves; "
         "kvtiers needs a decoder such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM"
     )
 
 
+def _innermost(module: nn.Module) -> nn.Module:
+    """The model inside `module` that has all its attentions: some models call themselves their decoder."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel) and len(_attentions(child)) == len(_attentions(module)):
+            return _innermost(child)
+    return module
+
+
 def _attentions(module: nn.Module) -> dict[int, nn.Module]:
     """The self-attention modules by layer number: those with a `layer_idx` whose forward passes keywords on."""
     found = {}
     for name, child in module.named_modules():
-        index = getattr(child, "layer_idx", None)
-        if isinstance(index, int) and name.rsplit(".", 1)[-1] in ("self_attn", "attention", "attn", "self_attention"):
+        index, last = getattr(child, "layer_idx", None), next((x for x in name.split(".")[::-1] if not x.isdigit()), "")
+        if isinstance(index, int) and last in _NAMES:
             kinds = [p.kind for p in inspect.signature(child.forward).parameters.values()]
             served = hasattr(sys.modules[type(child).__module__], "ALL_ATTENTION_FUNCTIONS") and hasattr(
                 child, "config"
@@ -89,6 +105,14 @@ def _cache_in(values: Any) -> TransformersCache | None:
 def _before_model(decoder: nn.Module) -> Callable[..., None]:
     signature, outline = inspect.signature(decoder.forward), _outline(decoder)
     original = weakref.ref(decoder)
+    config: Any = decoder.config
+    kinds, _ = get_layer_types_and_kwargs(config)
+    tiered, known = {kinds[i] for i in outline.tiers}, list[bool]()
+
+    def counting() -> bool:
+        model = original()
+        known[:] = known or [model is None or counts_on(model)]
+        return known[0]
 
     def admit(forward: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check what comes in; if there is a tiered cache, it serves this forward from here on."""
@@ -100,17 +124,26 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if inputs is None:
             return  # the model has its own words for that
-        mask = given.get("attention_mask")
         rows, columns = inputs.shape[:2]
         check_model(outline, cache)
         check_dtype(module, cache, inputs.device)
+        mask = padding_mask(given.get("attention_mask"), tiered, rows, columns)
         check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
         if cache.rotates:
-            check_positions(given.get("position_ids"), mask, cache, rows)
+            positions = check_positions(given.get("position_ids"), mask, cache, rows, columns)
+            if given.get("position_ids") is None and not counting():
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} counts every forward from position 0 unless it is given position_ids, "
+                    "and a realigner counts on; give position_ids, or use realigner='original', which keeps the model's"
+                )
+            if positions is not None:
+                forward.turns = partial(check_turn, module, positions=positions)
         cache.check_decoded()
         padding = None if mask is None else _padding(mask[:, -columns:].bool(), cache)
         cache.start(rows * columns if padding is None else padding.tokens)
+        if mask is None or mask.shape[1] == cache.get_seq_length() + columns:  # as the model takes it
+            forward.looks = partial(check_layer_mask, known=mask, rows=rows, columns=columns)
         forward.padding, forward.cache = padding, cache
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +181,7 @@ def _outline(decoder: nn.Module) -> Outline:
     config: Any = decoder.config
     attentions = _attentions(decoder)
     tiers, own = tiers_of(config)
-    shapes = [_shape(_geometry(config, attentions[i])) for i in tiers if i in attentions]
+    shapes = [shape_of(geometry_of(decoder, attentions[i])) for i in tiers if i in attentions]
     return Outline(
         family=str(config.model_type),
         layers=len(tiers) + len(own),
@@ -158,7 +191,11 @@ def _outline(decoder: nn.Module) -> Outline:
     )
 
 
-def _before_attention() -> Callable[..., Any]:
+def _before_attention(attention: nn.Module) -> Callable[..., Any]:
+    names = list(inspect.signature(type(attention).forward).parameters)[1:]
+    config: Any = attention.config
+    kinds, _ = get_layer_types_and_kwargs(config)
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = running.get()
         if forward is None or not isinstance(forward.cache, TransformersCache):
@@ -173,14 +210,27 @@ def _before_attention() -> Callable[..., Any]:
                 f"layer {number} was not given the cache that its model was given; gradient checkpointing does that "
                 "while training: call model.eval() or model.activation_checkpointing_disable()"
             )
+        given = dict(zip(names, args, strict=False)) | kwargs
+        own, turn = given.get("attention_mask"), given.get("position_embeddings")
+        if forward.looks is not None and (forward.looked is None or forward.looked[0] is not own):
+            forward.looks(module, own)
+            forward.looked = (own,)
         kwargs = {**kwargs, "kvtiers": layer.layer}
-        turn = kwargs.get("position_embeddings")
+        rotary = cache.core.rotaries[cache.core.numbers.index(number)]
+        if turn is None and cache.rotates and rotary is not None and rotary.width:
+            raise UnsupportedModelError(
+                f"layer {number} is not rotated by its model, although {type(module).__name__} can rotate; use "
+                "realigner='original', which keeps the model's own rotation"
+            )
         if turn is not None and cache.rotates:
-            cos = turn[0]
-            still = forward.identity
-            if still is None or still[0].shape != cos.shape or still[0].device != cos.device:
-                still = forward.identity = (torch.ones_like(cos), torch.zeros_like(cos))
-            kwargs["position_embeddings"] = still
+            if forward.identity is None or forward.identity[0] is not turn:
+                forward.identity = turn, unrotated(turn)
+                if forward.turns is not None:
+                    forward.turns(kinds[number], turn)
+            if "position_embeddings" in kwargs:
+                kwargs["position_embeddings"] = forward.identity[1]
+            else:
+                args = tuple(forward.identity[1] if value is turn else value for value in args)
         return args, kwargs
 
     return hook
@@ -208,6 +258,11 @@ def enable(model: PreTrainedModel) -> None:
             _installed[decoder].count += 1
         else:
             _installed[decoder] = _install(decoder)
+        state = _installed[decoder]
+        for outer in around(model, decoder):
+            if outer not in state.outer:
+                state.outer.add(outer)
+                state.handles.append(outer.register_forward_pre_hook(before_outer(outer), with_kwargs=True))
 
 
 def _install(decoder: nn.Module) -> _Installed:
@@ -217,7 +272,7 @@ def _install(decoder: nn.Module) -> _Installed:
     try:
         handles.append(decoder.register_forward_pre_hook(_before_model(decoder), with_kwargs=True))
         handles.append(decoder.register_forward_hook(_after_model(decoder), always_call=True))
-        handles += [m.register_forward_pre_hook(_before_attention(), with_kwargs=True) for m in served]
+        handles += [m.register_forward_pre_hook(_before_attention(m), with_kwargs=True) for m in served]
         for module in served:
             if not isinstance(module.config, ServedConfig):  # as in a copy of an enabled model
                 module.config = ServedConfig(module.config)
@@ -285,14 +340,16 @@ def new_cache(
     policies = kvtiers.resolve(policy, layers=tiers, **changes)
     rotates = policies[0].realigner.rotates
     rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if rotates else None for i in tiers]
+    still = unrotated_layers(decoder) if rotates else set[int]()
+    rotaries = [Rotary([torch.zeros(0)]) if i in still else one for i, one in zip(tiers, rotaries, strict=True)]
     core = TieredCache(
         policies,
-        [attrs.evolve(_geometry(config, attentions[i]), dtype=model.dtype) for i in tiers],
+        [attrs.evolve(geometry_of(decoder, attentions[i]), dtype=model.dtype) for i in tiers],
         rotaries=rotaries,
         numbers=tiers,
         check=check,
     )
-    return TransformersCache(core, own, _outline(decoder), model.device)
+    return TransformersCache(core, own, _outline(decoder), device_of(model))
 
 
 def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
@@ -302,15 +359,11 @@ def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
     return [i for i in range(len(layers)) if i not in own], own
 
 
-def _geometry(config: Any, attention: nn.Module) -> Geometry:
-    heads = config.num_attention_heads
-    width: Any = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Geometry(kv_heads=kv_heads, query_heads=heads, head_dim=int(width or config.hidden_size // heads))
-
-
-def _shape(geometry: Geometry) -> tuple[int, int, int]:
-    return geometry.query_heads, geometry.kv_heads, geometry.head_dim
+def geometries_of(model: nn.Module) -> list[Geometry]:
+    """What each layer that would be tiered stores, in float32. The model may be on the device `meta`."""
+    decoder = _decoder(model)
+    attentions, (tiers, _) = _attentions(decoder), tiers_of(decoder.config)
+    return [geometry_of(decoder, attentions[i]) for i in tiers if i in attentions]
 
 
 @contextmanager
