@@ -33,6 +33,8 @@ class Forward:
     identity: tuple[Tensor, Tensor] | None = None
     """A rotation that does nothing, made once per forward."""
     outer: "Forward | None" = None
+    updated: set[object] = attrs.field(factory=set)
+    """The layers that were given their new keys."""
     functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
     """The model's own attention functions, found once per forward."""
 
@@ -84,8 +86,8 @@ def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
     """What the backend adds to logits, or may look at: mask and bias of a context."""
     if backend == "eager" or (backend == "sdpa" and context.bias is not None):
         added = context.logit_bias(query.shape[1], query.dtype)
-        if added is None:
-            return None
+        if added is None:  # eager attention of transformers always gets a mask, and some of it takes that for granted
+            return query.new_zeros(1).expand(query.shape[0], 1, query.shape[2], context.keys.shape[2])
         lowest = torch.finfo(query.dtype).min
         return added.clamp(min=lowest).expand(query.shape[0], -1, query.shape[2], -1)
     if backend == "sdpa":
@@ -100,6 +102,7 @@ def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
     )
 
 
+@torch.compiler.disable  # torch.compile compiles what lies between
 def tiered_attention(
     module: nn.Module,
     query: Tensor,

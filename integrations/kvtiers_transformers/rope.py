@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kvtiers import Rotary, RotaryError
 from kvtiers.rotary import Layout
+from kvtiers_transformers.versions import cache_name
 
 _LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 _POSITIONS = (0, 1, 7)
@@ -80,7 +81,7 @@ def _tried_keys(attention: nn.Module, rotary: Any, extra: tuple[str, ...]) -> tu
         found = []
         for turn in ((torch.ones_like(cos), torch.zeros_like(sin)), (cos, sin)):
             catcher = _Catcher()
-            named = {"past_key_values": catcher, "layer_past": catcher, "attention_mask": None}
+            named = {cache_name(attention.forward): catcher, "attention_mask": None}
             with suppress(_Reached):
                 attention(hidden, position_embeddings=turn, **named)
             if catcher.keys is None:
