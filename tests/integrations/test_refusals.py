@@ -1,4 +1,4 @@
-"""What a tiered cache cannot do is refused by name: encoders, attention maps, pickle, a tensor of keys, mixed layers."""
+"""What a tiered cache cannot do is refused by name: encoders, attention maps, pickle, a tensor of keys."""
 
 import copy
 import io
@@ -64,16 +64,12 @@ def test_a_layer_that_runs_twice_in_a_forward_is_refused() -> None:
 def test_attention_maps_are_refused_before_anything_runs(asked: str) -> None:
     model, ids = build(), tokens(12)
     with tiered(model, "full") as cache, torch.no_grad():
+        options = {"output_attentions": None if asked == "config" else True, **given(cache)}
+        if asked == "generate":
+            options |= {"max_new_tokens": 2, "return_dict_in_generate": True}
+        model.config.output_attentions = asked == "config"
         with pytest.raises(UnsupportedModelError, match="output_attentions=True asks for attention over every token"):
-            if asked == "generate":
-                model.generate(
-                    ids, **given(cache), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
-                )
-            elif asked == "config":
-                model.config.output_attentions = True
-                model(ids, **given(cache))
-            else:
-                model(ids, **given(cache), output_attentions=True)
+            (model.generate if asked == "generate" else model)(ids, **options)
         model.config.output_attentions = False
         assert torch.equal(feed(model, ids, cache, ()), plain(model, ids))
         assert len(model(ids, output_attentions=True).attentions) == 2  # without the cache the model gives its own
