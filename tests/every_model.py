@@ -116,7 +116,7 @@ LEFT_OUT: dict[str, str] = {
 }
 """The models that are not built tiny, and why."""
 
-QUICK = ("gpt2", "gpt_neo", "gemma2", "falcon", "cohere", "mixtral", "gptj", "opt", "qwen3_next", "rwkv", "bart")
+QUICK = ("gpt2", "gpt_neo", "gemma2", "falcon", "cohere", "mixtral", "gptj", "opt", "lfm2", "rwkv", "bart")
 """Models as unlike as can be."""
 
 

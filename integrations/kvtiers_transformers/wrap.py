@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
@@ -71,8 +72,9 @@ def _decoder(model: nn.Module) -> nn.Module:
         if isinstance(found, nn.Module) and _attentions(found):
             return found
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no self-attention that transformers' attention interface serves; "
-        "kvtiers needs a decoder such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM"
+        f"{type(model).__name__} of transformers {transformers.__version__} has no self-attention that transformers' "
+        "attention interface serves; kvtiers needs a decoder such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM, "
+        "or a newer transformers, which serves more"
     )
 
 
