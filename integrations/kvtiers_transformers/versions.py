@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from kvtiers.errors import MissingExtraError
 
-OLDEST: Final = "5.15.0"
+OLDEST: Final = "5.18.0"
 """The oldest version that is served; `make test-versions` runs the tests with it, `make test` with the newest."""
 
 

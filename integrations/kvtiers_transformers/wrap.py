@@ -191,7 +191,7 @@ def _before_attention() -> Callable[..., Any]:
         if _cache_in((*args, *kwargs.values())) is not cache:
             raise UnsupportedModelError(
                 f"layer {number} was not given the cache that its model was given; gradient checkpointing does that "
-                "while training: call model.eval() or model.activation_checkpointing_disable()"
+                "while training: call model.eval(), or turn checkpointing off"
             )
         kwargs = {**kwargs, "kvtiers": layer.layer}
         turn = kwargs.get("position_embeddings")

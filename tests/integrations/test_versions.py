@@ -20,7 +20,7 @@ EXTRAS = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(
 ]
 
 
-@pytest.mark.parametrize("installed", ["4.57.6", "5.0.0", "5.13.1", "5.14.0"])
+@pytest.mark.parametrize("installed", ["4.57.6", "5.0.0", "5.13.1", "5.17.0"])
 def test_an_older_transformers_is_refused_in_one_sentence(installed: str) -> None:
     with pytest.raises(MissingExtraError, match=rf"{OLDEST} or newer, and {installed} is installed; run: pip install"):
         check_version(installed)
