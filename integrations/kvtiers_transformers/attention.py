@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -13,6 +13,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtiers import Context, LayerRows, PaddingPattern, UnsupportedModelError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NAME = "kvtiers"
 _FLEX_BLOCK = 128
@@ -44,6 +46,13 @@ class Forward:
         if found is None:
             found = self.functions[type(module), backend] = _own_attention(module, backend)
         return found
+
+
+def uncompiled(function: _Function) -> _Function:
+    """`function`, which torch.compile runs as it is; it compiles what lies between."""
+    disable: Any = torch.compiler.disable  # has no types
+    marked: _Function = disable(function)
+    return marked
 
 
 running: ContextVar[Forward | None] = ContextVar("kvtiers_forward", default=None)
@@ -102,7 +111,7 @@ def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
     )
 
 
-@torch.compiler.disable  # torch.compile compiles what lies between
+@uncompiled
 def tiered_attention(
     module: nn.Module,
     query: Tensor,

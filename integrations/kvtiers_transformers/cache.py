@@ -20,7 +20,7 @@ from kvtiers import (
     TieredCache,
     UnsupportedModelError,
 )
-from kvtiers_transformers.attention import running
+from kvtiers_transformers.attention import running, uncompiled
 
 
 @attrs.frozen(kw_only=True)
@@ -62,12 +62,12 @@ class TieredLayer(CacheLayerMixin):
         """The column after the last one in which some row had padding."""
 
     @property
-    def keys(self) -> NoReturn:
+    def keys(self) -> NoReturn:  # type: ignore[override]  # there is nothing to write
         """Raises `AttributeError`: other layers of transformers have one tensor of keys here, this one has tiers."""
         self._say_what_to_read("keys")
 
     @property
-    def values(self) -> NoReturn:
+    def values(self) -> NoReturn:  # type: ignore[override]
         """Raises `AttributeError`, as `keys` does."""
         self._say_what_to_read("values")
 
@@ -81,7 +81,7 @@ class TieredLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    @torch.compiler.disable
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Count the new columns and hand the current keys and values on to the attention function."""
         forward = running.get()

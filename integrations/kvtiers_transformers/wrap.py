@@ -28,7 +28,7 @@ from kvtiers_transformers.admitting import (
     check_positions,
     check_wishes,
 )
-from kvtiers_transformers.attention import NAME, Forward, running
+from kvtiers_transformers.attention import NAME, Forward, running, uncompiled
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
 from kvtiers_transformers.rope import rotary_of
 
@@ -131,7 +131,7 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         cache.start(rows * columns if padding is None else padding.tokens)
         forward.padding, forward.cache = padding, cache
 
-    @torch.compiler.disable
+    @uncompiled
     def kvtiers_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not original():
             return  # a copy of the model, with copies of the hooks
@@ -178,7 +178,7 @@ def _outline(decoder: nn.Module) -> Outline:
 
 
 def _before_attention() -> Callable[..., Any]:
-    @torch.compiler.disable
+    @uncompiled
     def kvtiers_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = running.get()
         if forward is None or not isinstance(forward.cache, TransformersCache):
@@ -209,7 +209,7 @@ def _before_attention() -> Callable[..., Any]:
 def _after_model(decoder: nn.Module) -> Callable[..., None]:
     original = weakref.ref(decoder)
 
-    @torch.compiler.disable
+    @uncompiled
     def kvtiers_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is not original():
             return
