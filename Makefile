@@ -15,7 +15,11 @@ MODEL     := $(VENV)/.kvtiers-$(CHECKOUT)-model
 # Tests run in $(JOBS) processes of one thread each; the plugin that times things is for `make bench` only.
 PARALLEL := -n $(JOBS) --dist worksteal --benchmark-disable
 
-.PHONY: help install demo test test-slow test-deep lint bench wheel-test clean
+# The tests that say what the integrations promise to a user of a model library.
+CONTRACT := $(addprefix tests/integrations/test_,versions.py families.py generation.py enabling.py rollback.py \
+	causal_wan.py pipeline.py)
+
+.PHONY: help install demo test test-versions test-slow test-deep lint bench wheel-test clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -38,6 +42,9 @@ test: $(INSTALLED) ## run the tests
 	@echo "kvtiers: running the tests"
 	@$(PYTEST) -q $(PARALLEL) $(ARGS)
 
+test-versions: $(INSTALLED) ## run tests of the integrations with the oldest transformers and diffusers that are supported
+	@PYTHON='$(BIN)/python' bash .ci/test-versions $(PARALLEL) $(or $(ARGS),$(CONTRACT))
+
 test-slow: $(MODEL) ## run the tests that need a real model or much time
 	@echo "kvtiers: running the slow tests"
 	@$(PYTEST) -q -m "slow and not gpu" --benchmark-disable $(ARGS)
@@ -56,7 +63,7 @@ wheel-test: $(INSTALLED) ## build the wheel, install it where nothing else is, r
 	@PYTHON='$(BIN)/python' bash .ci/wheel-test
 
 clean: ## remove what was built (not the environment, nor the model in the cache folder)
-	@rm -rf .wheel build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .wheel .versions build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -64,7 +64,7 @@ def main(model: Any, tokenizer: Any, *, characters: int = 4000, new_tokens: int 
     )
     for name, policy, changes in track(list(choices()), description="asking", console=console, transient=True):
         with tiered(model, policy, **changes) as cache:
-            output = model.generate(**prompt, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+            output = model.generate(**prompt, cache=cache, max_new_tokens=new_tokens, do_sample=False)
         few, many = attended(cache)
         device, host = (
             f"{kvtiers.bytes_in(cache.memory_usage(), location) / 2**20:.1f} MiB" for location in ("device", "host")

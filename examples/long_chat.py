@@ -46,7 +46,7 @@ class Chat:
         self.ids = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            past_key_values=self.cache,
+            cache=self.cache,
             max_new_tokens=new_tokens,
             do_sample=False,
         )

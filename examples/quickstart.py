@@ -10,7 +10,7 @@ model, tokenizer = load_smollm2()  # or load_model("any hub id or folder")
 prompt = tokenizer(read_document()[:6000], return_tensors="pt")
 
 with tiered(model, "packforcing-lm", recent=512) as cache:  # attends 4 anchors, recalled blocks, the newest 512
-    output = model.generate(**prompt, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    output = model.generate(**prompt, cache=cache, max_new_tokens=40, do_sample=False)
 
 print(tokenizer.decode(output[0, -40:]))
 for usage in cache.memory_usage():

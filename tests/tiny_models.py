@@ -9,6 +9,8 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from kvtiers_transformers.versions import CACHE
+
 VOCABULARY = 97
 
 _COMMON: dict[str, Any] = {
@@ -76,9 +78,14 @@ def feed(model: PreTrainedModel, ids: Tensor, cache: Any, splits: Sequence[int],
     parts, start = [], 0
     for stop in (*splits, ids.shape[1]):
         if stop > start:
-            parts.append(model(ids[:, start:stop], past_key_values=cache, **options).logits)
+            parts.append(model(ids[:, start:stop], **given(cache), **options).logits)
             start = stop
     return torch.cat(parts, 1)
+
+
+def given(cache: Any) -> dict[str, Any]:
+    """The argument that gives `cache` to a model or to `generate`, as the installed transformers calls it."""
+    return {CACHE: cache}
 
 
 def plain(model: PreTrainedModel, ids: Tensor, splits: Sequence[int] = (), **options: Any) -> Tensor:

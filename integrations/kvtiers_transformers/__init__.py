@@ -1,8 +1,8 @@
 """kvtiers for Hugging Face language models: `with tiered(model, "packforcing-lm") as cache: model.generate(...)`."""
 
 try:
-    import transformers as _transformers  # noqa: F401 (only to say clearly what is missing)
-except ImportError as error:
+    from kvtiers_transformers import versions as _versions  # noqa: F401 (refuses what is missing or too old)
+except ModuleNotFoundError as error:
     from kvtiers.errors import MissingExtraError
 
     raise MissingExtraError(

@@ -1,5 +1,6 @@
 """What a forward through a tiered cache is refused for, before any layer takes its tokens."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,45 @@ def check_model(wanted: Outline, cache: TransformersCache) -> None:
         raise GeometryError(
             f"this cache was made for another model, with {cache.outline}; this one has {wanted}; "
             "make a cache with new_cache(model, ...)"
+        )
+
+
+def check_encoder(model: nn.Module) -> None:
+    """Refuse a model whose decoder also attends to an encoder: both attentions would use one cache."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder, and its layers attend twice, to themselves and to it; "
+            "kvtiers serves decoders alone, such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM"
+        )
+
+
+def check_kind(model: nn.Module, kinds: Sequence[str], tiers: Sequence[int]) -> None:
+    """Refuse a model of which every layer keeps a cache of its own. kinds: what the layers are."""
+    if tiers:
+        return
+    if any("sliding" in kind or "chunked" in kind for kind in kinds):
+        advice = "set config.sliding_window to None if the model allows it"
+    else:
+        advice = "what they remember is a state of fixed size, alone or beside keys; no setting changes that"
+    raise UnsupportedModelError(
+        f"every layer of {type(model).__name__} is a {', '.join(sorted(set(kinds)))} layer and keeps its own "
+        f"cache, so there is nothing to tier; {advice}"
+    )
+
+
+def check_wishes(given: Mapping[str, Any], config: Any) -> None:
+    """Refuse what a forward is asked for and tiers cannot give. given: its arguments by name."""
+    wish = given.get("output_attentions")
+    if wish or (wish is None and getattr(config, "output_attentions", False)):
+        raise UnsupportedModelError(
+            "output_attentions=True asks for attention over every token, and a tiered layer attends a part of them "
+            "in an order of its own; leave it out, or read the attention without a tiered cache"
+        )
+    if given.get("encoder_hidden_states") is not None:
+        raise UnsupportedModelError(
+            "encoder_hidden_states were given, and cross-attention would use the same cache as self-attention; "
+            "kvtiers serves decoders alone"
         )
 
 

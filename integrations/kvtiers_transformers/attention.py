@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -13,6 +13,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtiers import Context, LayerRows, PaddingPattern, UnsupportedModelError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NAME = "kvtiers"
 _FLEX_BLOCK = 128
@@ -39,6 +41,8 @@ class Forward:
     turns: Callable[[str, Any], None] | None = None
     """Refuses position embeddings, of layers of a type, that are not those of the tokens that come next."""
     outer: "Forward | None" = None
+    updated: set[object] = attrs.field(factory=set)
+    """The layers that were given their new keys."""
     functions: dict[tuple[type, str], Callable[..., Any]] = attrs.field(factory=dict)
     """The model's own attention functions, found once per forward."""
 
@@ -48,6 +52,13 @@ class Forward:
         if found is None:
             found = self.functions[type(module), backend] = _own_attention(module, backend)
         return found
+
+
+def uncompiled(function: _Function) -> _Function:
+    """`function`, which torch.compile runs as it is; it compiles what lies between."""
+    disable: Any = torch.compiler.disable  # has no types
+    marked: _Function = disable(function)
+    return marked
 
 
 running: ContextVar[Forward | None] = ContextVar("kvtiers_forward", default=None)
@@ -90,8 +101,8 @@ def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
     """What the backend adds to logits, or may look at: mask and bias of a context."""
     if backend == "eager" or (backend == "sdpa" and context.bias is not None):
         added = context.logit_bias(query.shape[1], query.dtype)
-        if added is None:
-            return None
+        if added is None:  # eager attention of transformers always gets a mask, and some of it takes that for granted
+            return query.new_zeros(1).expand(query.shape[0], 1, query.shape[2], context.keys.shape[2])
         lowest = torch.finfo(query.dtype).min
         return added.clamp(min=lowest).expand(query.shape[0], -1, query.shape[2], -1)
     if backend == "sdpa":
@@ -106,6 +117,7 @@ def _mask_for(backend: str, context: Context, query: Tensor) -> Any:
     )
 
 
+@uncompiled
 def tiered_attention(
     module: nn.Module,
     query: Tensor,

@@ -36,6 +36,7 @@ from kvtiers_transformers.reading import (
     tokens_option,
 )
 from kvtiers_transformers.smollm2 import load_model
+from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import new_cache, tiered
 
 DIGESTS = ("8x32", "4x32", "2x32", "2x8", "2x4", "1x32", "1x8", "1x4", "1x3", "1x2", "1x1")
@@ -133,7 +134,7 @@ def ask(
     most = (len(task.document) + len(task.question)) // first.block_size + 1
     whole = attrs.evolve(first, top_k=most)
     with tiered(model, whole) as cache:
-        model(torch.tensor([task.document], device=model.device), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor([task.document], device=model.device), **{CACHE: cache}, logits_to_keep=1)
         done()
         told = {}
         for kind, policy in ({EVERYTHING: whole} | dict(policies)).items():
@@ -154,8 +155,8 @@ def key_loss(
     """Nats that the digits of the key cost as the answer to its question."""
     digits = torch.tensor([encoder(tokenizer)(f" {task.key}")], device=model.device)
     question = torch.tensor([task.question], device=model.device)
-    first = model(question, past_key_values=cache, logits_to_keep=1).logits[0]
-    rest = model(digits, past_key_values=cache).logits[0, :-1]
+    first = model(question, **{CACHE: cache}, logits_to_keep=1).logits[0]
+    rest = model(digits, **{CACHE: cache}).logits[0, :-1]
     return float(torch.nn.functional.cross_entropy(torch.cat([first, rest]).float(), digits[0], reduction="sum"))
 
 

@@ -21,6 +21,7 @@ from kvtiers.cli import parse
 from kvtiers_transformers.cache import TransformersCache
 from kvtiers_transformers.reading import encoded, model_option, narrow_table, numbers
 from kvtiers_transformers.smollm2 import load_model
+from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import disable, enable, new_cache
 
 POLICIES = (
@@ -117,7 +118,7 @@ def speed(
             caches[sliding] = DynamicCache(config=_sliding(model.config, window))
         caches |= {spec: new_cache(model, policy) for spec, policy in policies.items()}
         for cache in caches.values():
-            model(**_inputs(prompt, mask), past_key_values=cache, logits_to_keep=1)
+            model(**_inputs(prompt, mask), **{CACHE: cache}, logits_to_keep=1)
         times = _take_turns(model, caches, coming, mask, done)
     made = {}
     for label, cache in caches.items():
@@ -169,7 +170,7 @@ def _take_turns(
         inputs = _inputs(piece, mask)
         for label, cache in caches.items():
             began = time.perf_counter()
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             times[label].append(time.perf_counter() - began)

@@ -3,7 +3,7 @@
 import copy
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import torch
@@ -20,7 +20,7 @@ from kvtiers import (
     TieredCache,
     UnsupportedModelError,
 )
-from kvtiers_transformers.attention import running
+from kvtiers_transformers.attention import running, uncompiled
 
 
 @attrs.frozen(kw_only=True)
@@ -50,10 +50,10 @@ class TieredLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True  # or `crop` says why not
 
     def __init__(self, owner: "TransformersCache", layer: LayerRows) -> None:
-        super().__init__()
+        self.is_initialized = False
         self.owner, self.layer = weakref.ref(owner), layer  # so that `del cache` frees at once
         self.held_before = 0
         """Tokens of all rows before the forward that is running."""
@@ -62,9 +62,27 @@ class TieredLayer(CacheLayerMixin):
         self.padded_until = 0
         """The column after the last one in which some row had padding."""
 
+    @property
+    def keys(self) -> NoReturn:  # type: ignore[override]  # there is nothing to write
+        """Raises `AttributeError`: other layers of transformers have one tensor of keys here, this one has tiers."""
+        self._say_what_to_read("keys")
+
+    @property
+    def values(self) -> NoReturn:  # type: ignore[override]
+        """Raises `AttributeError`, as `keys` does."""
+        self._say_what_to_read("values")
+
+    def _say_what_to_read(self, what: str) -> NoReturn:
+        i = self.layer.number
+        raise AttributeError(
+            f"layer {i} is tiered and has no one tensor of {what}; read cache.core.context(...).{what} for what it "
+            "attended last, cache.tier_counts() for how many tokens are where, cache.memory_usage() for bytes"
+        )
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Count the new columns and hand the current keys and values on to the attention function."""
         forward = running.get()
@@ -73,6 +91,12 @@ class TieredLayer(CacheLayerMixin):
                 "this cache was given to a model that is not enabled for it; use it inside "
                 "`with tiered(model, ...) as cache`, or call enable(model) first"
             )
+        if self in forward.updated:
+            raise UnsupportedModelError(
+                f"layer {self.layer.number} uses the cache twice in one forward, as cross-attention does, or a layer "
+                "that runs more than once; kvtiers serves models with one self-attention per layer and forward"
+            )
+        forward.updated.add(self)
         self.is_initialized = True
         self.columns += key_states.shape[2]
         if forward.padding is not None:
@@ -195,6 +219,16 @@ class TransformersCache(Cache):
         self._started = None
 
     @property
+    def is_croppable(self) -> bool:
+        """Whether transformers may give tokens back.
+
+        It asks before assisted decoding, where `crop` can still say better why not. On Apple's mps it also asks before
+        it decodes a token more than was asked for, which it must be able to give back for certain.
+        """
+        certain = self.device.type != "mps" or all(policy.recent is None for policy in self.policies)
+        return certain and all(layer.is_croppable for layer in self.layers)
+
+    @property
     def rotates(self) -> bool:
         """Whether keys are stored unrotated and placed by a realigner."""
         return self.core.policies[0].realigner.rotates
@@ -282,6 +316,13 @@ class TransformersCache(Cache):
             theirs.is_initialized = mine.is_initialized
         return other
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raises `SavedCacheError`: pickle, torch.save and copy.copy do not write caches."""
+        raise SavedCacheError(
+            "a tiered cache is never pickled; use cache.save(path), and new_cache(model, ...).load(path) to read it "
+            "again, or cache.fork() for a copy in memory"
+        )
+
     def __deepcopy__(self, memo: dict[int, object]) -> "TransformersCache":
         return self.fork()
 
@@ -323,6 +364,6 @@ def _why_not_crop(layer: Any, columns: int) -> str | None:
                 "the model's own sliding layers are past their window; call cache.activate_past_recording() before "
                 "steps that may have to be undone"
             )
-    elif not layer.is_croppable:
+    elif not getattr(layer, "is_croppable", False):  # older versions do not say
         return f"the model's own {type(layer).__name__} cannot be rolled back"
     return None

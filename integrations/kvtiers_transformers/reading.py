@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvtiers import Policy, bytes_in
 from kvtiers_transformers.cache import TransformersCache
 from kvtiers_transformers.document import DOCUMENTS, read_document
+from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
 
 STRIDE = 512
@@ -86,7 +87,7 @@ def read(
     for start in range(0, tokens.shape[1], stride):
         piece = tokens[:, start : start + stride]
         began = time.perf_counter()
-        logits = model(piece, past_key_values=cache).logits[0].float()
+        logits = model(piece, **{CACHE: cache}).logits[0].float()
         seconds += time.perf_counter() - began
         guesses = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
         targets = piece[0, 1:] if last is None else piece[0]
@@ -110,13 +111,13 @@ def answer(
     tokens: int = 8,
 ) -> tuple[str, float]:
     """Feed `question` and continue greedily by `tokens` tokens; returns the text and the seconds per decoded token."""
-    logits = model(torch.tensor([list(question)], device=model.device), past_key_values=cache, logits_to_keep=1).logits
+    logits = model(torch.tensor([list(question)], device=model.device), **{CACHE: cache}, logits_to_keep=1).logits
     said: list[int] = []
     began = time.perf_counter()
     for _ in range(tokens):
         best = logits[0, -1].argmax()
         said.append(int(best))
-        logits = model(best[None, None], past_key_values=cache, logits_to_keep=1).logits
+        logits = model(best[None, None], **{CACHE: cache}, logits_to_keep=1).logits
     return str(tokenizer.decode(said)), (time.perf_counter() - began) / tokens
 
 
@@ -168,7 +169,7 @@ def keys_found(
     found, most = dict.fromkeys([task.depth for task in tasks], 0), 0
     for task in tasks:
         with tiered(model, policy) as cache:
-            model(torch.tensor([task.document], device=model.device), past_key_values=cache, logits_to_keep=1)
+            model(torch.tensor([task.document], device=model.device), **{CACHE: cache}, logits_to_keep=1)
             said, _ = answer(model, tokenizer, task.question, cache)
             found[task.depth] += task.found_in(said)
             most = max(most, *cache.attended())

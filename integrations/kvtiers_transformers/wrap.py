@@ -1,5 +1,6 @@
 """`tiered(model, policy)`: serve an unmodified model from tiers, and restore it on every path."""
 
+import dis
 import inspect
 import sys
 import threading
@@ -12,14 +13,23 @@ from typing import Any
 
 import attrs
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
 
 import kvtiers
 from kvtiers import Geometry, PaddingPattern, Policy, Rotary, TieredCache, UnsupportedModelError
-from kvtiers_transformers.admitting import check_dtype, check_mask, check_model, check_positions
-from kvtiers_transformers.attention import NAME, Forward, running
+from kvtiers_transformers.admitting import (
+    check_dtype,
+    check_encoder,
+    check_kind,
+    check_mask,
+    check_model,
+    check_positions,
+    check_wishes,
+)
+from kvtiers_transformers.attention import NAME, Forward, running, uncompiled
 from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
 from kvtiers_transformers.counting import counts_on, unrotated_layers
 from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
@@ -70,8 +80,9 @@ def _decoder(model: nn.Module) -> nn.Module:
         if isinstance(found, nn.Module) and _attentions(found):
             return _innermost(found)
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no self-attention that transformers' attention interface serves; "
-        "kvtiers needs a decoder such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM"
+        f"{type(model).__name__} of transformers {transformers.__version__} has no self-attention that transformers' "
+        "attention interface serves; kvtiers needs a decoder such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM, "
+        "or a newer transformers, which serves more"
     )
 
 
@@ -90,12 +101,18 @@ def _attentions(module: nn.Module) -> dict[int, nn.Module]:
         index, last = getattr(child, "layer_idx", None), next((x for x in name.split(".")[::-1] if not x.isdigit()), "")
         if isinstance(index, int) and last in _NAMES:
             kinds = [p.kind for p in inspect.signature(child.forward).parameters.values()]
-            served = hasattr(sys.modules[type(child).__module__], "ALL_ATTENTION_FUNCTIONS") and hasattr(
-                child, "config"
-            )
-            if inspect.Parameter.VAR_KEYWORD in kinds and served:
+            if inspect.Parameter.VAR_KEYWORD in kinds and hasattr(child, "config") and _attends_once(child):
                 found[index] = child
     return found
+
+
+def _attends_once(module: nn.Module) -> bool:
+    """Whether `module` calls transformers' attention interface, and does not call it twice with parts of its heads."""
+    if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    code = inspect.unwrap(type(module).forward).__code__
+    called = [i for i in dis.get_instructions(code) if i.argval == "attention_interface" and i.opname != "STORE_FAST"]
+    return len(called) < 2
 
 
 def _cache_in(values: Any) -> TransformersCache | None:
@@ -127,6 +144,7 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
         rows, columns = inputs.shape[:2]
         check_model(outline, cache)
         check_dtype(module, cache, inputs.device)
+        check_wishes(given, module.config)
         mask = padding_mask(given.get("attention_mask"), tiered, rows, columns)
         check_mask(cache, mask, rows, columns)
         cache.core.layers[0].check_batch(rows)
@@ -146,7 +164,8 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
             forward.looks = partial(check_layer_mask, known=mask, rows=rows, columns=columns)
         forward.padding, forward.cache = padding, cache
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @uncompiled
+    def kvtiers_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not original():
             return  # a copy of the model, with copies of the hooks
         _end(module)
@@ -158,7 +177,7 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
             _end(module)
             raise
 
-    return hook
+    return kvtiers_hook
 
 
 def _end(decoder: nn.Module) -> None:
@@ -196,7 +215,8 @@ def _before_attention(attention: nn.Module) -> Callable[..., Any]:
     config: Any = attention.config
     kinds, _ = get_layer_types_and_kwargs(config)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @uncompiled
+    def kvtiers_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = running.get()
         if forward is None or not isinstance(forward.cache, TransformersCache):
             return None
@@ -205,10 +225,10 @@ def _before_attention(attention: nn.Module) -> Callable[..., Any]:
         layer = cache.layers[number]
         if not isinstance(layer, TieredLayer):
             return None
-        if kwargs.get("past_key_values") is not cache and _cache_in((*args, *kwargs.values())) is None:
+        if _cache_in((*args, *kwargs.values())) is not cache:
             raise UnsupportedModelError(
                 f"layer {number} was not given the cache that its model was given; gradient checkpointing does that "
-                "while training: call model.eval() or model.activation_checkpointing_disable()"
+                "while training: call model.eval(), or turn checkpointing off"
             )
         given = dict(zip(names, args, strict=False)) | kwargs
         own, turn = given.get("attention_mask"), given.get("position_embeddings")
@@ -233,13 +253,14 @@ def _before_attention(attention: nn.Module) -> Callable[..., Any]:
                 args = tuple(forward.identity[1] if value is turn else value for value in args)
         return args, kwargs
 
-    return hook
+    return kvtiers_hook
 
 
 def _after_model(decoder: nn.Module) -> Callable[..., None]:
     original = weakref.ref(decoder)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    @uncompiled
+    def kvtiers_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is not original():
             return
         forward = running.get()
@@ -247,7 +268,7 @@ def _after_model(decoder: nn.Module) -> Callable[..., None]:
         if forward is not None and output is not None and isinstance(forward.cache, TransformersCache):
             forward.cache.finish()
 
-    return hook
+    return kvtiers_hook
 
 
 def enable(model: PreTrainedModel) -> None:
@@ -319,17 +340,14 @@ def new_cache(
     freeze_rope: keep the rotary frequencies the model has now, where they would change with length.
     check: refuse keys and values that are not finite.
     """
+    check_encoder(model)
     decoder = _decoder(model)
     _end(decoder)
     attentions = _attentions(decoder)
     config: Any = decoder.config
     kinds, _ = get_layer_types_and_kwargs(config)
     tiers, own = tiers_of(config)
-    if not tiers:
-        raise UnsupportedModelError(
-            f"every layer of {type(model).__name__} is a {', '.join(sorted(set(kinds)))} layer and keeps its own "
-            "cache, so there is nothing to tier; set config.sliding_window to None if the model allows it"
-        )
+    check_kind(model, kinds, tiers)
     missing = [i for i in tiers if i not in attentions]
     if missing or bool(getattr(config, "num_kv_shared_layers", None)):
         which = missing or "that share keys and values"
@@ -368,7 +386,9 @@ def geometries_of(model: nn.Module) -> list[Geometry]:
 
 @contextmanager
 def tiered(model: PreTrainedModel, policy: str | Path | Policy, **options: Any) -> Iterator[TransformersCache]:
-    """Serve `model` from tiers inside the `with` block; gives the cache to pass as `past_key_values`.
+    """Serve `model` from tiers inside the `with` block; gives the cache to pass as `cache`.
+
+    (Before transformers 5.24 the argument is called `past_key_values`.)
 
     Options as for `new_cache`. The model is restored when the block ends, however it ends.
     """

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from kvtiers import UnsupportedModelError
 from kvtiers_transformers import tiered
 from kvtiers_transformers.attention import _mask_for
-from tiny_models import build, distance, feed, pad_left, plain, tokens
+from tiny_models import build, distance, feed, given, pad_left, plain, tokens
 
 SMALL: dict[str, Any] = {"sink": 2, "recent": 8, "block_size": 4, "chunk_size": 16}
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,7 +35,7 @@ def run(model: Any, name: str, **options: Any) -> torch.Tensor:
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
+                **given(cache),
             )
             parts.append(out.logits[:, :])
             start = stop
@@ -151,7 +151,7 @@ def test_the_gradients_of_a_tiered_forward_are_the_models_own(family: str, reali
         embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
         with tiered(model, "full", realigner=realigner) as cache:
             used = cache if tiers else DynamicCache(config=model.config)
-            logits = model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=used).logits
+            logits = model(inputs_embeds=embeddings, attention_mask=mask, **given(used)).logits
         (logits.log_softmax(-1)[:, :, 5] * mask).sum().backward()
         weights = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append((embeddings.grad * mask[..., None], weights))
@@ -170,7 +170,7 @@ def test_a_prompt_that_was_read_before_is_a_constant() -> None:
         with tiered(model, "full") as cache:
             used = cache if tiers else past
             feed(model, ids[:, :20], used, ())
-            model(inputs_embeds=embeddings, past_key_values=used).logits.square().sum().backward()
+            model(inputs_embeds=embeddings, **given(used)).logits.square().sum().backward()
         found.append(embeddings.grad)
     assert distance(found[1], found[0]) < 1e-5
 
@@ -186,7 +186,7 @@ def test_backward_after_a_forward_of_many_chunks_finds_what_it_read(name: str) -
 
     def loss() -> torch.Tensor:
         with tiered(model, policy, **changes) as cache:
-            value: torch.Tensor = model(ids, past_key_values=cache).logits.double().square().mean()
+            value: torch.Tensor = model(ids, **given(cache)).logits.double().square().mean()
         return value
 
     loss().backward()

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kvtiers import RotaryError
 from kvtiers_transformers import tiered
-from tiny_models import FAMILIES, attentions, build, distance, drop_mask, feed, masked, plain, tokens
+from tiny_models import FAMILIES, attentions, build, distance, drop_mask, feed, given, masked, plain, tokens
 
 ROTARY = [name for name in FAMILIES if name != "gpt2"]
 ATTENTIONS = [
@@ -52,9 +52,9 @@ def test_full_realigned_is_the_models_own_cache_but_for_rounding(family: str, re
 def test_greedy_generation_under_full_gives_the_same_tokens(family: str, attention: str, realigner: str) -> None:
     model, prompt = build(family, attention=attention), tokens(11)
     options: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False}
-    own = model.generate(prompt, past_key_values=DynamicCache(config=model.config), **options)
+    own = model.generate(prompt, **given(DynamicCache(config=model.config)), **options)
     with tiered(model, "full", realigner=realigner) as cache:
-        ours = model.generate(prompt, past_key_values=cache, **options)
+        ours = model.generate(prompt, **given(cache), **options)
     assert ours.shape[1] == 75
     assert torch.equal(ours, own)
     assert len(set(own[0].tolist())) > 5  # the model does not just repeat itself

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from kvtiers import GeometryError
 from kvtiers_transformers import TransformersCache, tiered
-from tiny_models import build, distance, feed, pad_left, plain, tokens
+from tiny_models import build, distance, feed, given, pad_left, plain, tokens
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -59,7 +59,7 @@ def own(model: Any) -> DynamicCache:
 
 def generated(model: Any, prompt: Tensor, cache: Any, count: int = 24, **options: Any) -> Tensor:
     options = {"do_sample": False, "max_new_tokens": count, **options}
-    ids: Tensor = model.generate(prompt, past_key_values=cache, **options)
+    ids: Tensor = model.generate(prompt, **given(cache), **options)
     return ids
 
 
@@ -174,8 +174,8 @@ def test_padding_between_turns_is_no_history() -> None:
     mask = torch.cat([mask_a, mask_b], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with tiered(model, "streaming", **options) as cache, torch.no_grad():
-        model(a, attention_mask=mask_a, position_ids=positions[:, :9], past_key_values=cache)
-        both = model(b, attention_mask=mask, position_ids=positions[:, 9:], past_key_values=cache).logits
+        model(a, attention_mask=mask_a, position_ids=positions[:, :9], **given(cache))
+        both = model(b, attention_mask=mask, position_ids=positions[:, 9:], **given(cache)).logits
     for i in (0, 1):
         row = torch.cat([first[i], second[i]])[None]
         with tiered(model, "streaming", **options) as cache:
@@ -240,7 +240,7 @@ def test_reordered_repeated_and_selected_rows_go_on_as_themselves(name: str, pad
     }
     with tiered(model, policy, **changes) as start, torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        model(ids, attention_mask=mask, position_ids=positions, past_key_values=start)
+        model(ids, attention_mask=mask, position_ids=positions, **given(start))
         for which, move in moves.values():
             cache = start.fork()
             move(cache)
@@ -248,7 +248,7 @@ def test_reordered_repeated_and_selected_rows_go_on_as_themselves(name: str, pad
             parts = []
             for step in range(14):
                 ids_now = more[None, step : step + 1].expand(len(which), 1)
-                parts.append(model(ids_now, position_ids=(at + step)[:, None], past_key_values=cache).logits)
+                parts.append(model(ids_now, position_ids=(at + step)[:, None], **given(cache)).logits)
             got = torch.cat(parts, 1)
             for i, row in enumerate(which):
                 assert distance(got[i], alone[row][0]) < 1e-5

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvtiers_transformers import TransformersCache, tiered
-from tiny_models import build, distance, drop_mask, feed, masked, pad_left, plain, tokens
+from tiny_models import build, distance, drop_mask, feed, given, masked, pad_left, plain, tokens
 
 LENGTH = 70
 CLOSE, FAR = 1e-5, 0.02
@@ -141,7 +141,7 @@ def test_padding_on_the_left_is_no_history(name: str, splits: tuple[int, ...]) -
         parts, start = [], 0
         for stop in (*splits, 50):
             with torch.no_grad():
-                out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+                out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **given(cache))
             parts.append(out.logits)
             start = stop
     ours = torch.cat(parts, 1)
@@ -220,7 +220,7 @@ def test_what_is_recalled_is_all_that_is_attended_of_the_past(name: str, splits:
     with tiered(model, policy, realigner="original", **settings) as cache, torch.no_grad():
         stops = sorted({*splits, *range(chunk, LENGTH, chunk), LENGTH})
         for stop in stops:
-            parts.append(model(ids[:, start:stop], past_key_values=cache).logits)
+            parts.append(model(ids[:, start:stop], **given(cache)).logits)
             _attended(cache, masks, start, stop, [0])
             start = stop
     ours = torch.cat(parts, 1)
@@ -257,7 +257,7 @@ def test_rows_with_other_padding_recall_for_themselves(name: str) -> None:
                 ids[:, now : now + 1],
                 attention_mask=mask[:, : now + 1],
                 position_ids=positions[:, now : now + 1],
-                past_key_values=cache,
+                **given(cache),
             )
             parts.append(out.logits)
             _attended(cache, masks, now, now + 1, pads)

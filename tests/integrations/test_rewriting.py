@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 import kvtiers
 from kvtiers_transformers import tiered
+from kvtiers_transformers.versions import CACHE
 from rewriting import H2O, TOVA, AdaKV, Merge, Rewriting, SnapKV, Streaming
 from strategies import attend, rotary
-from tiny_models import attentions, build, distance, feed, masked, plain, tokens
+from tiny_models import attentions, build, distance, feed, given, masked, plain, tokens
 
 PROMPT, TOKENS, RECENT, MOST = 40, 72, 8, 12
 LAYERS, KV_HEADS, GROUP = 2, 2, 2
@@ -42,7 +43,7 @@ def watched(model: Any, mask_of: Callable[[int, int, int], Tensor]) -> Iterator[
 
     def before(layer: int) -> Callable[..., Any]:
         def hook(_module: Any, args: Any, kwargs: Any) -> Any:
-            queries, past = kwargs["hidden_states"].shape[1], kwargs["past_key_values"].get_seq_length(layer)
+            queries, past = kwargs["hidden_states"].shape[1], kwargs[CACHE].get_seq_length(layer)
             order = torch.ones(queries, past + queries, dtype=torch.bool).tril(past)
             allowed = order & mask_of(layer, queries, past + queries).repeat_interleave(GROUP, 0)[None, :, None]
             lowest = torch.finfo(torch.float32).min
@@ -75,7 +76,7 @@ def evicting(model: Any, ids: Tensor, kind: str) -> Tensor:
         for start, stop in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, TOKENS))]:
             for layer in range(LAYERS):
                 _evict(live[layer], mass[layer], start - RECENT, kind)
-            logits.append(model(ids[:, start:stop], past_key_values=cache).logits)
+            logits.append(model(ids[:, start:stop], **given(cache)).logits)
             for layer, got in seen.items():
                 if kind == "tova":
                     mass[layer, :, :stop] = got[:, -1]
@@ -131,7 +132,7 @@ def _snapkv_masks(model: Any, ids: Tensor, window: int) -> dict[int, Tensor]:
     order = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     masks = {}
     with torch.no_grad(), watched(model, lambda _, __, n: torch.ones(KV_HEADS, n, dtype=torch.bool)) as seen:
-        model(ids[:, :PROMPT], past_key_values=DynamicCache(config=model.config))
+        model(ids[:, :PROMPT], **given(DynamicCache(config=model.config)))
     for layer, got in seen.items():
         mass = got[:, -window:, : PROMPT - window].sum(1)
         best = avg_pool1d(mass[None], 5, 1, 2)[0].topk(MOST, -1).indices

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from kvtiers import CropError, SavedCacheError
 from kvtiers_transformers import TransformersCache, new_cache, tiered
-from tiny_models import build, distance, feed, pad_left, tokens
+from tiny_models import build, distance, feed, given, pad_left, tokens
 
 SMALL: dict[str, Any] = {"sink": 2, "recent": 8, "block_size": 4, "chunk_size": 8}
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -131,14 +131,14 @@ def test_rows_with_padding_are_cropped_exactly_where_they_have_none() -> None:
     model = build()
     ids, mask = pad_left([tokens(n, seed=n)[0] for n in (20, 9)])
     with tiered(model, "full") as cache, torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **given(cache))
         untouched = cache.fork()
-        model(tokens(5, rows=2), past_key_values=cache)
+        model(tokens(5, rows=2), **given(cache))
         with pytest.raises(CropError, match="some rows had padding"):
             cache.crop(-6)
         cache.crop(-5)
         more = tokens(4, rows=2, seed=3)
-        assert torch.equal(model(more, past_key_values=cache).logits, model(more, past_key_values=untouched).logits)
+        assert torch.equal(model(more, **given(cache)).logits, model(more, **given(untouched)).logits)
 
 
 def test_sliding_layers_are_cropped_with_the_others_or_not_at_all() -> None:
@@ -170,9 +170,9 @@ def test_prompt_lookup_gives_the_same_tokens(name: str, family: str) -> None:
     model = build(family)
     prompt = tokens(8).repeat(1, 3)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 30, "prompt_lookup_num_tokens": 4}
-    wanted = model.generate(prompt, past_key_values=DynamicCache(config=model.config), **options)
+    wanted = model.generate(prompt, **given(DynamicCache(config=model.config)), **options)
     with tiered(model, policy, **changes) as cache:
-        assert torch.equal(model.generate(prompt, past_key_values=cache, **options), wanted)
+        assert torch.equal(model.generate(prompt, **given(cache), **options), wanted)
 
 
 @pytest.mark.parametrize("name", ["full", "full-contiguous"])
@@ -180,9 +180,9 @@ def test_an_assistant_gives_the_same_tokens(name: str) -> None:
     policy, changes = POLICIES[name]
     model, assistant, prompt = build(), build(seed=1), tokens(12)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
-    wanted = model.generate(prompt, past_key_values=DynamicCache(config=model.config), **options)
+    wanted = model.generate(prompt, **given(DynamicCache(config=model.config)), **options)
     with tiered(model, policy, **changes) as cache:
-        ours = model.generate(prompt, past_key_values=cache, assistant_model=assistant, **options)
+        ours = model.generate(prompt, **given(cache), assistant_model=assistant, **options)
     assert torch.equal(ours, wanted)
 
 
@@ -194,7 +194,7 @@ def test_assisted_decoding_under_a_policy_that_forgets_is_refused(name: str) -> 
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "prompt_lookup_num_tokens": 6}
     refusal = pytest.raises(CropError, match=r"cannot give back \d+ of \d+ steps: .*; fork\(\) the cache")
     with tiered(model, policy, **changes) as cache, refusal:
-        model.generate(prompt, past_key_values=cache, **options)
+        model.generate(prompt, **given(cache), **options)
 
 
 # ---------------------------------------------------------------- reset, fork, save
@@ -244,7 +244,7 @@ def test_a_saved_cache_goes_on_exactly(name: str, padded: bool, tmp_path: Path) 
     ids, mask = pad_left([tokens(n, seed=n)[0] for n in ((30, 11, 30) if padded else (30, 30, 30))])
     more = tokens(9, rows=3, seed=4)
     with tiered(model, policy, **changes) as cache, torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **given(cache))
         cache.save(tmp_path / "cache.safetensors")
         loaded = new_cache(model, policy, **changes)
         loaded.load(tmp_path / "cache.safetensors")

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from kvtiers_transformers import load_smollm2, tiered
 from kvtiers_transformers.document import read_document
-from tiny_models import drop_mask, feed, masked, pad_left
+from tiny_models import drop_mask, feed, given, masked, pad_left
 
 pytestmark = pytest.mark.slow
 LENGTH = 600
@@ -49,9 +49,9 @@ def agree(a: Tensor, b: Tensor) -> bool:
 def test_full_generates_what_the_models_own_cache_does(loaded: tuple[Any, Tensor], realigner: str) -> None:
     model, ids = loaded
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": 200, "max_new_tokens": 200}
-    wanted = model.generate(ids[:, :100], past_key_values=DynamicCache(config=model.config), **options)
+    wanted = model.generate(ids[:, :100], **given(DynamicCache(config=model.config)), **options)
     with tiered(model, "full", realigner=realigner) as cache:
-        ours = model.generate(ids[:, :100], past_key_values=cache, **options)
+        ours = model.generate(ids[:, :100], **given(cache), **options)
     assert ours.shape[1] == 300
     assert torch.equal(ours, wanted)
 
@@ -126,7 +126,7 @@ def test_padding_on_the_left_is_no_history(loaded: tuple[Any, Tensor]) -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     changes: dict[str, Any] = {"realigner": "original", "sink": 4, "recent": 60, "block_size": 16}
     with tiered(model, "streaming", **changes) as cache, torch.no_grad():
-        ours = model(padded, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        ours = model(padded, attention_mask=mask, position_ids=positions, **given(cache)).logits
     for i, row in enumerate(rows):
         window = drop_mask(row.numel(), sink=4, recent=60, block=16)[None, None]
         assert agree(ours[i, -row.numel() :], masked(model, row[None], window)[0])

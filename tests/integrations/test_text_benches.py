@@ -21,7 +21,7 @@ from kvtiers_transformers.bench_text import OF_BATCH, POLICIES, batch_lengths, s
 from kvtiers_transformers.reading import encoded, encoder, keys_found, needles
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import tiered
-from tiny_models import build
+from tiny_models import build, given
 
 SMALL = {"recent": 64, "top_k": 4}
 
@@ -88,7 +88,7 @@ def test_the_error_of_a_codec_is_that_of_everything_archived(loaded: tuple[Any, 
     exact, coarse = policy("archive", **SMALL), policy("archive", codec="int4", **SMALL)
     off, size = 0.0, 0.0
     with tiered(model, exact) as cache, torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **given(cache))
         said, _ = errors_of(coarse.codec, cache)
         for layer in cache.core.every_layer():
             for number in range(layer.history.count):
@@ -101,7 +101,7 @@ def test_the_error_of_a_codec_is_that_of_everything_archived(loaded: tuple[Any, 
 def test_a_codec_is_not_measured_on_nothing(loaded: tuple[Any, Any]) -> None:
     model, _ = loaded
     with tiered(model, "archive") as cache:
-        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        model(torch.tensor([[1, 2, 3]]), **given(cache))
         with pytest.raises(click.UsageError, match="nothing was archived"):
             errors_of(policy("archive", codec="int4").codec, cache)
 
