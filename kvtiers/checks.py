@@ -35,7 +35,7 @@ def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer
             f"recent = {policy.recent} steps cannot hold one of the blocks of {geometry.steps_per_commit}; give a "
             "recent of at least a block, or 0"
         )
-    counts = [(policy.retriever, "most", policy.retriever.most(policy.top_k))]
+    counts: list[tuple[object, str, object]] = [(policy.retriever, "most", policy.retriever.most(policy.top_k))]
     if "compressed" in policy.forms:
         counts.append((compressor, "block_tokens", policy.block_tokens(geometry, "compressed")))
     if policy.retriever.needs_digests and policy.archives:

@@ -224,13 +224,6 @@ class LayerRows:
                 made.append(RowGroup(torch.tensor([i for i, _ in new], device=device), layer))
         return (RowGroup(None, made[0].layer),) if len(made) == 1 else tuple(made)
 
-    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        """Make new row i what row `rows[i]` was."""
-        groups = self.with_rows(rows)
-        for group in groups:
-            group.layer.join(group.layer.history.budget)
-        self.groups = groups
-
     def layers(self) -> list[Layer]:
         """The layer of each group."""
         return [group.layer for group in self.groups]

@@ -85,7 +85,9 @@ def check_mask(cache: TransformersCache, mask: Any, rows: int, columns: int) -> 
     if mask.shape[0] != rows or past not in (0, length):
         raise UnsupportedModelError(
             f"attention_mask is {tuple(mask.shape)} for {rows} rows of {columns} tokens after {length}; "
-            f"give one of {(rows, length + columns)}, or of {(rows, columns)} for these tokens alone"
+            f"give one of {(rows, length + columns)}, or of {(rows, columns)} for these tokens alone. If the forward "
+            "before failed behind the layers (in the head), its tokens are taken: crop() the cache before you feed "
+            "them again"
         )
     if past == 0 or (columns == 1 and mask.device.type != "cpu"):
         return  # while decoding on a GPU nobody waits for a mask

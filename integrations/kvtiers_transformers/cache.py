@@ -1,7 +1,7 @@
 """A `transformers.Cache` whose full-attention layers are tiers; sliding layers stay transformers' own."""
 
 import copy
-import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,14 +13,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from kvtiers import (
     CropError,
     InterruptedForwardError,
-    LayerRows,
     MemoryUsage,
     Policy,
     SavedCacheError,
     TieredCache,
     UnsupportedModelError,
 )
-from kvtiers_transformers.attention import running, uncompiled
+from kvtiers_transformers.tiered_layer import TieredLayer
 
 
 @attrs.frozen(kw_only=True)
@@ -43,96 +42,6 @@ class Outline:
             f"{self.family}, {self.layers} layers, {len(self.tiers)} tiered, "
             f"(query_heads, kv_heads, head_dim, value_dim) = {shapes}, rope = {self.rope}"
         )
-
-
-class TieredLayer(CacheLayerMixin):
-    """What transformers asks of a layer. The tiers themselves are fed by the attention function."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True  # or `crop` says why not
-
-    def __init__(self, owner: "TransformersCache", layer: LayerRows) -> None:
-        self.is_initialized = False
-        self.owner, self.layer = weakref.ref(owner), layer  # so that `del cache` frees at once
-        self.held_before = 0
-        """Tokens of all rows before the forward that is running."""
-        self.columns = 0
-        """Columns of the batch seen, padding included: what transformers calls the sequence length."""
-        self.padded_until = 0
-        """The column after the last one in which some row had padding."""
-
-    @property
-    def keys(self) -> NoReturn:  # type: ignore[override]  # there is nothing to write
-        """Raises `AttributeError`: other layers of transformers have one tensor of keys here, this one has tiers."""
-        self._say_what_to_read("keys")
-
-    @property
-    def values(self) -> NoReturn:  # type: ignore[override]
-        """Raises `AttributeError`, as `keys` does."""
-        self._say_what_to_read("values")
-
-    def _say_what_to_read(self, what: str) -> NoReturn:
-        i = self.layer.number
-        raise AttributeError(
-            f"layer {i} is tiered and has no one tensor of {what}; read cache.core.context(...).{what} for what it "
-            "attended last, cache.tier_counts() for how many tokens are where, cache.memory_usage() for bytes"
-        )
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    @uncompiled
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new columns and hand the current keys and values on to the attention function."""
-        forward = running.get()
-        if forward is None or forward.cache is not self.owner():
-            raise UnsupportedModelError(
-                "this cache was given to a model that is not enabled for it; use it inside "
-                "`with tiered(model, ...) as cache`, or call enable(model) first"
-            )
-        if self in forward.updated:
-            raise UnsupportedModelError(
-                f"layer {self.layer.number} uses the cache twice in one forward, as cross-attention does, or a layer "
-                "that runs more than once; kvtiers serves models with one self-attention per layer and forward"
-            )
-        forward.updated.add(self)
-        self.is_initialized = True
-        self.columns += key_states.shape[2]
-        if forward.padding is not None:
-            self.padded_until = self.columns
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, self.columns
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        self.layer.groups = ()
-        self.columns = self.padded_until = 0
-
-    def offload(self) -> None:
-        """Nothing to do: where the archive lives is the policy's choice."""
-
-    prefetch = offload
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.layer.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.layer.select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = self.layer.batch
-        if rows is not None:
-            self.layer.select_rows(torch.arange(rows).repeat_interleave(repeats))
 
 
 class TransformersCache(Cache):
@@ -168,7 +77,7 @@ class TransformersCache(Cache):
         Blocks that left recent are archived here, for all layers, before any layer takes new tokens: an archive that is
         full stops the forward before it began, and the same tokens can be fed again once there is room.
         """
-        self._check_whole()
+        self.check_whole()
         self.core.commit_due()
         for layer in self.tiered_layers:
             layer.held_before = layer.layer.tokens
@@ -204,19 +113,48 @@ class TransformersCache(Cache):
         columns = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         return columns + [layer.num_steps for layer in self.core.every_layer()]
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Raise `InterruptedForwardError` if an earlier forward stopped after some layers had taken its tokens."""
         columns = {layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)}
         if len(columns) > 1 or (self._started is not None and self._started != self._progress()):
-            steps = {layer.layer.num_steps for layer in self.tiered_layers}
             raise InterruptedForwardError(
-                f"an earlier forward failed midway and left the layers at {sorted(columns)} columns and "
-                f"{sorted(steps)} steps; go on from a fork() made before it, or reset() the cache"
+                "an earlier forward failed midway, and some layers or rows hold its tokens while others do not; go on "
+                "from a fork() made before it, or reset() the cache"
             )
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self._started = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make new row i what row `beam_idx[i]` was, in every layer or (on an error) in none."""
+        self._change_rows(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, named by number or by a mask, in every layer or (on an error) in none."""
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._change_rows(rows, lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Make every row `repeats` rows, one behind the other, in every layer or (on an error) in none."""
+        rows = torch.arange(self.core.layers[0].batch or 0).repeat_interleave(repeats)
+        self._change_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def _change_rows(self, rows: Tensor, change: Callable[[Any], None]) -> None:
+        """Select `rows` of the tiers, and `change` the layers that stay transformers' own."""
+        own = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
+        before = [dict(vars(layer)) for layer in own]
+        try:
+            with self.core.all_or_nothing():
+                if self.core.layers[0].batch is not None:
+                    self.core.select_rows(rows)
+                for layer in own:
+                    change(layer)
+        except BaseException:
+            for layer, was in zip(own, before, strict=True):
+                vars(layer).update(was)
+            raise
 
     @property
     def is_croppable(self) -> bool:
@@ -287,7 +225,7 @@ class TransformersCache(Cache):
         With `recent=None` in the policy, a prompt of any length is read in full, and compressed when all of it is
         known. The model's own sliding layers stay as they are.
         """
-        self._check_whole()
+        self.check_whole()
         self.core.compact(recent=recent)
 
     def rewind_recent(self) -> int:
@@ -295,7 +233,7 @@ class TransformersCache(Cache):
 
         Rows must have come equally far, and the model must have no layers of its own.
         """
-        self._check_whole()
+        self.check_whole()
         own = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
         lengths = {layer.num_steps for layer in self.core.every_layer()}
         if own or len(lengths) > 1:
@@ -329,17 +267,34 @@ class TransformersCache(Cache):
     def save(self, path: str | Path) -> None:
         """Write the cache to one safetensors file."""
         self._refuse_own_layers("saved")
-        self._check_whole()
+        self.check_whole()
         columns = [[layer.columns, layer.padded_until] for layer in self.tiered_layers]
         self.core.save(path, extra={"columns": columns, "shift": self.position_shift, "model": str(self.outline)})
 
     def load(self, path: str | Path) -> None:
         """Become what was saved from a cache of the same model and policy."""
         self._refuse_own_layers("loaded")
-        extra = self.core.load(path, device=self.device, expect={"model": str(self.outline)})
-        self._started, self.position_shift = None, extra["shift"]
-        for layer, (columns, padded_until) in zip(self.tiered_layers, extra["columns"], strict=True):
+        with self.core.all_or_nothing():
+            extra = self.core.load(path, device=self.device, expect={"model": str(self.outline)})
+            counts, shift = self._counts_in(extra), extra.get("shift")
+            if counts is None or not isinstance(shift, int | None):
+                raise SavedCacheError(f"{path} does not say how many columns each layer has seen; save the cache again")
+        self._started, self.position_shift = None, shift
+        for layer, (columns, padded_until) in zip(self.tiered_layers, counts, strict=True):
             layer.columns, layer.padded_until, layer.is_initialized = columns, padded_until, True
+
+    def _counts_in(self, extra: dict[str, Any]) -> list[list[int]] | None:
+        """Columns, and the last padded one, of each layer as a file says; None if that cannot be."""
+        told, layers = extra.get("columns"), self.tiered_layers
+        if not isinstance(told, list) or len(told) != len(layers):
+            return None
+        for layer, counts in zip(layers, told, strict=True):
+            whole = isinstance(counts, list) and len(counts) == 2 and all(type(count) is int for count in counts)
+            if not whole or not 0 <= counts[1] <= counts[0] or counts[0] != told[0][0]:
+                return None
+            if counts[0] < layer.layer.num_steps:
+                return None
+        return told
 
     def _refuse_own_layers(self, what: str) -> None:
         if len(self.tiered_layers) != len(self.layers):

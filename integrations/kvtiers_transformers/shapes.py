@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kvtiers import Geometry, KVTiersError
 from kvtiers.planning import Shape
+from kvtiers_transformers.decoders import geometries_of, tiers_of
 from kvtiers_transformers.smollm2 import load_smollm2
-from kvtiers_transformers.wrap import geometries_of, tiers_of
 
 _UNBUILT = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, KVTiersError)
 """What is raised for a configuration of which no model can be made."""

@@ -1,8 +1,6 @@
 """`tiered(model, policy)`: serve an unmodified model from tiers, and restore it on every path."""
 
-import dis
 import inspect
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,13 +11,12 @@ from typing import Any
 
 import attrs
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, get_layer_types_and_kwargs
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 import kvtiers
-from kvtiers import Geometry, PaddingPattern, Policy, Rotary, TieredCache, UnsupportedModelError
+from kvtiers import PaddingPattern, Policy, Rotary, TieredCache, UnsupportedModelError
 from kvtiers_transformers.admitting import (
     check_dtype,
     check_encoder,
@@ -30,11 +27,13 @@ from kvtiers_transformers.admitting import (
     check_wishes,
 )
 from kvtiers_transformers.attention import NAME, Forward, running, uncompiled
-from kvtiers_transformers.cache import Outline, TieredLayer, TransformersCache
+from kvtiers_transformers.cache import Outline, TransformersCache
 from kvtiers_transformers.counting import counts_on, unrotated_layers
+from kvtiers_transformers.decoders import attentions_of, decoder_of, tiers_of
 from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
 from kvtiers_transformers.outer import around, before_outer, check_layer_mask, padding_mask
 from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
+from kvtiers_transformers.tiered_layer import TieredLayer
 
 
 class ServedConfig:
@@ -70,49 +69,6 @@ _installed: "weakref.WeakKeyDictionary[nn.Module, _Installed]" = weakref.WeakKey
 """By decoder, so that a model and the decoder inside it are one."""
 _installing = threading.Lock()
 """Held while hooks are installed or removed."""
-_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
-"""What models call a layer's self-attention."""
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    """The module that makes masks and rotations and runs the layers."""
-    for found in (getattr(model, "get_decoder", lambda: None)(), getattr(model, "base_model", None), model):
-        if isinstance(found, nn.Module) and _attentions(found):
-            return _innermost(found)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} of transformers {transformers.__version__} has no self-attention that transformers' "
-        "attention interface serves; kvtiers needs a decoder such as Llama, Qwen, Gemma, Phi, GPT-NeoX, OLMo or GLM, "
-        "or a newer transformers, which serves more"
-    )
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    """The model inside `module` that has all its attentions: some models call themselves their decoder."""
-    for child in module.children():
-        if isinstance(child, PreTrainedModel) and len(_attentions(child)) == len(_attentions(module)):
-            return _innermost(child)
-    return module
-
-
-def _attentions(module: nn.Module) -> dict[int, nn.Module]:
-    """The self-attention modules by layer number: those with a `layer_idx` whose forward passes keywords on."""
-    found = {}
-    for name, child in module.named_modules():
-        index, last = getattr(child, "layer_idx", None), next((x for x in name.split(".")[::-1] if not x.isdigit()), "")
-        if isinstance(index, int) and last in _NAMES:
-            kinds = [p.kind for p in inspect.signature(child.forward).parameters.values()]
-            if inspect.Parameter.VAR_KEYWORD in kinds and hasattr(child, "config") and _attends_once(child):
-                found[index] = child
-    return found
-
-
-def _attends_once(module: nn.Module) -> bool:
-    """Whether `module` calls transformers' attention interface, and does not call it twice with parts of its heads."""
-    if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
-        return False
-    code = inspect.unwrap(type(module).forward).__code__
-    called = [i for i in dis.get_instructions(code) if i.argval == "attention_interface" and i.opname != "STORE_FAST"]
-    return len(called) < 2
 
 
 def _cache_in(values: Any) -> TransformersCache | None:
@@ -143,6 +99,7 @@ def _before_model(decoder: nn.Module) -> Callable[..., None]:
             return  # the model has its own words for that
         rows, columns = inputs.shape[:2]
         check_model(outline, cache)
+        cache.check_whole()
         check_dtype(module, cache, inputs.device)
         check_wishes(given, module.config)
         mask = padding_mask(given.get("attention_mask"), tiered, rows, columns)
@@ -198,7 +155,7 @@ def _padding(valid: Tensor, cache: TransformersCache) -> PaddingPattern | None:
 def _outline(decoder: nn.Module) -> Outline:
     """What a cache must be made like to serve `decoder`."""
     config: Any = decoder.config
-    attentions = _attentions(decoder)
+    attentions = attentions_of(decoder)
     tiers, own = tiers_of(config)
     shapes = [shape_of(geometry_of(decoder, attentions[i])) for i in tiers if i in attentions]
     return Outline(
@@ -273,7 +230,7 @@ def _after_model(decoder: nn.Module) -> Callable[..., None]:
 
 def enable(model: PreTrainedModel) -> None:
     """Install the hooks that let `model` use a tiered cache. Without one it behaves exactly as before."""
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     with _installing:
         if decoder in _installed:
             _installed[decoder].count += 1
@@ -287,7 +244,7 @@ def enable(model: PreTrainedModel) -> None:
 
 
 def _install(decoder: nn.Module) -> _Installed:
-    attentions, (tiers, _) = _attentions(decoder), tiers_of(decoder.config)
+    attentions, (tiers, _) = attentions_of(decoder), tiers_of(decoder.config)
     served: list[Any] = [module for number, module in attentions.items() if number in tiers]
     handles: list[Any] = []
     try:
@@ -313,7 +270,7 @@ def _remove(attentions: list[Any], handles: list[Any]) -> None:
 
 def disable(model: PreTrainedModel) -> None:
     """Undo one `enable`. Harmless on a model that is not enabled."""
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     with _installing:
         state = _installed.get(decoder)
         if state is None:
@@ -341,9 +298,9 @@ def new_cache(
     check: refuse keys and values that are not finite.
     """
     check_encoder(model)
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     _end(decoder)
-    attentions = _attentions(decoder)
+    attentions = attentions_of(decoder)
     config: Any = decoder.config
     kinds, _ = get_layer_types_and_kwargs(config)
     tiers, own = tiers_of(config)
@@ -368,20 +325,6 @@ def new_cache(
         check=check,
     )
     return TransformersCache(core, own, _outline(decoder), device_of(model))
-
-
-def tiers_of(config: Any) -> tuple[list[int], dict[int, Any]]:
-    """The layers that are tiered, and those that stay transformers' own with an empty cache for each."""
-    layers = DynamicCache(config=config).layers
-    own = {i: layer for i, layer in enumerate(layers) if type(layer) is not DynamicLayer}
-    return [i for i in range(len(layers)) if i not in own], own
-
-
-def geometries_of(model: nn.Module) -> list[Geometry]:
-    """What each layer that would be tiered stores, in float32. The model may be on the device `meta`."""
-    decoder = _decoder(model)
-    attentions, (tiers, _) = _attentions(decoder), tiers_of(decoder.config)
-    return [geometry_of(decoder, attentions[i]) for i in tiers if i in attentions]
 
 
 @contextmanager
