@@ -252,13 +252,39 @@ class CausalWan:
         """Tokens that the last forward of each layer attended, its own included."""
         return [] if self.cache is None else self.cache.attended()
 
+    def tier_counts(self, row: int = 0) -> dict[str, int]:
+        """How many latent frames of a row are in each tier of the first layer, and how many a policy dropped."""
+        return {} if self.cache is None else self.cache.tier_counts(0, row)
+
+    def compact(self, *, recent: int) -> None:
+        """Age now what is older than the newest `recent` latent frames, whatever the policy's `recent` is."""
+        self._finish()
+        self._filled.compact(recent=recent)
+        self._last_timestep = None
+
+    def rewind_recent(self) -> int:
+        """Forget the recent latent frames; returns how many. Commit them again, with a new prompt as a rule.
+
+        Source: LongLive (arXiv 2509.22622), which computes the window anew when the prompt changes. Raises `CropError`
+        and changes nothing where the compressor has seen their pixels.
+        """
+        self._refuse_if_seen("rewound")
+        self._finish()
+        frames = self._filled.rewind_recent()
+        self._last_timestep = None
+        return frames
+
+    def _refuse_if_seen(self, what: str) -> None:
+        if self.needs_pixels:
+            raise CropError(
+                f"this video cannot be {what}: its compressor has seen the pixels of later frames; fork() before "
+                "blocks that may have to be undone"
+            )
+
     def crop(self, frames: int) -> None:
         """Go back to the first `frames` latent frames, exactly, or raise `CropError` and change nothing."""
-        if self.needs_pixels and 0 < frames < self.frames:
-            raise CropError(
-                f"this video cannot be rolled back to {frames} frames: its compressor has seen the pixels of later "
-                "ones; fork() before blocks that may have to be undone"
-            )
+        if 0 < frames < self.frames:
+            self._refuse_if_seen(f"rolled back to {frames} frames")
         if not frames:
             self.reset()
             return

@@ -214,3 +214,23 @@ def test_a_fault_in_a_verb_of_a_video_is_undone_or_the_cache_refuses_to_go_on(na
         step=step,
     )
     assert tried > 3
+
+
+def test_a_write_that_fails_in_one_of_two_groups_of_rows_can_be_repeated() -> None:
+    cache, tokens = TieredCache(policies()["archive on disk"], [GEOMETRY]), stream(GEOMETRY, 5)
+    first, more = tokens.part(0, 4), tokens.part(4, 5)
+    uneven = kvtiers.PaddingPattern.of(torch.tensor([[True] * 4, [False, False, True, True]]))
+    for _ in cache.layers[0].chunks(first.query, first.keys, first.values, uneven):
+        pass
+    second = cache.layers[0].groups[1].layer
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(second, "write", fails)
+        with pytest.raises(MemoryError):
+            cache.write(0, more.keys, more.values)
+    assert cache.layers[0].num_steps_by_row() == [4, 2]
+    cache.write(0, more.keys, more.values)
+    assert cache.layers[0].num_steps_by_row() == [5, 3]
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise MemoryError

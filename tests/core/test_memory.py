@@ -335,6 +335,30 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path):
         setting.cache().load(path.with_name("nothing.safetensors"))
 
 
+@pytest.mark.parametrize("method", ["save", "load"])
+def test_a_path_that_cannot_be_one_is_named(tmp_path, method):
+    _, cache, _ = saved(tmp_path)
+    with pytest.raises(SavedCacheError, match=r"x00b' is no path of a file|is no file"):
+        getattr(cache, method)(tmp_path / "a\0b")
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    _, cache, path = saved(tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    for place, what in ((link, "a symbolic link"), (tmp_path, "a folder"), (Path("/dev/null"), "no regular file")):
+        with pytest.raises(SavedCacheError, match=rf"is {what}, which would be replaced; give the path of a file$"):
+            cache.save(place)
+
+
+def test_what_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
+    _, cache, path = saved(tmp_path)
+    old = path.read_bytes()
+    with pytest.raises(SavedCacheError, match=r"extra must be plain data that JSON can hold: .*object"):
+        cache.save(path, extra={"a": object()})
+    assert path.read_bytes() == old
+
+
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     setting, cache, path = saved(tmp_path)
     old = path.read_bytes()

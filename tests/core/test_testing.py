@@ -888,3 +888,13 @@ def test_a_strangers_plugin_in_the_environment_is_drawn_by_no_check_and_no_strat
         assert "broken" in registry().names("compressor")
         assert "broken" not in names.__wrapped__("compressor")
         check_realigner(Twice, examples=EXAMPLES)
+
+
+def test_a_compressor_that_forgets_to_return_is_told_so():
+    @attrs.frozen
+    class Forgets(Plain):
+        def age(self, blocks, moment):
+            super().age(blocks, moment)
+
+    with pytest.raises(AssertionError, match=r"Forgets.age\(\) returned None at every call, which drops the blocks"):
+        check_compressor(Forgets, examples=5)

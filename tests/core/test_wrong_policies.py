@@ -18,7 +18,7 @@ from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.exact import Exact
 from kvtiers_policies.mean_pool import MeanPool
-from strategies import Setting, copied, feed, first_example, rotary, same
+from strategies import Setting, copied, feed, first_example, rotary, same, unchecked
 
 GEOMETRY = kvtiers.Geometry(kv_heads=2, query_heads=4, head_dim=4, value_dim=6, batch=2)
 Change = Callable[[Any], Any]
@@ -207,7 +207,7 @@ def test_what_a_policy_returns_wrongly_is_said_with_class_method_and_what_was_du
     wrong = attrs.evolve(right, **{SLOT[base]: changed(base, method, change)})
     layer = Setting(policy=wrong, geometry=GEOMETRY, rotary=rotary(4), seed=0).layer(layer=5)
     tokens = Setting(policy=right, geometry=GEOMETRY, rotary=rotary(4), seed=0).tokens
-    with pytest.raises(SlotError, match=rf"(?s)layer 5: Wrong{base.__name__}\.{method}\(\).*{message}"):
+    with pytest.raises(SlotError, match=rf"(?s)layer 5: [\w.]+\.Wrong{base.__name__}\.{method}\(\).*{message}"):
         list(feed(layer, tokens, [4, 4, 4]))
 
 
@@ -270,3 +270,30 @@ def test_the_policies_that_are_right_pass():
             found = attrs.evolve(found, **{slot: changed(base, method, lambda made: made)})
             setting = Setting(policy=found, geometry=GEOMETRY, rotary=rotary(4), seed=0)
             assert len(list(feed(setting.layer(), setting.tokens, [4, 4, 4]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("slot", "base", "method"),
+    [
+        ("compressor", MeanPool, "compressed_tokens"),
+        ("retriever", Affinity, "most"),
+        ("retriever", Affinity, "digest_bytes"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_before_the_first_token(slot, base, method):
+    wrong = changed(base, method, lambda said: said / 3)
+    found = kvtiers.policy("packforcing-lm", top_k_compressed=1, **{slot: wrong})
+    named = "block_tokens" if slot == "compressor" else method
+    with pytest.raises(
+        SlotError, match=rf"^layer 0: .*\.Wrong{base.__name__}\.{named}\(\) says [\d.]+; due is a whole"
+    ):
+        kvtiers.TieredCache(found, [GEOMETRY], rotaries=[rotary(4)]).new_layer(0, 2)
+
+
+def test_a_message_names_the_package_of_a_plugin():
+    wrong = changed(MeanPool, "age", lambda made: made.keys)
+    wrong = attrs.frozen(kw_only=True)(type("Theirs", (type(wrong),), {"__module__": "their_package.pools"}))()
+    found = kvtiers.policy("archive", compressor=wrong, attend="compressed", sink=1, recent=2, block_size=2, top_k=1)
+    setting = Setting(policy=found, geometry=GEOMETRY, rotary=rotary(4), seed=0)
+    with pytest.raises(SlotError, match=r"^layer 0: their_package\.pools\.Theirs\.age\(\) returned a Tensor"):
+        list(feed(setting.layer(), setting.tokens, [4, 4, 4]))

@@ -25,6 +25,7 @@ from kvtiers import (
     NotFiniteError,
     PolicyError,
     RotaryError,
+    SavedCacheError,
     SlotError,
     UnsupportedModelError,
 )
@@ -617,3 +618,80 @@ def test_a_rotation_that_nobody_knows_is_refused() -> None:
 def test_every_attention_of_a_family_is_found() -> None:
     for family in FAMILIES:
         assert [m.layer_idx for m in attentions(build(family))] == [0, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("verb", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+def test_rows_are_changed_in_every_layer_or_in_none(verb: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, more = build(family), tokens(14, rows=2), tokens(3, rows=2, seed=3)
+    argument: Any = 2 if verb == "batch_repeat_interleave" else torch.tensor([1, 0])
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with tiered(model, "streaming", **SMALL) as cache:
+        feed(model, ids, cache, ())
+        due = feed(model, more, cache.fork(), ())
+        with monkeypatch.context() as patched:
+            if family == "llama":
+                patched.setattr(type(cache.core), "_join", fail)  # when every layer has its new rows
+            else:
+                patched.setattr(cache.layers[0], verb, fail)  # the model's own, after the tiers
+            with pytest.raises(MemoryError):
+                getattr(cache, verb)(argument)
+        assert torch.equal(feed(model, more, cache, ()), due)
+
+
+def test_a_padded_batch_after_a_failed_forward_is_refused_for_that_and_not_for_its_mask() -> None:
+    model = build()
+    ids, mask = pad_left([tokens(12)[0], tokens(7)[0]])
+    later, longer = tokens(1, rows=2, seed=4), torch.cat([mask, mask.new_ones(2, 1)], 1)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with tiered(model, "full") as cache, torch.no_grad():
+        model(ids, attention_mask=mask, **given(cache))
+        handle = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(later, attention_mask=longer, **given(cache))
+        handle.remove()
+        with pytest.raises(InterruptedForwardError, match="failed midway"):
+            model(later, attention_mask=longer, **given(cache))
+
+
+def test_a_forward_that_fails_in_the_head_has_taken_its_tokens_and_can_be_cropped() -> None:
+    model = build()
+    ids, mask = pad_left([tokens(12)[0], tokens(7)[0]])
+    later, longer = tokens(1, rows=2, seed=4), torch.cat([mask, mask.new_ones(2, 1)], 1)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with tiered(model, "full") as cache, torch.no_grad():
+        model(ids, attention_mask=mask, **given(cache))
+        due = model(later, attention_mask=longer, **given(cache.fork())).logits
+        handle = model.lm_head.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(later, attention_mask=longer, **given(cache))
+        handle.remove()
+        with pytest.raises(UnsupportedModelError, match=r"failed behind the layers \(in the head\).*crop\(\)"):
+            model(later, attention_mask=longer, **given(cache))
+        cache.crop(-1)
+        assert torch.equal(model(later, attention_mask=longer, **given(cache)).logits, due)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [None, 3, [], [[12, 0]], [[12], [12]], [[12, 0], [11, 0]], [[7, 0], [7, 0]], [[12, 13]] * 2, [[12.0, 0]] * 2],
+    ids=str,
+)
+def test_a_file_whose_columns_make_no_sense_is_refused_and_nothing_changes(columns: Any, tmp_path: Path) -> None:
+    model, ids = build(), tokens(12)
+    with tiered(model, "full") as cache:
+        feed(model, ids, cache, ())
+        cache.core.save(tmp_path / "made", extra={"columns": columns, "shift": None, "model": str(cache.outline)})
+        other = new_cache(model, "full")
+        with pytest.raises(SavedCacheError, match="does not say how many columns each layer has seen"):
+            other.load(tmp_path / "made")
+        assert torch.equal(feed(model, ids, other, ()), plain(model, ids))

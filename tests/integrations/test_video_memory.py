@@ -87,7 +87,7 @@ def test_a_video_whose_pixels_were_seen_is_not_rolled_back_behind_its_back() -> 
         go_on(wan, clips[:2])
         fork = wan.fork()
         go_on(wan, clips[2:3])
-        with pytest.raises(CropError, match=r"seen the pixels of later ones; fork\(\) before"):
+        with pytest.raises(CropError, match=r"seen the pixels of later frames; fork\(\) before"):
             wan.crop(4)
         assert wan.frames == 6
         assert fork.cache is not None
@@ -555,3 +555,46 @@ def test_an_autoencoder_that_is_kept_elsewhere_is_fetched_to_decode() -> None:
     autoencoder._hf_hook = Hook()
     StreamingDecoder(autoencoder).decode(blocks(1, **SQUARE)[0])
     assert autoencoder._hf_hook.calls == 1
+
+
+@torch.no_grad()
+def test_the_window_is_computed_anew_with_a_new_prompt_when_recent_is_rewound() -> None:
+    clips, old, new = blocks(4, frames=2), prompt(), prompt(seed=9)
+
+    def video(prompts: list[Tensor]) -> Any:
+        wan = CausalWan(build(), "sink-rolling-window", sink=2, recent=4)
+        for clip, text in zip(clips, prompts, strict=False):
+            wan.commit(clip, text)
+        return wan
+
+    wan, due, kept = video([old] * 3), video([old, new, new]), video([old] * 3)
+    assert wan.tier_counts() == {"sink": 2, "mid": 0, "recent": 4, "current": 0, "dropped": 0}
+    assert wan.rewind_recent() == 4
+    for clip in clips[1:3]:
+        wan.commit(clip, new)
+    got = wan.denoise(clips[3], 500.0, new)
+    assert torch.equal(got, due.denoise(clips[3], 500.0, new))
+    assert not torch.allclose(got, kept.denoise(clips[3], 500.0, new), atol=1e-3)
+
+
+def test_a_video_whose_pixels_were_seen_is_not_rewound() -> None:
+    with low() as wan:
+        go_on(wan, blocks(3, **SQUARE))
+        with pytest.raises(CropError, match=r"cannot be rewound: its compressor has seen the pixels.*fork\(\) before"):
+            wan.rewind_recent()
+        assert wan.frames == 6
+
+
+@torch.no_grad()
+def test_compact_ages_a_video_before_its_time() -> None:
+    clips, text = blocks(4, frames=2), prompt()
+    early = CausalWan(build(), "archive", sink=2, recent=4, top_k=9, block_frames=2)
+    due = CausalWan(build(), "archive", sink=2, recent=2, top_k=9, block_frames=2)
+    for clip in clips[:3]:
+        early.commit(clip, text)
+        due.commit(clip, text)
+    assert early.tier_counts()["mid"] == 0
+    early.compact(recent=2)
+    assert early.tier_counts() == due.tier_counts()
+    got = early.denoise(clips[3], 500.0, text)
+    assert torch.allclose(got, due.denoise(clips[3], 500.0, text), atol=1e-5)

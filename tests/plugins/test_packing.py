@@ -124,3 +124,11 @@ def test_packing_takes_bfloat16_keys_and_far_larger_or_smaller_ones():
 def test_bits_that_do_not_fill_a_byte_are_refused_by_name():
     with pytest.raises(ValueError, match="bits"):
         Packing(5)
+
+
+@pytest.mark.parametrize(("width", "count"), [(3, 72), (3, 8), (2, 12)])
+def test_one_row_of_an_odd_number_of_bytes_can_be_read(width, count):
+    packing, vector = Packing(width), vectors(1, 1, 1, 1, count)
+    row = packing.pack(vector)
+    assert packing.width(count) % 2 == 1
+    assert torch.allclose(packing.products(vector, row), vector @ packing.unpack(row, count).mT, atol=1e-4)
