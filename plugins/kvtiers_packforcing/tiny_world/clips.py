@@ -6,7 +6,7 @@ a room as it was seen long ago, the second before it comes back, and its return.
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import attrs
 import torch
@@ -37,11 +37,18 @@ class Clips:
     blocks: Int[Tensor, "batch blocks"]
     kinds: tuple[str, ...]
 
+    def returns(self, row: int) -> int | None:
+        """Of a clip of kind `return`: which of its blocks shows again what an earlier one showed."""
+        if self.kinds[row] != "return":
+            return None
+        moves = (self.walks.entered() | self.walks.opened())[row, self.blocks[row]]
+        return int(moves.nonzero().max())
+
     @classmethod
-    def of_seeds(cls, seeds: Sequence[int | str]) -> "Clips":
-        """A clip per seed. Each depends on its own seed only."""
+    def of_seeds(cls, seeds: Sequence[int | str], kind: str | None = None) -> "Clips":
+        """A clip per seed, each of a kind that is drawn, or of `kind`. A clip depends on its own seed only."""
         walks = Walks.of_seeds(seeds, WALK_BLOCKS)
-        chosen = [_choose(random.Random(f"clip {seed}"), walks, row) for row, seed in enumerate(seeds)]
+        chosen = [_choose(random.Random(f"clip {seed}"), walks, row, kind) for row, seed in enumerate(seeds)]
         return cls(
             houses=Houses.of_seeds(seeds),
             walks=walks,
@@ -63,10 +70,10 @@ class Clips:
         return embed_walks(self.walks)[torch.arange(len(self.blocks))[:, None], self.blocks]
 
 
-def _choose(draw: random.Random, walks: Walks, row: int) -> tuple[str, list[int]]:
+def _choose(draw: random.Random, walks: Walks, row: int, kind: str | None) -> tuple[str, list[int]]:
     """A kind of clip and its blocks, of a walk."""
     at = draw.random()
-    kind = next(kind for nth, kind in enumerate(KINDS) if nth == len(KINDS) - 1 or at < sum(_SHARES[: nth + 1]))
+    kind = kind or KINDS[sum(at >= share for share in accumulate(_SHARES[:-1]))]
     starts = _starts(walks, row)
     if kind == "return":
         return kind, _return(draw, walks.segments(row), starts)

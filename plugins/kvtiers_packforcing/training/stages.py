@@ -8,8 +8,9 @@ from kvtiers.errors import suggest
 from kvtiers_packforcing.training.autoencoder import AutoencoderStage
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError, config_of, read_table
 from kvtiers_packforcing.training.stage import Stage
+from kvtiers_packforcing.training.student import StudentStage
 
-STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in (AutoencoderStage,)}
+STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in (AutoencoderStage, StudentStage)}
 
 
 def load_config(path: Path | str) -> TrainingConfig:

@@ -1,0 +1,264 @@
+"""Stage `student`: block-causal flow matching of a tiny Wan in the cache's own layout, its compressor trained with it.
+
+Every step draws clips, consecutive ones and ones with gaps in which a room returns, and a layout: PackForcing's, or one
+without a history between sink and recent blocks, or without a sink. A model that never trained without its first block
+falls apart without it. The clean past is given with a little noise, since a rollout's own past is not perfect either.
+"""
+
+import random
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from kvtiers_diffusers import tiered
+from kvtiers_packforcing.dual_branch import DualBranch
+from kvtiers_packforcing.network import HighResolution
+from kvtiers_packforcing.tiny_world import (
+    CLIP_BLOCKS,
+    FRAMES_PER_BLOCK,
+    HEIGHT,
+    LATENT_CHANNELS,
+    TEXT_WIDTH,
+    WIDTH,
+    Clips,
+    Houses,
+    LinearCodec,
+    Walks,
+    contact_sheet,
+    embed_walks,
+    render,
+)
+from kvtiers_packforcing.training.config import Phase, TrainingConfig, TrainingConfigError, number, whole
+from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.packed import PackedWan, packed
+from kvtiers_packforcing.training.seeding import generator_of, seed_of
+from kvtiers_packforcing.training.stage import Stage
+
+BLOCK_FRAMES = 4
+"""Latent frames of a block."""
+
+_GRID = (HEIGHT // 16, WIDTH // 16)
+_SHIFT = 5.0
+_LAYOUTS = {
+    "packforcing": Layout(),
+    "sink_window": Layout(mid="none"),
+    "window": Layout(sink_blocks=0, mid="none"),
+}
+_WALK = (("hall", 2), ("attic", 3), ("hall", 2), ("cellar", 3), ("attic", 2))
+"""What is rolled out for the picture: the first block of each room is given, and what returns is not."""
+_GIVEN = 5
+
+
+@attrs.frozen(kw_only=True)
+class StudentConfig:
+    """The size of the transformer and its compressor. Shares say how often a layout is drawn; the rest is a window.
+
+    clean_noise: the most noise that the clean past is given, as a share. position_gap_share: how often a clip's blocks
+    are placed with gaps of up to `position_gap_blocks` blocks, so that positions beyond a clip's length are trained.
+    """
+
+    width: int = whole(12, default=128)
+    layers: int = whole(1, default=4)
+    heads: int = whole(1, default=4)
+    ffn_width: int = whole(1, default=384)
+    packforcing_share: float = number(0.0, 1.0, default=0.7)
+    sink_window_share: float = number(0.0, 1.0, default=0.15)
+    clean_noise: float = number(0.0, 1.0, default=0.15)
+    position_gap_share: float = number(0.0, 1.0, default=0.3)
+    position_gap_blocks: int = whole(1, default=4)
+
+    def __attrs_post_init__(self) -> None:
+        if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
+            raise TrainingConfigError(
+                f"width must be heads times an even number of at least 6, got {self.width} and {self.heads} heads"
+            )
+        if self.packforcing_share + self.sink_window_share > 1:
+            raise TrainingConfigError("packforcing_share and sink_window_share must not be more than 1 together")
+
+
+@attrs.frozen(kw_only=True)
+class StudentPhase(Phase):
+    """How many clips a step has, and how many noisy versions of each."""
+
+    clips: int = whole(1)
+    noisy_streams: int = whole(1, default=3)
+
+
+class StudentStage(Stage):
+    """The video model of the tiny world."""
+
+    name = "student"
+    model_config = StudentConfig
+    phase_config = StudentPhase
+
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__(config)
+        self.codec = LinearCodec.load()
+        self.offsets = DualBranch().offsets(BLOCK_FRAMES, _GRID)
+
+    def make_model(self, settings: StudentConfig) -> nn.Module:
+        transformer: Any = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=settings.heads,
+            attention_head_dim=settings.width // settings.heads,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            text_dim=TEXT_WIDTH,
+            freq_dim=64,
+            ffn_dim=settings.ffn_width,
+            num_layers=settings.layers,
+            cross_attn_norm=True,
+        )
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.proj_out.bias)
+        compressor = HighResolution(LATENT_CHANNELS, settings.width, (16, 32, 64, 128))
+        return nn.ModuleDict({"transformer": transformer, "compressor": compressor})
+
+    @property
+    def transformer(self) -> Any:
+        """The Wan transformer."""
+        return self.model.get_submodule("transformer")
+
+    @property
+    def compressor(self) -> Any:
+        """The HR branch of its compressor."""
+        return self.model.get_submodule("compressor")
+
+    def loss(self, phase: StudentPhase, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        seed, settings = self.config.run.seed, self.config.model
+        clips = Clips.of_seeds([f"{seed}/{step}/{nth}" for nth in range(phase.clips)])
+        draw, generator = random.Random(f"layout {seed}/{step}"), generator_of(seed, "noise", step)
+        latents, text = self.codec.encode(clips.pixels()), clips.text()
+        sigmas = draw_sigmas(phase.clips, phase.noisy_streams, generator)
+        noise = torch.randn(phase.clips, phase.noisy_streams, *latents.shape[1:], generator=generator)
+        dirt = settings.clean_noise * torch.rand(phase.clips, 1, 1, 1, 1, generator=generator)
+        clean = torch.lerp(latents, torch.randn(latents.shape, generator=generator), dirt)
+        starts = draw_starts(draw, phase.clips, settings)
+        with packed(self.transformer, self._layout(draw)) as wan:
+            flow = self.predict(
+                wan, clean, torch.lerp(latents[:, None], noise, _by_frame(sigmas)), sigmas, text, starts
+            )
+        off = (flow - (noise - latents[:, None])).square()
+        own = (off.detach() * _by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
+        return off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
+
+    def predict(
+        self,
+        wan: PackedWan,
+        clean: Tensor,
+        noisy: Tensor,
+        sigmas: Tensor,
+        text: Tensor,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        """The flow of noisy streams, given a clean past. [batch, streams, channels, frames, height, width]"""
+        cut = clean.unflatten(2, (CLIP_BLOCKS, -1))
+        blocks = wan.layout.compressed(CLIP_BLOCKS)
+        more: dict[str, Tensor] = {}
+        if blocks:
+            tokens = self.compressor(cut[:, :, blocks].transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+            more = {"reduced": tokens.unflatten(0, (len(clean), len(blocks))), "offsets": self.offsets}
+        told = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
+        return wan(torch.cat((clean[:, None], noisy), 1), told, text, starts=starts, **more)[:, 1:]
+
+    def _layout(self, draw: random.Random) -> Layout:
+        settings, at = self.config.model, draw.random()
+        if at < settings.packforcing_share:
+            return _LAYOUTS["packforcing"]
+        name = "sink_window" if at < settings.packforcing_share + settings.sink_window_share else "window"
+        return _LAYOUTS[name]
+
+    @torch.no_grad()
+    def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:
+        """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
+
+        If memory has a job and does it, `packforcing` is better than `sink_window` where a room returns.
+        """
+        clips = Clips.of_seeds([f"evaluation {nth}" for nth in range(16)], "return")
+        latents, text = self.codec.encode(clips.pixels()), clips.text()
+        generator = torch.Generator().manual_seed(seed_of("evaluation"))
+        sigmas = torch.tensor([0.95, 0.8, 0.5])[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
+        noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator)
+        noisy = torch.lerp(latents[:, None], noise, _by_frame(sigmas))
+        at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
+        found = {}
+        for name, layout in _LAYOUTS.items():
+            with packed(self.transformer, layout) as wan:
+                flow = self.predict(wan, latents, noisy, sigmas, text)
+            off = ((flow - (noise - latents[:, None])) * _by_frame(sigmas)).square()
+            by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6))
+            found[f"return_{name}"] = float(by_block[torch.arange(len(at)), at].mean())
+            found[f"all_{name}"] = float(by_block.mean())
+        self._picture(folder / f"step-{step:06d}.png")
+        return found
+
+    def _picture(self, path: Path) -> None:
+        """Go on from the first blocks of a walk, under PackForcing: rows of truth, and of what the model makes."""
+        seeds = ["evaluation a", "evaluation b"]
+        houses, walk = Houses.of_seeds(seeds), Walks.written(*_WALK)
+        walks = Walks(rooms=walk.rooms.expand(2, -1), curtains=walk.curtains.expand(2, -1))
+        pixels = render(houses, walks, torch.arange(3, walks.blocks * FRAMES_PER_BLOCK).expand(2, -1))
+        made = self.rollout(self.codec.encode(pixels)[:, :, : _GIVEN * BLOCK_FRAMES], embed_walks(walks), steps=8)
+        shown = torch.arange(8, pixels.shape[2], FRAMES_PER_BLOCK)
+        contact_sheet(torch.stack((pixels, self.codec.decode(made)), 1).flatten(0, 1)[:, :, shown], path)
+
+    @torch.no_grad()
+    def rollout(self, given: Tensor, text: Tensor, *, steps: int, seed: int = 0, top_k: int = 2) -> Tensor:
+        """The latents of a video through the cache: `given` blocks, then one for each further prompt.
+
+        given: [batch, channels, frames, height, width]. text: [batch, blocks, words, text_width].
+        """
+        generator, made = torch.Generator().manual_seed(seed), []
+        line = torch.linspace(1, 0, steps + 1)
+        sigmas = shifted(line).tolist()
+        options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k, "branches": "hr"}
+        with tiered(self.transformer, "packforcing", compressor_network=self.compressor, **options) as wan:
+            for nth in range(text.shape[1]):
+                block = given[:, :, nth * BLOCK_FRAMES : (nth + 1) * BLOCK_FRAMES]
+                if not block.shape[2]:
+                    block = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
+                    for before, after in pairwise(sigmas):
+                        block = block + (after - before) * wan.denoise(block, before * 1000, text[:, nth])
+                wan.commit(block, text[:, nth])
+                made.append(block)
+        return torch.cat(made, 2)
+
+    def export(self, folder: Path) -> None:
+        """Write the transformer and the compressor as diffusers does."""
+        self.transformer.save_pretrained(folder / "transformer")
+        self.compressor.save_pretrained(folder / "compressor")
+
+
+def shifted(sigma: Tensor) -> Tensor:
+    """Wan's shift of noise levels: more of them are high."""
+    return _SHIFT * sigma / (1 + (_SHIFT - 1) * sigma)
+
+
+def draw_sigmas(clips: int, streams: int, generator: torch.Generator) -> Tensor:
+    """A noise level for each block of each stream: of half of the streams uniform, of half shifted."""
+    even = torch.rand(clips, streams, CLIP_BLOCKS, generator=generator)
+    which = torch.rand(clips, streams, 1, generator=generator) < 0.5
+    return torch.where(which, shifted(even), even).clamp(0.005, 1)
+
+
+def draw_starts(draw: random.Random, clips: int, settings: StudentConfig) -> Tensor:
+    """Where each block of each clip is placed, in latent frames: in a row, or with random gaps."""
+    rows = []
+    for _ in range(clips):
+        gap, at, row = draw.random() < settings.position_gap_share, 0, []
+        for _ in range(CLIP_BLOCKS):
+            row.append(at)
+            at += BLOCK_FRAMES * (1 + (int(draw.random() * (settings.position_gap_blocks + 1)) if gap else 0))
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def _by_frame(sigmas: Tensor) -> Tensor:
+    """[batch, streams, blocks] as what multiplies latents."""
+    return sigmas.repeat_interleave(BLOCK_FRAMES, 2)[:, :, None, :, None, None]

@@ -1,0 +1,79 @@
+"""The student's stage: what it is shown, and that its loss teaches the model and the compressor."""
+
+import random
+
+import pytest
+import torch
+
+from kvtiers_packforcing.tiny_world import Clips
+from kvtiers_packforcing.training import TrainingConfigError, config_of
+from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.packed import packed
+from kvtiers_packforcing.training.student import StudentConfig, StudentStage, draw_sigmas, draw_starts
+
+SMALL = {"width": 32, "layers": 2, "heads": 2, "ffn_width": 64}
+
+
+def stage(**model):
+    table = {
+        "run": {"stage": "student", "folder": "nowhere", "seed": 1},
+        "model": SMALL | model,
+        "phases": [{"steps": 1, "peak_rate": 1e-3, "clips": 2, "noisy_streams": 2}],
+    }
+    made = StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config))
+    torch.manual_seed(0)
+    for last in (made.transformer.proj_out, made.compressor.layers[-1]):
+        torch.nn.init.normal_(last.weight, std=0.1)  # both begin at zero, which lets nothing through
+    return made
+
+
+def test_the_loss_of_a_step_is_the_same_every_time_and_reaches_everything():
+    made = stage(packforcing_share=1.0, sink_window_share=0.0)
+    phase = made.config.phases[0]
+    loss, figures = made.loss(phase, 3)
+    loss.backward()
+    assert [name for name, weight in made.model.named_parameters() if weight.grad is None] == []
+    assert all(weight.grad.any() for weight in made.compressor.parameters())
+    assert torch.equal(made.loss(phase, 3)[0], loss)
+    assert not torch.equal(made.loss(phase, 4)[0], loss)
+    assert set(figures) == {"flow", "first_block", "later_blocks"}
+
+
+@torch.no_grad()
+def test_a_rollout_is_what_the_packed_forward_predicts():
+    """One step from pure noise through the cache, beside the packed forward over what came out."""
+    made = stage()
+    clips = Clips.of_seeds(["a", "b"])
+    latents, text = made.codec.encode(clips.pixels()), clips.text()
+    video = made.rollout(latents[:, :, :16], text, steps=1)
+    assert torch.equal(video[:, :, :16], latents[:, :, :16])
+    noise = torch.randn(2, 16, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    noisy = torch.cat((latents[:, :, :16], noise), 2)[:, None]
+    with packed(made.transformer, Layout()) as wan:
+        flow = made.predict(wan, latents, noisy, torch.ones(2, 1, 5), text)
+    assert torch.allclose(video[:, :, 16:], noise - flow[:, 0, :, 16:], atol=2e-5)
+
+
+def test_what_is_drawn_for_a_step_covers_what_it_says():
+    sigmas = draw_sigmas(64, 8, torch.Generator().manual_seed(0))
+    assert 0.005 <= sigmas.min() < 0.05
+    assert sigmas.max() <= 1
+    settings = StudentConfig(position_gap_share=0.5, position_gap_blocks=4)
+    starts = draw_starts(random.Random(0), 400, settings)
+    steps = starts.diff(dim=1)
+    assert set(steps.flatten().tolist()) == {4, 8, 12, 16, 20}
+    assert 0.4 < (steps == 4).all(1).double().mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": 30, "heads": 4}, "width must be heads times an even number"),
+        ({"packforcing_share": 0.9, "sink_window_share": 0.2}, "must not be more than 1 together"),
+        ({"clean_noise": 1.5}, "clean_noise must be a number from 0 to 1"),
+    ],
+    ids=["width", "shares", "noise"],
+)
+def test_a_student_that_cannot_be_is_refused(changes, says):
+    with pytest.raises(TrainingConfigError, match=says):
+        stage(**changes)
