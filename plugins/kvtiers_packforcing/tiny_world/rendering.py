@@ -21,6 +21,7 @@ _BRIGHT, _DIM = 0.50, 0.28
 """How bright the two colours of a ground are, beside those of things."""
 _DARK = 0.22
 _STRIPE = 9.0
+_CORE = 0.42
 _PATCH = 28
 """Side of the square that a thing is drawn in; a thing has a radius of 12 pixels at most."""
 
@@ -171,11 +172,11 @@ def thing_mask(
         away - radius,
         torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius,
         torch.maximum(dy - 0.72 * radius, 0.87 * dx.abs() - 0.5 * (dy + radius)),
-        torch.maximum(away - radius, 0.55 * radius - away),
+        torch.maximum(away - radius, 0.65 * radius - away),
     )
     distance = sum(torch.where(form == kind, values, 0.0) for kind, values in enumerate(outside))
     ring = form == len(outside) - 1
-    core = 0.5 - (away - torch.where(ring, 0.32, 0.42) * radius)
+    core = 0.5 - (away - _CORE * radius)
     core = core.clamp(0, 1) * (texture == 2)
     inside = (0.5 - torch.as_tensor(distance)).clamp(0, 1)
     inside = torch.where(ring, torch.maximum(inside, core), inside)  # a ring's core is a dot of its own colour
