@@ -134,3 +134,29 @@ def test_a_model_is_given_back_as_it_was_and_refused_where_it_cannot_be_packed()
     assert model.attn_processors == own
     assert not model.blocks[0]._forward_pre_hooks
     assert not model.blocks[-1]._forward_hooks
+
+
+def test_the_compressors_gradient_through_the_mid_tokens_is_right_by_finite_differences(monkeypatch):
+    """In float64: diffusers casts to float32 here and there by `.float()`, which would hide a wrong digit."""
+    cast = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else cast(x))
+    model, network, latents, sigmas, text = parts()
+    model, network, layout = model.double(), network.double(), Layout()
+    latents, sigmas, text = latents.double(), sigmas.double(), text.double()
+
+    def loss():
+        with packed(model, layout) as wan:
+            flow = wan(latents, sigmas, text, **reduced_tokens(network, layout, latents))
+        return flow[:, 1:, :, -FRAMES:].square().sum()  # of the block whose history is compressed
+
+    weights = list(network.parameters())
+    for weight, slope in zip(weights, torch.autograd.grad(loss(), weights), strict=True):
+        way = slope / slope.norm()
+        with torch.no_grad():
+            around = []
+            for step in (1e-5, -2e-5):
+                weight.add_(way, alpha=step)
+                around.append(loss())
+            weight.add_(way, alpha=1e-5)
+        assert slope.norm() > 1e-3
+        assert torch.allclose(slope.norm(), (around[0] - around[1]) / 2e-5, rtol=2e-7)

@@ -158,6 +158,6 @@ def test_a_checkpoint_of_another_run_is_refused(config, tmp_path):
 def test_a_dry_run_says_what_it_costs_and_writes_nothing(config, tmp_path):
     done = CliRunner().invoke(train, [str(config("dry")), "--dry-run"])
     assert done.exit_code == 0, done.output
-    for word in ("6 steps", "parameters", "phase 2: 3 steps of", "memory", " h with"):
+    for word in ("6 steps", "parameters", "phase 2: 3 steps of", "memory", "h of one core)"):
         assert word in done.output
     assert not (tmp_path / "dry").exists()

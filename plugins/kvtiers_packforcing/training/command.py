@@ -58,18 +58,19 @@ def _cost(trainer: Trainer) -> None:
     weights = sum(weight.numel() for weight in trainer.stage.model.parameters())
     size = sum(weight.numel() * weight.element_size() for weight in trainer.stage.model.parameters())
     console.print(f"stage {trainer.stage.name}: {config.steps:,} steps, {weights:,} parameters")
-    first, total = 0, 0.0
+    first, total, total_work = 0, 0.0, 0.0
     for nth, phase in enumerate(config.phases, 1):
         trainer.step = first
         trainer.advance()
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         trainer.advance()
-        seconds = time.perf_counter() - begun
-        total += seconds * phase.steps
-        console.print(f"phase {nth}: {phase.steps:,} steps of {seconds:.2f} s, {seconds * phase.steps / 3600:.2f} h")
+        seconds, work = time.perf_counter() - begun, time.process_time() - worked
+        total, total_work = total + seconds * phase.steps, total_work + work * phase.steps
+        console.print(f"phase {nth}: {phase.steps:,} steps of {seconds:.2f} s ({work:.2f} s of one core)")
         first += phase.steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     console.print(
         f"memory: {_COPIES * size / 1e6:.0f} MB for weights, gradients, moments and average; {peak / 1e9:.2f} GB for "
-        f"the whole process at its peak\nin all {total / 3600:.2f} h with {torch.get_num_threads()} threads"
+        f"the whole process at its peak\nin all {total / 3600:.2f} h, as busy as this machine is now "
+        f"({total_work / 3600:.2f} h of one core)"
     )
