@@ -172,7 +172,7 @@ def thing_mask(
         away - radius,
         torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius,
         torch.maximum(dy - 0.72 * radius, 0.87 * dx.abs() - 0.5 * (dy + radius)),
-        torch.maximum(away - radius, 0.65 * radius - away),
+        torch.maximum(away - radius, torch.where(texture == 2, 0.65, 0.5) * radius - away),
     )
     distance = sum(torch.where(form == kind, values, 0.0) for kind, values in enumerate(outside))
     ring = form == len(outside) - 1
