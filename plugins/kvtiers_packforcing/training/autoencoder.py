@@ -9,7 +9,7 @@ so pixels that move weigh up to five times as much.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,6 @@ class AutoencoderPhase(Phase):
     decoder_input: what the decoder draws from: the `codec`'s latents, the `encoder`'s, or `both`, in turns.
     """
 
-    clips: int = whole(1)
     frames: int = whole(1)
     crop_height: int = whole(_CELL, default=HEIGHT)
     crop_width: int = whole(_CELL, default=WIDTH)
@@ -107,12 +106,13 @@ class AutoencoderStage(Stage):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
         return vae
 
-    def loss(self, phase: AutoencoderPhase, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        pixels, wanted = self.batch(phase, step)
+    def loss(self, phase: AutoencoderPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        pixels, wanted = self.batch(phase, step, numbers)
         latents = encode_whole(self.model, pixels)
         fit = (latents - wanted).square().mean()
         own = phase.decoder_input == "encoder" or (phase.decoder_input == "both" and step % 2 == 1)
-        noise = torch.randn(wanted.shape, generator=generator_of(self.config.run.seed, "noise", step))
+        generators = (generator_of(self.config.run.seed, "noise", step, nth) for nth in numbers)
+        noise = torch.stack([torch.randn(wanted.shape[1:], generator=generator) for generator in generators])
         off = decode_whole(self.model, (latents if own else wanted) + self.config.model.latent_noise * noise) - pixels
         weight = 1 + 4 * (2 * (pixels - pixels.mean(2, keepdim=True)).abs()).clamp(max=1)
         colour = (weight * off.abs()).mean()
@@ -121,12 +121,15 @@ class AutoencoderStage(Stage):
         figures = {"colour": colour, "edges": edges, "fit": fit, "mse": off.square().mean()}
         return loss, {key: value.detach() for key, value in figures.items()}
 
-    def batch(self, phase: AutoencoderPhase, step: int) -> tuple[Tensor, Tensor]:
-        """Clips of a step, cropped: pixels, and the codec's latents of them."""
-        seeds = [f"{self.config.run.seed}/{step}/{nth}" for nth in range(phase.clips)]
+    def batch(self, phase: AutoencoderPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Clips of a step, all cropped alike: pixels, and the codec's latents of them."""
+        seeds = [f"{self.config.run.seed}/{step}/{nth}" for nth in numbers]
         houses, walks = Houses.of_seeds(seeds), Walks.of_seeds(seeds, WALK_BLOCKS)
         draw = random.Random(f"crop {self.config.run.seed}/{step}")
-        starts = [_start(draw, walks.curtains[row].tolist(), phase.frames) for row in range(phase.clips)]
+        starts = [
+            _start(random.Random(f"start {seed}"), walks.curtains[row].tolist(), phase.frames)
+            for row, seed in enumerate(seeds)
+        ]
         pixels = render(houses, walks, torch.tensor(starts)[:, None] + torch.arange(phase.frames))
         latents = self.codec.encode(pixels)
         top = int(draw.random() * ((HEIGHT - phase.crop_height) // _CELL + 1))

@@ -118,9 +118,13 @@ class OptimiserConfig:
 
 @attrs.frozen(kw_only=True)
 class Phase:
-    """A part of the run with a learning rate of its own: up over `warmup_steps`, then down along a cosine."""
+    """A part of the run with a learning rate of its own: up over `warmup_steps`, then down along a cosine.
+
+    clips: of a step.
+    """
 
     steps: int = whole(1)
+    clips: int = whole(1)
     peak_rate: float = number(0.0)
 
 

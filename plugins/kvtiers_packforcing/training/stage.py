@@ -1,7 +1,7 @@
 """What a stage of training has to say: its model, its loss at a step, and how well it does."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,8 +29,12 @@ class Stage(abc.ABC):
         """The model with its first weights."""
 
     @abc.abstractmethod
-    def loss(self, phase: Any, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of a step of the run, with its graph, and figures to log, without one."""
+    def loss(self, phase: Any, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The mean loss of some clips of a step, with its graph, and figures to log, without one.
+
+        numbers: which of the step's clips. What is drawn for a clip depends on its own number, never on its companions,
+        so that several processes can share a step.
+        """
 
     @abc.abstractmethod
     def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:

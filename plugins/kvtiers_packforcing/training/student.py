@@ -6,8 +6,8 @@ falls apart without it. The clean past is given with a little noise, since a rol
 """
 
 import random
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,8 @@ class StudentConfig:
 
 @attrs.frozen(kw_only=True)
 class StudentPhase(Phase):
-    """How many clips a step has, and how many noisy versions of each."""
+    """How many noisy versions of each clip a step has."""
 
-    clips: int = whole(1)
     noisy_streams: int = whole(1, default=3)
 
 
@@ -130,20 +129,15 @@ class StudentStage(Stage):
         """The HR branch of its compressor."""
         return self.model.get_submodule("compressor")
 
-    def loss(self, phase: StudentPhase, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        seed, settings = self.config.run.seed, self.config.model
-        clips = Clips.of_seeds([f"{seed}/{step}/{nth}" for nth in range(phase.clips)])
-        draw, generator = random.Random(f"layout {seed}/{step}"), generator_of(seed, "noise", step)
+    def loss(self, phase: StudentPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        names = [f"{self.config.run.seed}/{step}/{nth}" for nth in numbers]
+        clips = Clips.of_seeds(names)
         latents, text = self.codec.encode(clips.pixels()), clips.text()
-        sigmas = draw_sigmas(phase.clips, phase.noisy_streams, generator)
-        noise = torch.randn(phase.clips, phase.noisy_streams, *latents.shape[1:], generator=generator)
-        dirt = settings.clean_noise * torch.rand(phase.clips, 1, 1, 1, 1, generator=generator)
-        clean = torch.lerp(latents, torch.randn(latents.shape, generator=generator), dirt)
-        starts = draw_starts(draw, phase.clips, settings)
-        with packed(self.transformer, self._layout(draw)) as wan:
-            flow = self.predict(
-                wan, clean, torch.lerp(latents[:, None], noise, _by_frame(sigmas)), sigmas, text, starts
-            )
+        drawn = [_draw(name, phase.noisy_streams, latents.shape[1:], self.config.model) for name in names]
+        sigmas, noise, dirt, starts = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+        noisy = torch.lerp(latents[:, None], noise, _by_frame(sigmas))
+        with packed(self.transformer, self._layout(step)) as wan:
+            flow = self.predict(wan, torch.lerp(latents, dirt[:, 1], dirt[:, 0]), noisy, sigmas, text, starts)
         off = (flow - (noise - latents[:, None])).square()
         own = (off.detach() * _by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
         return off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
@@ -167,8 +161,8 @@ class StudentStage(Stage):
         told = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
         return wan(torch.cat((clean[:, None], noisy), 1), told, text, starts=starts, **more)[:, 1:]
 
-    def _layout(self, draw: random.Random) -> Layout:
-        settings, at = self.config.model, draw.random()
+    def _layout(self, step: int) -> Layout:
+        settings, at = self.config.model, random.Random(f"layout {self.config.run.seed}/{step}").random()
         if at < settings.packforcing_share:
             return _LAYOUTS["packforcing"]
         name = "sink_window" if at < settings.packforcing_share + settings.sink_window_share else "window"
@@ -178,9 +172,10 @@ class StudentStage(Stage):
     def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:
         """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
 
-        If memory has a job and does it, `packforcing` is better than `sink_window` where a room returns.
+        Where a room returns that the first block does not show, only `packforcing` can know it. If it is no better than
+        `sink_window` there, the model does not use its memory.
         """
-        clips = Clips.of_seeds([f"evaluation {nth}" for nth in range(16)], "return")
+        clips = _returns_beyond_the_sink(16)
         latents, text = self.codec.encode(clips.pixels()), clips.text()
         generator = torch.Generator().manual_seed(seed_of("evaluation"))
         sigmas = torch.tensor([0.95, 0.8, 0.5])[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
@@ -235,28 +230,48 @@ class StudentStage(Stage):
         self.compressor.save_pretrained(folder / "compressor")
 
 
+def _returns_beyond_the_sink(count: int) -> Clips:
+    """Clips in which a room returns that the first block of the walk does not show."""
+    seeds = [f"evaluation {nth}" for nth in range(4 * count)]
+    clips, found = Clips.of_seeds(seeds, "return"), []
+    for row, seed in enumerate(seeds):
+        rooms = clips.walks.rooms[row, clips.blocks[row]]
+        if rooms[clips.returns(row) or 0] != rooms[0]:
+            found.append(seed)
+    return Clips.of_seeds(found[:count], "return")
+
+
 def shifted(sigma: Tensor) -> Tensor:
     """Wan's shift of noise levels: more of them are high."""
     return _SHIFT * sigma / (1 + (_SHIFT - 1) * sigma)
 
 
-def draw_sigmas(clips: int, streams: int, generator: torch.Generator) -> Tensor:
-    """A noise level for each block of each stream: of half of the streams uniform, of half shifted."""
-    even = torch.rand(clips, streams, CLIP_BLOCKS, generator=generator)
-    which = torch.rand(clips, streams, 1, generator=generator) < 0.5
+def draw_sigmas(streams: int, generator: torch.Generator) -> Tensor:
+    """A noise level for each block of each stream of a clip: of half of the streams uniform, of half shifted."""
+    even = torch.rand(streams, CLIP_BLOCKS, generator=generator)
+    which = torch.rand(streams, 1, generator=generator) < 0.5
     return torch.where(which, shifted(even), even).clamp(0.005, 1)
 
 
-def draw_starts(draw: random.Random, clips: int, settings: StudentConfig) -> Tensor:
-    """Where each block of each clip is placed, in latent frames: in a row, or with random gaps."""
-    rows = []
-    for _ in range(clips):
-        gap, at, row = draw.random() < settings.position_gap_share, 0, []
-        for _ in range(CLIP_BLOCKS):
-            row.append(at)
-            at += BLOCK_FRAMES * (1 + (int(draw.random() * (settings.position_gap_blocks + 1)) if gap else 0))
-        rows.append(row)
-    return torch.tensor(rows)
+def draw_starts(draw: random.Random, settings: StudentConfig) -> Tensor:
+    """Where each block of a clip is placed, in latent frames: in a row, or with random gaps."""
+    most = settings.position_gap_blocks if draw.random() < settings.position_gap_share else 0
+    steps = [BLOCK_FRAMES * (1 + int(draw.random() * (most + 1))) for _ in range(CLIP_BLOCKS - 1)]
+    return torch.tensor([0, *accumulate(steps)])
+
+
+def _draw(name: str, streams: int, shape: Sequence[int], settings: StudentConfig) -> tuple[Tensor, ...]:
+    """All that is random about a clip besides what it shows.
+
+    Levels of noise, [streams, blocks]; noise, [streams, *shape]; how much the clean past is spoilt and what with, [2,
+    *shape]; where blocks are placed, [blocks].
+    """
+    generator = generator_of("noise", name)
+    sigmas = draw_sigmas(streams, generator)
+    noise = torch.randn(streams, *shape, generator=generator)
+    share = settings.clean_noise * torch.rand(1, generator=generator)
+    dirt = torch.stack((share.expand(tuple(shape)), torch.randn(tuple(shape), generator=generator)))
+    return sigmas, noise, dirt, draw_starts(random.Random(f"starts {name}"), settings)
 
 
 def _by_frame(sigmas: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        loss, figures = self.stage.loss(phase, self.step)
+        loss, figures = self.stage.loss(phase, self.step, range(phase.clips))
         loss.backward()
         for weight in self.stage.model.parameters():  # AdamW skips what has no gradient, and would lose count of steps
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
