@@ -1,14 +1,20 @@
 """The loop of training: deterministic, resumed bit for bit, and told what it does before anything is loaded."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from kvtiers_packforcing.training import CheckpointError, Trainer, TrainingConfigError, load_config, make_stage
 from kvtiers_packforcing.training.command import train
+from kvtiers_packforcing.training.sharing import Share
 
 TINY = """
 [run]
@@ -57,6 +63,12 @@ def config(tmp_path):
         return path
 
     return write
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def trained(path: Path, until: int | None = None) -> Trainer:
@@ -153,6 +165,31 @@ def test_a_checkpoint_of_another_run_is_refused(config, tmp_path):
     (tmp_path / "mine" / "checkpoint.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
         trained(config("mine"))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(config, tmp_path):
+    """Both take a clip of each step, and gradients are averaged. Nothing differs but the order of a sum."""
+    two_clips = ("clips = 1", "clips = 2")
+    trained(config("alone", two_clips), 1)
+    path = config("shared", two_clips)
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kvtiers_packforcing.training", str(path), "--until", "1"]
+    processes = [subprocess.Popen(command, env={**os.environ, **variables, "RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    alone, shared = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("alone", "shared"))
+    gradients = [
+        name for name in alone if name.startswith("first.")
+    ]  # a tenth of them; weights also move with rounding
+    assert max((alone[name] - shared[name]).abs().max() for name in gradients) < 1e-6
+    assert max(alone[name].abs().max() for name in gradients) > 1e-2
+    logs = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("alone", "shared")]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_clips_that_cannot_be_shared_are_refused(config):
+    with pytest.raises(TrainingConfigError, match="number 1: 2 processes cannot share 1 clips evenly"):
+        Trainer(make_stage(load_config(config())), Share(world=2))
 
 
 def test_a_dry_run_says_what_it_costs_and_writes_nothing(config, tmp_path):

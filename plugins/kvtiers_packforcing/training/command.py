@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvtiers.errors import KVTiersError
+from kvtiers_packforcing.training.sharing import joined
 from kvtiers_packforcing.training.stages import load_config, make_stage
 from kvtiers_packforcing.training.trainer import CHECKPOINT, Trainer
 
@@ -27,18 +28,19 @@ def train(config: Path, dry_run: bool, until: int | None) -> None:
     try:
         said = load_config(config)
         torch.set_num_threads(said.run.threads)
-        trainer = Trainer(make_stage(said))
-        if dry_run:
-            _cost(trainer)
-        else:
-            _run(trainer, until)
+        with joined() as share:
+            trainer = Trainer(make_stage(said), share)
+            if dry_run:
+                _cost(trainer)
+            else:
+                _run(trainer, until)
     except KVTiersError as error:
         raise click.ClickException(str(error)) from error
 
 
 def _run(trainer: Trainer, until: int | None) -> None:
     """Train with a progress bar, or quietly where there is no terminal."""
-    console = Console()
+    console = Console(quiet=not trainer.share.writes)
     folder = Path(trainer.config.run.folder)
     console.print(f"{'Going on' if (folder / CHECKPOINT).exists() else 'Training'} in {folder}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -54,7 +56,7 @@ def _run(trainer: Trainer, until: int | None) -> None:
 
 def _cost(trainer: Trainer) -> None:
     """Say what a run would cost. Each phase makes two steps, of which the second is timed; nothing is written."""
-    config, console = trainer.config, Console()
+    config, console = trainer.config, Console(quiet=not trainer.share.writes)
     weights = sum(weight.numel() for weight in trainer.stage.model.parameters())
     size = sum(weight.numel() * weight.element_size() for weight in trainer.stage.model.parameters())
     console.print(f"stage {trainer.stage.name}: {config.steps:,} steps, {weights:,} parameters")
