@@ -4,12 +4,16 @@ import random
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
+from kvtiers_diffusers import tiered
 from kvtiers_packforcing.tiny_world import Clips
 from kvtiers_packforcing.training import TrainingConfigError, config_of
 from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.noising import draw_sigmas, draw_starts
 from kvtiers_packforcing.training.packed import packed
-from kvtiers_packforcing.training.student import StudentConfig, StudentStage, draw_sigmas, draw_starts
+from kvtiers_packforcing.training.student import StudentStage
+from kvtiers_packforcing.training.student_config import StudentConfig
 
 SMALL = {"width": 32, "layers": 2, "heads": 2, "ffn_width": 64}
 
@@ -54,6 +58,38 @@ def test_a_rollout_is_what_the_packed_forward_predicts():
     assert torch.allclose(video[:, :, 16:], noise - flow[:, 0, :, 16:], atol=2e-5)
 
 
+@torch.no_grad()
+def test_both_branches_packed_equal_the_cache(tmp_path):
+    """With the true pixels of consecutive blocks, the low-resolution tokens are those of the cache."""
+    settings = {
+        "base_dim": 4,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+    }
+    AutoencoderKLWan(**settings, temperal_downsample=[True, True]).save_pretrained(tmp_path)
+    made = stage(autoencoder=str(tmp_path))
+    clips = Clips.of_seeds(["a", "b"], "consecutive")
+    pixels, text = clips.pixels(), clips.text()
+    latents, sigmas = made.codec.encode(pixels), torch.full((2, 1, 5), 0.7)
+    noisy = latents[:, None] + torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))[:, None]
+    with packed(made.transformer, Layout()) as wan:
+        low = made.low_resolution(clips, latents, Layout())
+        found = made.predict(wan, latents, noisy, sigmas, text, low=low)
+        blind = made.predict(wan, latents, noisy, sigmas, text)
+    network = made.compressor
+    with tiered(made.transformer, "packforcing", sink=4, recent=4, vae=made.vae, compressor_network=network) as wan:
+        for block in range(5):
+            cut, seen = slice(block * 4, block * 4 + 4), slice(max(0, block * 16 - 3), block * 16 + 13)
+            flow = wan.denoise(noisy[:, 0, :, cut], 700.0, text[:, block])
+            assert torch.allclose(found[:, 0, :, cut], flow, atol=2e-6)
+            wan.commit(latents[:, :, cut], text[:, block], pixels=pixels[:, :, seen])
+    assert (found - blind).abs().max() > 1e-4, "the low-resolution branch makes no difference"
+
+
 def test_several_processes_can_share_a_step():
     """What is drawn for a clip does not depend on the clips beside it."""
     made = stage()
@@ -77,9 +113,10 @@ def test_what_is_drawn_for_a_step_covers_what_it_says():
     [
         ({"width": 30, "heads": 4}, "width must be heads times an even number"),
         ({"packforcing_share": 0.9, "sink_window_share": 0.2}, "must not be more than 1 together"),
+        ({"autoencoder": "nowhere"}, "nowhere holds no autoencoder; train one"),
         ({"clean_noise": 1.5}, "clean_noise must be a number from 0 to 1"),
     ],
-    ids=["width", "shares", "noise"],
+    ids=["width", "shares", "autoencoder", "noise"],
 )
 def test_a_student_that_cannot_be_is_refused(changes, says):
     with pytest.raises(TrainingConfigError, match=says):

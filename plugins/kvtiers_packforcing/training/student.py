@@ -7,20 +7,21 @@ falls apart without it. The clean past is given with a little noise, since a rol
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool3d
 
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing.dual_branch import DualBranch
 from kvtiers_packforcing.network import HighResolution
 from kvtiers_packforcing.tiny_world import (
     CLIP_BLOCKS,
+    FIRST_FRAME,
     FRAMES_PER_BLOCK,
     HEIGHT,
     LATENT_CHANNELS,
@@ -34,17 +35,15 @@ from kvtiers_packforcing.tiny_world import (
     embed_walks,
     render,
 )
-from kvtiers_packforcing.training.config import Phase, TrainingConfig, TrainingConfigError, number, whole
+from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.noising import BLOCK_FRAMES, by_frame, draw_clip, shifted
 from kvtiers_packforcing.training.packed import PackedWan, packed
-from kvtiers_packforcing.training.seeding import generator_of, seed_of
+from kvtiers_packforcing.training.seeding import seed_of
 from kvtiers_packforcing.training.stage import Stage
-
-BLOCK_FRAMES = 4
-"""Latent frames of a block."""
+from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
 _GRID = (HEIGHT // 16, WIDTH // 16)
-_SHIFT = 5.0
 _LAYOUTS = {
     "packforcing": Layout(),
     "sink_window": Layout(mid="none"),
@@ -53,40 +52,6 @@ _LAYOUTS = {
 _WALK = (("hall", 2), ("attic", 3), ("hall", 2), ("cellar", 3), ("attic", 2))
 """What is rolled out for the picture: the first block of each room is given, and what returns is not."""
 _GIVEN = 5
-
-
-@attrs.frozen(kw_only=True)
-class StudentConfig:
-    """The size of the transformer and its compressor. Shares say how often a layout is drawn; the rest is a window.
-
-    clean_noise: the most noise that the clean past is given, as a share. position_gap_share: how often a clip's blocks
-    are placed with gaps of up to `position_gap_blocks` blocks, so that positions beyond a clip's length are trained.
-    """
-
-    width: int = whole(12, default=128)
-    layers: int = whole(1, default=4)
-    heads: int = whole(1, default=4)
-    ffn_width: int = whole(1, default=384)
-    packforcing_share: float = number(0.0, 1.0, default=0.7)
-    sink_window_share: float = number(0.0, 1.0, default=0.15)
-    clean_noise: float = number(0.0, 1.0, default=0.15)
-    position_gap_share: float = number(0.0, 1.0, default=0.3)
-    position_gap_blocks: int = whole(1, default=4)
-
-    def __attrs_post_init__(self) -> None:
-        if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
-            raise TrainingConfigError(
-                f"width must be heads times an even number of at least 6, got {self.width} and {self.heads} heads"
-            )
-        if self.packforcing_share + self.sink_window_share > 1:
-            raise TrainingConfigError("packforcing_share and sink_window_share must not be more than 1 together")
-
-
-@attrs.frozen(kw_only=True)
-class StudentPhase(Phase):
-    """How many noisy versions of each clip a step has."""
-
-    noisy_streams: int = whole(1, default=3)
 
 
 class StudentStage(Stage):
@@ -100,6 +65,7 @@ class StudentStage(Stage):
         super().__init__(config)
         self.codec = LinearCodec.load()
         self.offsets = DualBranch().offsets(BLOCK_FRAMES, _GRID)
+        self.vae: Any = None if config.model.autoencoder is None else _autoencoder(Path(config.model.autoencoder))
 
     def make_model(self, settings: StudentConfig) -> nn.Module:
         transformer: Any = WanTransformer3DModel(
@@ -133,13 +99,15 @@ class StudentStage(Stage):
         names = [f"{self.config.run.seed}/{step}/{nth}" for nth in numbers]
         clips = Clips.of_seeds(names)
         latents, text = self.codec.encode(clips.pixels()), clips.text()
-        drawn = [_draw(name, phase.noisy_streams, latents.shape[1:], self.config.model) for name in names]
+        drawn = [draw_clip(name, phase.noisy_streams, latents.shape[1:], self.config.model) for name in names]
         sigmas, noise, dirt, starts = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-        noisy = torch.lerp(latents[:, None], noise, _by_frame(sigmas))
+        noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
         with packed(self.transformer, self._layout(step)) as wan:
-            flow = self.predict(wan, torch.lerp(latents, dirt[:, 1], dirt[:, 0]), noisy, sigmas, text, starts)
+            low = self.low_resolution(clips, latents, wan.layout)
+            clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
+            flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low)
         off = (flow - (noise - latents[:, None])).square()
-        own = (off.detach() * _by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
+        own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
         return off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
 
     def predict(
@@ -149,17 +117,44 @@ class StudentStage(Stage):
         noisy: Tensor,
         sigmas: Tensor,
         text: Tensor,
+        *,
         starts: Tensor | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
-        """The flow of noisy streams, given a clean past. [batch, streams, channels, frames, height, width]"""
+        """The flow of noisy streams, given a clean past. [batch, streams, channels, frames, height, width]
+
+        low: what `low_resolution` gave for the layout.
+        """
         cut = clean.unflatten(2, (CLIP_BLOCKS, -1))
         blocks = wan.layout.compressed(CLIP_BLOCKS)
         more: dict[str, Tensor] = {}
         if blocks:
             tokens = self.compressor(cut[:, :, blocks].transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
-            more = {"reduced": tokens.unflatten(0, (len(clean), len(blocks))), "offsets": self.offsets}
+            tokens = tokens.unflatten(0, (len(clean), len(blocks)))
+            more = {"reduced": tokens if low is None else tokens + low, "offsets": self.offsets}
         told = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
         return wan(torch.cat((clean[:, None], noisy), 1), told, text, starts=starts, **more)[:, 1:]
+
+    def low_resolution(self, clips: Clips, latents: Tensor, layout: Layout) -> Tensor | None:
+        """The tokens of the compressor's low-resolution branch, of the blocks that a layout compresses.
+
+        [batch, compressed, reduced_tokens, width], or None without an autoencoder or such blocks. It pools true pixels.
+        """
+        blocks = layout.compressed(CLIP_BLOCKS)
+        if self.vae is None or not blocks:
+            return None
+        reducer = DualBranch(branches="lr").bind(self.transformer, self.vae)
+        found = []
+        for block in blocks:
+            first = clips.blocks[:, block, None] * FRAMES_PER_BLOCK
+            frames = first + torch.arange(-1 if block else FIRST_FRAME, FRAMES_PER_BLOCK)
+            pixels = render(clips.houses, clips.walks, frames)
+            if block:  # the frame before the block, which the cache remembers
+                reducer.restore({"last": adaptive_avg_pool3d(pixels[:, :, :1], (1, HEIGHT // 4, WIDTH // 4))})
+                pixels = pixels[:, :, 1:]
+            cut = latents[:, :, block * BLOCK_FRAMES : (block + 1) * BLOCK_FRAMES]
+            found.append(reducer.reduce(cut, pixels).tokens)
+        return torch.stack(found, 1)
 
     def _layout(self, step: int) -> Layout:
         settings, at = self.config.model, random.Random(f"layout {self.config.run.seed}/{step}").random()
@@ -180,13 +175,14 @@ class StudentStage(Stage):
         generator = torch.Generator().manual_seed(seed_of("evaluation"))
         sigmas = torch.tensor([0.95, 0.8, 0.5])[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
         noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator)
-        noisy = torch.lerp(latents[:, None], noise, _by_frame(sigmas))
+        noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
         at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
         found = {}
         for name, layout in _LAYOUTS.items():
             with packed(self.transformer, layout) as wan:
-                flow = self.predict(wan, latents, noisy, sigmas, text)
-            off = ((flow - (noise - latents[:, None])) * _by_frame(sigmas)).square()
+                low = self.low_resolution(clips, latents, layout)
+                flow = self.predict(wan, latents, noisy, sigmas, text, low=low)
+            off = ((flow - (noise - latents[:, None])) * by_frame(sigmas)).square()
             by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6))
             found[f"return_{name}"] = float(by_block[torch.arange(len(at)), at].mean())
             found[f"all_{name}"] = float(by_block.mean())
@@ -212,8 +208,9 @@ class StudentStage(Stage):
         generator, made = torch.Generator().manual_seed(seed), []
         line = torch.linspace(1, 0, steps + 1)
         sigmas = shifted(line).tolist()
-        options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k, "branches": "hr"}
-        with tiered(self.transformer, "packforcing", compressor_network=self.compressor, **options) as wan:
+        options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
+        options |= {"branches": "hr" if self.vae is None else "both", "compressor_network": self.compressor}
+        with tiered(self.transformer, "packforcing", vae=self.vae, **options) as wan:
             for nth in range(text.shape[1]):
                 block = given[:, :, nth * BLOCK_FRAMES : (nth + 1) * BLOCK_FRAMES]
                 if not block.shape[2]:
@@ -230,6 +227,13 @@ class StudentStage(Stage):
         self.compressor.save_pretrained(folder / "compressor")
 
 
+def _autoencoder(folder: Path) -> Any:
+    """A frozen autoencoder."""
+    if not (folder / "config.json").is_file():
+        raise TrainingConfigError(f"[model]: autoencoder: {folder} holds no autoencoder; train one, or leave it out")
+    return AutoencoderKLWan.from_pretrained(folder).eval().requires_grad_(False)
+
+
 def _returns_beyond_the_sink(count: int) -> Clips:
     """Clips in which a room returns that the first block of the walk does not show."""
     seeds = [f"evaluation {nth}" for nth in range(4 * count)]
@@ -239,41 +243,3 @@ def _returns_beyond_the_sink(count: int) -> Clips:
         if rooms[clips.returns(row) or 0] != rooms[0]:
             found.append(seed)
     return Clips.of_seeds(found[:count], "return")
-
-
-def shifted(sigma: Tensor) -> Tensor:
-    """Wan's shift of noise levels: more of them are high."""
-    return _SHIFT * sigma / (1 + (_SHIFT - 1) * sigma)
-
-
-def draw_sigmas(streams: int, generator: torch.Generator) -> Tensor:
-    """A noise level for each block of each stream of a clip: of half of the streams uniform, of half shifted."""
-    even = torch.rand(streams, CLIP_BLOCKS, generator=generator)
-    which = torch.rand(streams, 1, generator=generator) < 0.5
-    return torch.where(which, shifted(even), even).clamp(0.005, 1)
-
-
-def draw_starts(draw: random.Random, settings: StudentConfig) -> Tensor:
-    """Where each block of a clip is placed, in latent frames: in a row, or with random gaps."""
-    most = settings.position_gap_blocks if draw.random() < settings.position_gap_share else 0
-    steps = [BLOCK_FRAMES * (1 + int(draw.random() * (most + 1))) for _ in range(CLIP_BLOCKS - 1)]
-    return torch.tensor([0, *accumulate(steps)])
-
-
-def _draw(name: str, streams: int, shape: Sequence[int], settings: StudentConfig) -> tuple[Tensor, ...]:
-    """All that is random about a clip besides what it shows.
-
-    Levels of noise, [streams, blocks]; noise, [streams, *shape]; how much the clean past is spoilt and what with, [2,
-    *shape]; where blocks are placed, [blocks].
-    """
-    generator = generator_of("noise", name)
-    sigmas = draw_sigmas(streams, generator)
-    noise = torch.randn(streams, *shape, generator=generator)
-    share = settings.clean_noise * torch.rand(1, generator=generator)
-    dirt = torch.stack((share.expand(tuple(shape)), torch.randn(tuple(shape), generator=generator)))
-    return sigmas, noise, dirt, draw_starts(random.Random(f"starts {name}"), settings)
-
-
-def _by_frame(sigmas: Tensor) -> Tensor:
-    """[batch, streams, blocks] as what multiplies latents."""
-    return sigmas.repeat_interleave(BLOCK_FRAMES, 2)[:, :, None, :, None, None]
