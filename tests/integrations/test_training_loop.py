@@ -108,14 +108,19 @@ def test_a_step_that_was_logged_but_not_saved_is_logged_once(config, tmp_path):
     assert lines[-1]["loss"] != 9
 
 
-def test_a_run_ends_with_its_averaged_weights_for_use(config, tmp_path):
+def test_the_averaged_weights_of_a_run_can_be_had_before_it_ends(config, tmp_path):
     from diffusers import AutoencoderKLWan
 
-    trainer = trained(config("ended"))
+    trainer = trained(config("ended"), 5)
+    done = CliRunner().invoke(train, [str(tmp_path / "ended.toml"), "--export"])
+    assert "after 5 steps" in done.output, done.output
     exported = AutoencoderKLWan.from_pretrained(tmp_path / "ended" / "export")
     for name, weight in exported.named_parameters():
         assert torch.equal(weight, trainer.average.weights[name])
         assert torch.isfinite(weight).all()
+    trained(tmp_path / "ended.toml")
+    ended = AutoencoderKLWan.from_pretrained(tmp_path / "ended" / "export")
+    assert not torch.equal(ended.quant_conv.weight, exported.quant_conv.weight), "the end of a run exports nothing"
 
 
 def test_the_rate_depends_on_the_step_alone(config):

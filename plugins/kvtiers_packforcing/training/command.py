@@ -23,7 +23,8 @@ _COPIES = 5
 @click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--dry-run", is_flag=True, help="Print steps, parameters, memory and time per step, and train nothing.")
 @click.option("--until", type=click.IntRange(min=1), help="Stop after this step; a later run goes on from there.")
-def train(config: Path, dry_run: bool, until: int | None) -> None:
+@click.option("--export", is_flag=True, help="Write the averaged weights of the run so far for use, and train nothing.")
+def train(config: Path, dry_run: bool, until: int | None, export: bool) -> None:
     """Train what CONFIG, a TOML file, describes. A run that was stopped goes on from its checkpoint, bit for bit."""
     try:
         said = load_config(config)
@@ -32,6 +33,10 @@ def train(config: Path, dry_run: bool, until: int | None) -> None:
             trainer = Trainer(make_stage(said), share)
             if dry_run:
                 _cost(trainer)
+            elif export:
+                trainer.load(Path(said.run.folder) / CHECKPOINT)
+                trainer.export()
+                click.echo(f"The weights after {trainer.step} steps are in {trainer.export_folder}")
             else:
                 _run(trainer, until)
     except KVTiersError as error:

@@ -78,6 +78,16 @@ class Trainer:
             path, config=self.config, model=self.stage.model, average=self.average, optimiser=self.optimiser
         )
 
+    @property
+    def export_folder(self) -> Path:
+        """Where `export` writes."""
+        return Path(self.config.run.folder) / "export"
+
+    def export(self) -> None:
+        """Write the averaged weights for use."""
+        with self.average.put_in(self.stage.model):
+            self.stage.export(self.export_folder)
+
     def run(
         self, *, until: int | None = None, done: Callable[[int, Mapping[str, float]], object] = lambda *_: None
     ) -> None:
@@ -102,8 +112,7 @@ class Trainer:
                 since = []
             done(self.step, figures)
         if self.step == self.config.steps and self.share.writes:
-            with self.average.put_in(self.stage.model):
-                self.stage.export(folder / "export")
+            self.export()
 
     def _write(self, folder: Path, log: Metrics, since: Sequence[Mapping[str, float]], *, stops: bool) -> None:
         """Write what is due after a step."""
