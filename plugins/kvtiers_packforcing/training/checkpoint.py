@@ -1,0 +1,114 @@
+"""Checkpoints: one safetensors file with all that a run needs to go on, bit for bit. It is there whole or not at all.
+
+The file holds the weights (`model.`), their average (`average.`) and the two moments of AdamW (`first.`, `second.`),
+all in their own dtype. Its metadata is JSON: the step, the configuration, and what wrote it. Nothing random is kept,
+since all that is random is drawn from the seed and the step.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from kvtiers.errors import KVTiersError
+from kvtiers_packforcing.training.averaging import Average
+from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError, config_of
+
+_FORMAT = "kvtiers training checkpoint 1"
+
+
+class CheckpointError(KVTiersError, ValueError):
+    """When a checkpoint cannot be read, or belongs to another run than the one that is to go on from it."""
+
+
+def save_checkpoint(
+    path: Path, *, step: int, config: TrainingConfig, model: nn.Module, average: Average, optimiser: AdamW
+) -> None:
+    """Write everything to `path`, in one move."""
+    tensors = {f"average.{name}": weight for name, weight in average.weights.items()}
+    for name, weight in model.named_parameters():
+        state = optimiser.state[weight]
+        first, second = (state.get(key, torch.zeros_like(weight)) for key in ("exp_avg", "exp_avg_sq"))
+        tensors |= {f"model.{name}": weight.detach(), f"first.{name}": first, f"second.{name}": second}
+    said = {"format": _FORMAT, "step": step, "torch": torch.__version__, "config": described(config)}
+    beside = path.with_name(f"{path.name}.part")
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(held, beside, {"kvtiers": json.dumps(said)})
+    beside.replace(path)
+    _settle(path.parent)
+
+
+def load_checkpoint(path: Path, *, config: TrainingConfig, model: nn.Module, average: Average, optimiser: AdamW) -> int:
+    """Put everything back and return the step. The configuration must say the same, except where and when to write."""
+    said, tensors = read_checkpoint(path)
+    if (mine := _binding(described(config))) != (theirs := _binding(_now(said["config"], config, path))):
+        other = [f"{table}.{key}" for table in mine for key in _other(mine[table], theirs.get(table))]
+        raise CheckpointError(
+            f"{path} was made with another configuration ({', '.join(other)}); choose another folder, or delete the "
+            "file to begin anew"
+        )
+    step = int(said["step"])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(tensors[f"model.{name}"])
+            average.weights[name].copy_(tensors[f"average.{name}"])
+            moments = (torch.empty_like(weight).copy_(tensors[f"{key}.{name}"]) for key in ("first", "second"))
+            state = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+            optimiser.state[weight] = {"step": torch.tensor(float(step)), **state}
+    return step
+
+
+def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """What a checkpoint says, and its tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("kvtiers", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint that can be read: {error}") from error
+    if not isinstance(said, dict) or said.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is no training checkpoint of kvtiers")
+    return said, tensors
+
+
+def described(config: TrainingConfig) -> dict[str, Any]:
+    """A configuration as JSON has it."""
+    plain: dict[str, Any] = json.loads(json.dumps(attrs.asdict(config)))
+    return plain
+
+
+def _now(said: Any, config: TrainingConfig, path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its configuration, with today's defaults for fields that did not exist then."""
+    try:
+        return described(config_of(said, type(config.model), type(config.phases[0])))
+    except TrainingConfigError as error:
+        raise CheckpointError(f"{path} was made with a configuration that is no longer known: {error}") from error
+
+
+def _binding(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration changes the result: not the folder, and not when something is written."""
+    run = {key: value for key, value in said["run"].items() if key in ("stage", "seed")}
+    return {**said, "run": run}
+
+
+def _other(mine: Any, theirs: Any) -> list[str]:
+    if not isinstance(mine, Mapping) or not isinstance(theirs, Mapping):
+        return ["..."] if mine != theirs else []
+    return [key for key in mine if mine[key] != theirs.get(key)]
+
+
+def _settle(folder: Path) -> None:
+    """Have the file system write down that the file has its new name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

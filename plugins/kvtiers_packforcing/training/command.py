@@ -1,0 +1,83 @@
+"""`kvtiers train CONFIG.toml`: run a training, or go on with it; `--dry-run` says what it would cost."""
+
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvtiers.errors import KVTiersError
+from kvtiers_packforcing.training.sharing import joined
+from kvtiers_packforcing.training.stages import load_config, make_stage
+from kvtiers_packforcing.training.trainer import CHECKPOINT, Trainer
+
+_COPIES = 5
+"""Of every weight: itself, its gradient, two moments and the average."""
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--dry-run", is_flag=True, help="Print steps, parameters, memory and time per step, and train nothing.")
+@click.option("--until", type=click.IntRange(min=1), help="Stop after this step; a later run goes on from there.")
+@click.option("--export", is_flag=True, help="Write the averaged weights of the run so far for use, and train nothing.")
+def train(config: Path, dry_run: bool, until: int | None, export: bool) -> None:
+    """Train what CONFIG, a TOML file, describes. A run that was stopped goes on from its checkpoint, bit for bit."""
+    try:
+        said = load_config(config)
+        torch.set_num_threads(said.run.threads)
+        with joined() as share:
+            trainer = Trainer(make_stage(said), share)
+            if dry_run:
+                _cost(trainer)
+            elif export:
+                trainer.load(Path(said.run.folder) / CHECKPOINT)
+                trainer.export()
+                click.echo(f"The weights after {trainer.step} steps are in {trainer.export_folder}")
+            else:
+                _run(trainer, until)
+    except KVTiersError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _run(trainer: Trainer, until: int | None) -> None:
+    """Train with a progress bar, or quietly where there is no terminal."""
+    console = Console(quiet=not trainer.share.writes)
+    folder = Path(trainer.config.run.folder)
+    console.print(f"{'Going on' if (folder / CHECKPOINT).exists() else 'Training'} in {folder}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(trainer.stage.name, total=trainer.config.steps)
+
+        def done(step: int, figures: Mapping[str, float]) -> None:
+            progress.update(bar, completed=step, description=f"{trainer.stage.name} loss {figures['loss']:.4f}")
+
+        trainer.run(until=until, done=done)
+    console.print(f"{trainer.step} of {trainer.config.steps} steps are done.")
+
+
+def _cost(trainer: Trainer) -> None:
+    """Say what a run would cost. Each phase makes two steps, of which the second is timed; nothing is written."""
+    config, console = trainer.config, Console(quiet=not trainer.share.writes)
+    weights = sum(weight.numel() for weight in trainer.stage.model.parameters())
+    size = sum(weight.numel() * weight.element_size() for weight in trainer.stage.model.parameters())
+    console.print(f"stage {trainer.stage.name}: {config.steps:,} steps, {weights:,} parameters")
+    first, total, total_work = 0, 0.0, 0.0
+    for nth, phase in enumerate(config.phases, 1):
+        trainer.step = first
+        trainer.advance()
+        begun, worked = time.perf_counter(), time.process_time()
+        trainer.advance()
+        seconds, work = time.perf_counter() - begun, time.process_time() - worked
+        total, total_work = total + seconds * phase.steps, total_work + work * phase.steps
+        console.print(f"phase {nth}: {phase.steps:,} steps of {seconds:.2f} s ({work:.2f} s of one core)")
+        first += phase.steps
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    console.print(
+        f"memory: {_COPIES * size / 1e6:.0f} MB for weights, gradients, moments and average; {peak / 1e9:.2f} GB for "
+        f"the whole process at its peak\nin all {total / 3600:.2f} h, as busy as this machine is now "
+        f"({total_work / 3600:.2f} h of one core)"
+    )

@@ -1,0 +1,37 @@
+"""The stages by name, and how a configuration file finds its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvtiers.errors import suggest
+from kvtiers_packforcing.training.autoencoder import AutoencoderStage
+from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError, config_of, read_table
+from kvtiers_packforcing.training.stage import Stage
+from kvtiers_packforcing.training.student import StudentStage
+
+STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in (AutoencoderStage, StudentStage)}
+
+
+def load_config(path: Path | str) -> TrainingConfig:
+    """The configuration in a TOML file. Loads no model."""
+    table = read_table(path)
+    try:
+        return config_of(table, *_classes(table))
+    except TrainingConfigError as error:
+        raise TrainingConfigError(f"{path}: {error}") from error
+
+
+def make_stage(config: TrainingConfig) -> Stage:
+    """The stage that a configuration names, with its model."""
+    return STAGES[config.run.stage](config)
+
+
+def _classes(table: Mapping[str, Any]) -> tuple[type, type]:
+    run = table.get("run", {})
+    name = run.get("stage") if isinstance(run, Mapping) else None
+    if not isinstance(name, str) or name not in STAGES:
+        raise TrainingConfigError(
+            f"[run]: stage must be one of {', '.join(STAGES)}, got {name!r}.{suggest(name, STAGES)}"
+        )
+    return STAGES[name].model_config, STAGES[name].phase_config

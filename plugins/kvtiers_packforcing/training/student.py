@@ -1,0 +1,245 @@
+"""Stage `student`: block-causal flow matching of a tiny Wan in the cache's own layout, its compressor trained with it.
+
+Every step draws clips, consecutive ones and ones with gaps in which a room returns, and a layout: PackForcing's, or one
+without a history between sink and recent blocks, or without a sink. A model that never trained without its first block
+falls apart without it. The clean past is given with a little noise, since a rollout's own past is not perfect either.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool3d
+
+from kvtiers_diffusers import tiered
+from kvtiers_packforcing.dual_branch import DualBranch
+from kvtiers_packforcing.network import HighResolution
+from kvtiers_packforcing.tiny_world import (
+    CLIP_BLOCKS,
+    FIRST_FRAME,
+    FRAMES_PER_BLOCK,
+    HEIGHT,
+    LATENT_CHANNELS,
+    TEXT_WIDTH,
+    WIDTH,
+    Clips,
+    Houses,
+    LinearCodec,
+    Walks,
+    contact_sheet,
+    embed_walks,
+    render,
+)
+from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
+from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.noising import BLOCK_FRAMES, by_frame, draw_clip, shifted
+from kvtiers_packforcing.training.packed import PackedWan, packed
+from kvtiers_packforcing.training.seeding import seed_of
+from kvtiers_packforcing.training.stage import Stage
+from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
+
+_GRID = (HEIGHT // 16, WIDTH // 16)
+_LAYOUTS = {
+    "packforcing": Layout(),
+    "sink_window": Layout(mid="none"),
+    "window": Layout(sink_blocks=0, mid="none"),
+}
+_WALK = (("hall", 2), ("attic", 3), ("hall", 2), ("cellar", 3), ("attic", 2))
+"""What is rolled out for the picture: the first block of each room is given, and what returns is not."""
+_GIVEN = 5
+
+
+class StudentStage(Stage):
+    """The video model of the tiny world."""
+
+    name = "student"
+    model_config = StudentConfig
+    phase_config = StudentPhase
+
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__(config)
+        self.codec = LinearCodec.load()
+        self.offsets = DualBranch().offsets(BLOCK_FRAMES, _GRID)
+        self.vae: Any = None if config.model.autoencoder is None else _autoencoder(Path(config.model.autoencoder))
+
+    def make_model(self, settings: StudentConfig) -> nn.Module:
+        transformer: Any = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=settings.heads,
+            attention_head_dim=settings.width // settings.heads,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            text_dim=TEXT_WIDTH,
+            freq_dim=64,
+            ffn_dim=settings.ffn_width,
+            num_layers=settings.layers,
+            cross_attn_norm=True,
+        )
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.proj_out.bias)
+        compressor = HighResolution(LATENT_CHANNELS, settings.width, (16, 32, 64, 128))
+        return nn.ModuleDict({"transformer": transformer, "compressor": compressor})
+
+    @property
+    def transformer(self) -> Any:
+        """The Wan transformer."""
+        return self.model.get_submodule("transformer")
+
+    @property
+    def compressor(self) -> Any:
+        """The HR branch of its compressor."""
+        return self.model.get_submodule("compressor")
+
+    def loss(self, phase: StudentPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        names = [f"{self.config.run.seed}/{step}/{nth}" for nth in numbers]
+        clips = Clips.of_seeds(names)
+        latents, text = self.codec.encode(clips.pixels()), clips.text()
+        drawn = [draw_clip(name, phase.noisy_streams, latents.shape[1:], self.config.model) for name in names]
+        sigmas, noise, dirt, starts = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+        noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
+        with packed(self.transformer, self._layout(step)) as wan:
+            low = self.low_resolution(clips, latents, wan.layout)
+            clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
+            flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low)
+        off = (flow - (noise - latents[:, None])).square()
+        own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
+        return off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
+
+    def predict(
+        self,
+        wan: PackedWan,
+        clean: Tensor,
+        noisy: Tensor,
+        sigmas: Tensor,
+        text: Tensor,
+        *,
+        starts: Tensor | None = None,
+        low: Tensor | None = None,
+    ) -> Tensor:
+        """The flow of noisy streams, given a clean past. [batch, streams, channels, frames, height, width]
+
+        low: what `low_resolution` gave for the layout.
+        """
+        cut = clean.unflatten(2, (CLIP_BLOCKS, -1))
+        blocks = wan.layout.compressed(CLIP_BLOCKS)
+        more: dict[str, Tensor] = {}
+        if blocks:
+            tokens = self.compressor(cut[:, :, blocks].transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+            tokens = tokens.unflatten(0, (len(clean), len(blocks)))
+            more = {"reduced": tokens if low is None else tokens + low, "offsets": self.offsets}
+        told = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
+        return wan(torch.cat((clean[:, None], noisy), 1), told, text, starts=starts, **more)[:, 1:]
+
+    def low_resolution(self, clips: Clips, latents: Tensor, layout: Layout) -> Tensor | None:
+        """The tokens of the compressor's low-resolution branch, of the blocks that a layout compresses.
+
+        [batch, compressed, reduced_tokens, width], or None without an autoencoder or such blocks. It pools true pixels.
+        """
+        blocks = layout.compressed(CLIP_BLOCKS)
+        if self.vae is None or not blocks:
+            return None
+        reducer = DualBranch(branches="lr").bind(self.transformer, self.vae)
+        found = []
+        for block in blocks:
+            first = clips.blocks[:, block, None] * FRAMES_PER_BLOCK
+            frames = first + torch.arange(-1 if block else FIRST_FRAME, FRAMES_PER_BLOCK)
+            pixels = render(clips.houses, clips.walks, frames)
+            if block:  # the frame before the block, which the cache remembers
+                reducer.restore({"last": adaptive_avg_pool3d(pixels[:, :, :1], (1, HEIGHT // 4, WIDTH // 4))})
+                pixels = pixels[:, :, 1:]
+            cut = latents[:, :, block * BLOCK_FRAMES : (block + 1) * BLOCK_FRAMES]
+            found.append(reducer.reduce(cut, pixels).tokens)
+        return torch.stack(found, 1)
+
+    def _layout(self, step: int) -> Layout:
+        settings, at = self.config.model, random.Random(f"layout {self.config.run.seed}/{step}").random()
+        if at < settings.packforcing_share:
+            return _LAYOUTS["packforcing"]
+        name = "sink_window" if at < settings.packforcing_share + settings.sink_window_share else "window"
+        return _LAYOUTS[name]
+
+    @torch.no_grad()
+    def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:
+        """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
+
+        Where a room returns that the first block does not show, only `packforcing` can know it. If it is no better than
+        `sink_window` there, the model does not use its memory.
+        """
+        clips = _returns_beyond_the_sink(16)
+        latents, text = self.codec.encode(clips.pixels()), clips.text()
+        generator = torch.Generator().manual_seed(seed_of("evaluation"))
+        sigmas = torch.tensor([0.95, 0.8, 0.5])[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
+        noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator)
+        noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
+        at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
+        found = {}
+        for name, layout in _LAYOUTS.items():
+            with packed(self.transformer, layout) as wan:
+                low = self.low_resolution(clips, latents, layout)
+                flow = self.predict(wan, latents, noisy, sigmas, text, low=low)
+            off = ((flow - (noise - latents[:, None])) * by_frame(sigmas)).square()
+            by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6))
+            found[f"return_{name}"] = float(by_block[torch.arange(len(at)), at].mean())
+            found[f"all_{name}"] = float(by_block.mean())
+        self._picture(folder / f"step-{step:06d}.png")
+        return found
+
+    def _picture(self, path: Path) -> None:
+        """Go on from the first blocks of a walk, under PackForcing: rows of truth, and of what the model makes."""
+        seeds = ["evaluation a", "evaluation b"]
+        houses, walk = Houses.of_seeds(seeds), Walks.written(*_WALK)
+        walks = Walks(rooms=walk.rooms.expand(2, -1), curtains=walk.curtains.expand(2, -1))
+        pixels = render(houses, walks, torch.arange(3, walks.blocks * FRAMES_PER_BLOCK).expand(2, -1))
+        made = self.rollout(self.codec.encode(pixels)[:, :, : _GIVEN * BLOCK_FRAMES], embed_walks(walks), steps=8)
+        shown = torch.arange(8, pixels.shape[2], FRAMES_PER_BLOCK)
+        contact_sheet(torch.stack((pixels, self.codec.decode(made)), 1).flatten(0, 1)[:, :, shown], path)
+
+    @torch.no_grad()
+    def rollout(self, given: Tensor, text: Tensor, *, steps: int, seed: int = 0, top_k: int = 2) -> Tensor:
+        """The latents of a video through the cache: `given` blocks, then one for each further prompt.
+
+        given: [batch, channels, frames, height, width]. text: [batch, blocks, words, text_width].
+        """
+        generator, made = torch.Generator().manual_seed(seed), []
+        line = torch.linspace(1, 0, steps + 1)
+        sigmas = shifted(line).tolist()
+        options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
+        options |= {"branches": "hr" if self.vae is None else "both", "compressor_network": self.compressor}
+        with tiered(self.transformer, "packforcing", vae=self.vae, **options) as wan:
+            for nth in range(text.shape[1]):
+                block = given[:, :, nth * BLOCK_FRAMES : (nth + 1) * BLOCK_FRAMES]
+                if not block.shape[2]:
+                    block = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
+                    for before, after in pairwise(sigmas):
+                        block = block + (after - before) * wan.denoise(block, before * 1000, text[:, nth])
+                wan.commit(block, text[:, nth])
+                made.append(block)
+        return torch.cat(made, 2)
+
+    def export(self, folder: Path) -> None:
+        """Write the transformer and the compressor as diffusers does."""
+        self.transformer.save_pretrained(folder / "transformer")
+        self.compressor.save_pretrained(folder / "compressor")
+
+
+def _autoencoder(folder: Path) -> Any:
+    """A frozen autoencoder."""
+    if not (folder / "config.json").is_file():
+        raise TrainingConfigError(f"[model]: autoencoder: {folder} holds no autoencoder; train one, or leave it out")
+    return AutoencoderKLWan.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def _returns_beyond_the_sink(count: int) -> Clips:
+    """Clips in which a room returns that the first block of the walk does not show."""
+    seeds = [f"evaluation {nth}" for nth in range(4 * count)]
+    clips, found = Clips.of_seeds(seeds, "return"), []
+    for row, seed in enumerate(seeds):
+        rooms = clips.walks.rooms[row, clips.blocks[row]]
+        if rooms[clips.returns(row) or 0] != rooms[0]:
+            found.append(seed)
+    return Clips.of_seeds(found[:count], "return")

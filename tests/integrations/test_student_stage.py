@@ -1,0 +1,123 @@
+"""The student's stage: what it is shown, and that its loss teaches the model and the compressor."""
+
+import random
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from kvtiers_diffusers import tiered
+from kvtiers_packforcing.tiny_world import Clips
+from kvtiers_packforcing.training import TrainingConfigError, config_of
+from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.noising import draw_sigmas, draw_starts
+from kvtiers_packforcing.training.packed import packed
+from kvtiers_packforcing.training.student import StudentStage
+from kvtiers_packforcing.training.student_config import StudentConfig
+
+SMALL = {"width": 32, "layers": 2, "heads": 2, "ffn_width": 64}
+
+
+def stage(**model):
+    table = {
+        "run": {"stage": "student", "folder": "nowhere", "seed": 1},
+        "model": SMALL | model,
+        "phases": [{"steps": 1, "peak_rate": 1e-3, "clips": 2, "noisy_streams": 2}],
+    }
+    made = StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config))
+    torch.manual_seed(0)
+    for last in (made.transformer.proj_out, made.compressor.layers[-1]):
+        torch.nn.init.normal_(last.weight, std=0.1)  # both begin at zero, which lets nothing through
+    return made
+
+
+def test_the_loss_of_a_step_is_the_same_every_time_and_reaches_everything():
+    made = stage(packforcing_share=1.0, sink_window_share=0.0)
+    phase = made.config.phases[0]
+    loss, figures = made.loss(phase, 3, range(2))
+    loss.backward()
+    assert [name for name, weight in made.model.named_parameters() if weight.grad is None] == []
+    assert all(weight.grad.any() for weight in made.compressor.parameters())
+    assert torch.equal(made.loss(phase, 3, range(2))[0], loss)
+    assert not torch.equal(made.loss(phase, 4, range(2))[0], loss)
+    assert set(figures) == {"flow", "first_block", "later_blocks"}
+
+
+@torch.no_grad()
+def test_a_rollout_is_what_the_packed_forward_predicts():
+    """One step from pure noise through the cache, beside the packed forward over what came out."""
+    made = stage()
+    clips = Clips.of_seeds(["a", "b"])
+    latents, text = made.codec.encode(clips.pixels()), clips.text()
+    video = made.rollout(latents[:, :, :16], text, steps=1)
+    assert torch.equal(video[:, :, :16], latents[:, :, :16])
+    noise = torch.randn(2, 16, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    noisy = torch.cat((latents[:, :, :16], noise), 2)[:, None]
+    with packed(made.transformer, Layout()) as wan:
+        flow = made.predict(wan, latents, noisy, torch.ones(2, 1, 5), text)
+    assert torch.allclose(video[:, :, 16:], noise - flow[:, 0, :, 16:], atol=2e-5)
+
+
+@torch.no_grad()
+def test_both_branches_packed_equal_the_cache(tmp_path):
+    """With the true pixels of consecutive blocks, the low-resolution tokens are those of the cache."""
+    settings = {
+        "base_dim": 4,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+    }
+    AutoencoderKLWan(**settings, temperal_downsample=[True, True]).save_pretrained(tmp_path)
+    made = stage(autoencoder=str(tmp_path))
+    clips = Clips.of_seeds(["a", "b"], "consecutive")
+    pixels, text = clips.pixels(), clips.text()
+    latents, sigmas = made.codec.encode(pixels), torch.full((2, 1, 5), 0.7)
+    noisy = latents[:, None] + torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))[:, None]
+    with packed(made.transformer, Layout()) as wan:
+        low = made.low_resolution(clips, latents, Layout())
+        found = made.predict(wan, latents, noisy, sigmas, text, low=low)
+        blind = made.predict(wan, latents, noisy, sigmas, text)
+    network = made.compressor
+    with tiered(made.transformer, "packforcing", sink=4, recent=4, vae=made.vae, compressor_network=network) as wan:
+        for block in range(5):
+            cut, seen = slice(block * 4, block * 4 + 4), slice(max(0, block * 16 - 3), block * 16 + 13)
+            flow = wan.denoise(noisy[:, 0, :, cut], 700.0, text[:, block])
+            assert torch.allclose(found[:, 0, :, cut], flow, atol=2e-6)
+            wan.commit(latents[:, :, cut], text[:, block], pixels=pixels[:, :, seen])
+    assert (found - blind).abs().max() > 1e-4, "the low-resolution branch makes no difference"
+
+
+def test_several_processes_can_share_a_step():
+    """What is drawn for a clip does not depend on the clips beside it."""
+    made = stage()
+    both, first, second = (made.loss(made.config.phases[0], 3, numbers)[0] for numbers in ((0, 1), (0,), (1,)))
+    assert torch.allclose(both, (first + second) / 2, rtol=1e-5)
+    assert not torch.allclose(first, second, rtol=1e-3)
+
+
+def test_what_is_drawn_for_a_step_covers_what_it_says():
+    sigmas = draw_sigmas(512, torch.Generator().manual_seed(0))
+    assert 0.005 <= sigmas.min() < 0.05
+    assert sigmas.max() <= 1
+    settings = StudentConfig(position_gap_share=0.5, position_gap_blocks=4)
+    steps = torch.stack([draw_starts(random.Random(seed), settings) for seed in range(400)]).diff(dim=1)
+    assert set(steps.flatten().tolist()) == {4, 8, 12, 16, 20}
+    assert 0.4 < (steps == 4).all(1).double().mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": 30, "heads": 4}, "width must be heads times an even number"),
+        ({"packforcing_share": 0.9, "sink_window_share": 0.2}, "must not be more than 1 together"),
+        ({"autoencoder": "nowhere"}, "nowhere holds no autoencoder; train one"),
+        ({"clean_noise": 1.5}, "clean_noise must be a number from 0 to 1"),
+    ],
+    ids=["width", "shares", "autoencoder", "noise"],
+)
+def test_a_student_that_cannot_be_is_refused(changes, says):
+    with pytest.raises(TrainingConfigError, match=says):
+        stage(**changes)
