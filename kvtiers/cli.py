@@ -170,12 +170,10 @@ def _plan(shape: Shape, policies: tuple[str, ...]) -> None:
 
 
 def _presets_for(shape: Shape) -> list[str]:
-    """The presets for a model of this shape: for text those that cut a long forward into chunks, and those without a
-    bound."""
+    """The presets for a model of this shape: for text those that cut a long forward into chunks, and what keeps all."""
     found = {name: policy(name) for name in registry().names("policy")}
     text = {name for name, made in found.items() if made.chunk_size is not None}
-    free = {name for name, made in found.items() if made.bound(shape.geometry) is None}
-    return [name for name in found if name in free or (name in text) == shape.geometry.causal]
+    return [n for n, made in found.items() if made.recent is None or (n in text) == shape.geometry.causal]
 
 
 def _shape(model: str, **wanted: Any) -> Shape:

@@ -165,7 +165,7 @@ def test_rows_that_parted_ways_are_taken_like_any_others(data):
     caches = setting.cache(), setting.cache()
     after, before = (cache.layers[0] for cache in caches)
     attended(after, tokens.part(0, 8), valid)
-    after.select_rows(rows)
+    caches[0].select_rows(rows)
     attended(before, tokens.select_rows(rows).part(0, 8), valid[rows])
     assert after.batch == before.batch == len(rows)
     later = tokens.select_rows(rows).part(8, 14)

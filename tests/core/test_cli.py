@@ -121,7 +121,7 @@ def test_a_misspelled_command_is_refused():
     said = " ".join(run("plugin").output.split())
     assert "No such command 'plugin'." in said
     assert "There are bench, " in said
-    assert "plan, plugins, policies." in said
+    assert "plan, plugins, policies" in said
 
 
 WITHOUT_CLICK = (
