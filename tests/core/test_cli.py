@@ -11,6 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from kvtiers.__main__ import main as program
 from kvtiers.cli import main, parse
 from kvtiers.errors import PolicyError
 from kvtiers.hookspecs import hookimpl
@@ -172,23 +173,6 @@ def test_a_wrong_number_on_the_line_is_one_clear_line(spec, message):
     assert len(str(refused.value)) < 300
 
 
-def planned(*arguments: str) -> str:
-    """What `kvtiers plan` says, in a process, with the model shapes of an object and of this repository."""
-    code = (
-        "import sys, runpy\n"
-        "from kvtiers import plugins\n"
-        "import kvtiers_models\n"
-        "names = [plugin.module for plugin in plugins.registry().plugins]\n"
-        "'kvtiers_models' in names or plugins.register(kvtiers_models, 'models')\n"
-        f"sys.argv = ['kvtiers', 'plan', *{list(arguments)!r}]\n"
-        "runpy.run_module('kvtiers', run_name='__main__')"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert ran.returncode != 0, ran.stdout
-    return ran.stderr.strip()
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -201,16 +185,21 @@ def planned(*arguments: str) -> str:
     ],
     ids=["1e308 seconds", "1e300 seconds", "nan seconds", "400 digits of width", "superscript", "malformed config"],
 )
-def test_what_cannot_be_planned_is_said_in_one_line(arguments, said, tmp_path):
+def test_what_cannot_be_planned_is_said_in_one_line(arguments, said, tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
     pytest.importorskip("transformers", reason="needs the extra 'transformers'")
     (tmp_path / "config.json").write_text('{"model_type": "llama", ')
+    if "kvtiers_models" not in [plugin.module for plugin in registry().plugins]:
+        pytest.skip("needs the shapes of models, which come with an installation of everything")
     given = [str(tmp_path) if word == "FOLDER" else word for word in arguments]
-    lines = [line for line in planned(*given).splitlines() if line.strip()]
-    assert lines[-1].startswith("kvtiers: ")
-    assert re.search(said, lines[-1]), lines
-    assert not any("Traceback" in line for line in lines)
-    assert len(lines[-1]) < 1_000
+    monkeypatch.setattr(sys, "argv", ["kvtiers", "plan", *given])
+    with pytest.raises(SystemExit) as ended:
+        program()
+    line = str(ended.value.code)  # which Python prints as the last line
+    assert line.startswith("kvtiers: ")
+    assert re.search(said, line)
+    assert "\n" not in line
+    assert len(line) < 1_000
 
 
 def test_a_model_that_one_plugin_trips_over_is_asked_of_the_next():

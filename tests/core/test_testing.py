@@ -605,8 +605,14 @@ def test_a_plain_retriever_passes():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        pytest.param(LargeDigests, r"LargeDigests.digest\(\) made \d+.*digest_bytes\(\) says", id="digests too large"),
-        pytest.param(NoDigestsOfTheLongest, r"digest\(\) made \d+ digests of a block.* for the longest", id="longest"),
+        pytest.param(
+            LargeDigests, r"LargeDigests.digest\(\) made \d+.*digest_bytes\(\) leaves room for", id="digests too large"
+        ),
+        pytest.param(
+            NoDigestsOfTheLongest,
+            r"digest\(\) made \d+ digests of .* bytes of a block.* leaves room for \d+ in the longest",
+            id="longest",
+        ),
         pytest.param(FlatDigests, r"FlatDigests.digest\(\) returned \(.*due is \[batch, kv_heads, blocks", id="flat"),
         pytest.param(RowsTogether, r"invariant 8 .*RowsTogether.score\(\) makes .* of row", id="mixes rows"),
         pytest.param(TooFew, r"invariant 8 .*TooFew.count\(\)", id="never all"),

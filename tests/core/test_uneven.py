@@ -322,6 +322,8 @@ def test_a_retriever_that_makes_more_digests_than_it_says_is_refused_and_nothing
     found = policy("archive", sink=0, recent=0, retriever=Chatty(digest_tokens=6, normalise="softmax"))
     layer = Layer(policy=found, geometry=geometry(), rotary=rotary())
     play(layer, film, range(1))
-    with pytest.raises(GeometryError, match=r"Chatty.digest\(\) made 4 digests of a block of 24 tokens, and .* says 1"):
+    with pytest.raises(
+        GeometryError, match=r"Chatty.digest\(\) made 4 digests of 48 bytes of a block of 24 tokens, and .* room for 1"
+    ):
         play(layer, film, range(1, 2))
     assert (layer.history.count, layer.committed_steps, layer.num_steps) == (1, 1, 5)
