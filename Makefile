@@ -16,7 +16,7 @@ MODEL     := $(VENV)/.kvtiers-$(CHECKOUT)-model
 PARALLEL := -n $(JOBS) --dist worksteal --benchmark-disable
 
 # The tests that say what the integrations promise to a user of a model library.
-CONTRACT := $(addprefix tests/integrations/test_,versions.py families.py generation.py enabling.py rollback.py \
+CONTRACT := $(addprefix tests/integrations/test_,versions.py odd_models.py refusals.py families.py generation.py enabling.py rollback.py \
 	causal_wan.py pipeline.py)
 
 .PHONY: help install demo test test-versions test-slow test-deep lint bench wheel-test clean

@@ -219,9 +219,10 @@ class CausalWan:
         """Project prompts anew from here on.
 
         Every step notices by itself weights that were changed in place, as optimisers and loaders do, modules that were
-        replaced, adapters that were switched, scaled, merged or removed, and hooks. What is written past autograd, as
-        `weight.data.copy_(other)` is, shows in the numbers alone. Of those, diagonals are compared, by every step on a
-        CPU, and elsewhere by the first step of a block and by its clean pass: call this where that is not enough.
+        replaced, adapters that were switched, scaled, merged or removed, and hooks on its modules (not those on all
+        modules of a program). What is written past autograd, as `weight.data.copy_(other)` is, shows in the numbers
+        alone. Of those, diagonals are compared, by every step on a CPU, and elsewhere by the first step of a block and
+        by its clean pass: call this where that is not enough.
         """
         self.runner.forget_prompts()
 

@@ -12,7 +12,7 @@ from kvtiers import InterruptedForwardError
 class Clips(Iterator[Any]):
     """What `CausalWanPipeline.stream` gives: each `next()` makes the clip of one more block.
 
-    fps: frames a second, which `write_video` gives the file.
+    fps: frames a second, which `write_video` gives the file. A list made of the clips does not have it.
 
     If making one fails, the video is over: whoever asks for more gets `InterruptedForwardError`, and not the end of the
     video as if it were whole. `close()` ends it early and gives the model back.

@@ -260,7 +260,8 @@ class CausalWanPipeline(WanPipeline):
                         progress.update()
                     block = steering.latents
                     pixels = None if decoder is None else decoder.decode(block)
-                    if number + 1 < asked.blocks and not self._interrupt:
+                    last = number + 1 == asked.blocks or self._interrupt
+                    if not last:
                         held.commit(block, steering.prompt_embeds, steering.negative_prompt_embeds, pixels)
                     behind += block.shape[2]
                     progress.update()
@@ -271,6 +272,8 @@ class CausalWanPipeline(WanPipeline):
                         yield self.video_processor.postprocess_video(pixels[:, :, :left], output_type=output_type)
                         left -= pixels.shape[2]
                     latents_left -= block.shape[2]
+                    if last:  # it was not remembered, so nothing can follow it
+                        break
         finally:
             self._current_timestep = None
             self.maybe_free_model_hooks()

@@ -1,6 +1,7 @@
 """What a callback may change while a video is made."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import attrs
@@ -45,8 +46,18 @@ class Steering:
                 )
             setattr(self, name, found.to(self.prompt_embeds))
 
-    def guide(self, scale: float) -> None:
-        """Guide with `scale` from here on: at high noise, and at low noise as far as it was the same."""
+    def guide(self, scale: Any) -> None:
+        """Guide with `scale` from here on: at high noise, and at low noise as far as it was the same.
+
+        Raises `PolicyError` for what is no finite number, and above 1 where there is no negative prompt.
+        """
+        if not isinstance(scale, int | float) or not isfinite(scale):
+            raise PolicyError(f"guidance_scale must be a finite number, got {scale!r}")
+        if scale > 1 and self.negative_prompt_embeds is None:
+            raise PolicyError(
+                f"guidance_scale={scale} needs a memory of the negative prompt, and this video was begun without; "
+                "begin it with guidance_scale above 1"
+            )
         high, low = self.guidance
         if scale != high:
             self.guidance = (scale, scale if low == high or scale <= 1 else low)

@@ -160,11 +160,14 @@ class TransformersCache(Cache):
     def is_croppable(self) -> bool:
         """Whether transformers may give tokens back.
 
-        It asks before assisted decoding, where `crop` can still say better why not. On Apple's mps it also asks before
-        it decodes a token more than was asked for, which it must be able to give back for certain.
+        It asks before assisted decoding, which reads several tokens at once and must give what one at a time gives:
+        only policies that keep everything do, and those that drop and leave positions alone. On Apple's mps it also
+        asks before it decodes a token more than was asked for, which it must be able to give back for certain.
         """
-        certain = self.device.type != "mps" or all(policy.recent is None for policy in self.policies)
-        return certain and all(layer.is_croppable for layer in self.layers)
+        forgets = [policy for policy in self.policies if policy.recent is not None]
+        alike = all(policy.compressor.drops and not policy.realigner.rotates for policy in forgets)
+        certain = self.device.type != "mps" or not forgets
+        return alike and certain and all(layer.is_croppable for layer in self.layers)
 
     @property
     def rotates(self) -> bool:

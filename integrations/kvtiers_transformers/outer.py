@@ -39,6 +39,14 @@ def before_outer(model: nn.Module) -> Callable[..., None]:
     return undisturbed
 
 
+def _forget(*_: Any) -> None:
+    _given.set(None)
+
+
+after_outer: Callable[..., None] = torch.compiler.disable(_forget)
+"""A hook that forgets what `before_outer` remembered, however the forward of the outer model ended."""
+
+
 def padding_mask(made: Any, kinds: Collection[str], rows: int, columns: int) -> Any:
     """The padding mask, [batch, tokens], of a forward whose decoder was handed the mask `made`; None if there is none.
 

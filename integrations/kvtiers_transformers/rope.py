@@ -3,7 +3,9 @@
 import copy
 import inspect
 import itertools
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +111,7 @@ def check_turn(decoder: nn.Module, layer_type: str, turn: Any, *, positions: Ten
         return
     like = torch.zeros(1, columns, 1, device=part.device, dtype=part.real.dtype)
     with torch.no_grad():
-        due = module(like, positions.to(part.device), *((layer_type,) if _per_type(module) else ()))
+        due = _made(module, like, positions.to(part.device), *((layer_type,) if _per_type(module) else ()))
     pairs = [(turn, due)] if isinstance(turn, Tensor) else zip(turn, due, strict=True)
     if max(float((got - want).abs().max()) for got, want in pairs) > 1e-2:
         raise UnsupportedModelError(
@@ -158,15 +160,23 @@ def _turn(module: Any, layer_type: str) -> Any:
     try:
         with torch.no_grad():
             if not _changes(_kind(module, layer_type)):
-                return module(*inputs, *extra)
+                return _made(module, *inputs, *extra)
             still = copy.copy(module)  # a longer or shorter input changes its frequencies, and the model's with them
             still.rope_type = dict.fromkeys(module.rope_type, "default") if _per_type(module) else "default"
-            return type(module).forward(still, *inputs, *extra)
+            return _made(partial(type(module).forward, still), *inputs, *extra)
     except _UNKNOWN as error:
         raise RotaryError(
             f"{type(module).__name__} makes no position embeddings when tried ({type(error).__name__}: {error}); "
             "use realigner='original', which keeps the model's own rotation"
         ) from error
+
+
+def _made(module: Callable[..., Any], like: Tensor, positions: Tensor, *extra: str) -> Any:
+    """Position embeddings at `positions`, [batch, tokens], which some versions want on each of three axes."""
+    try:
+        return module(like, positions, *extra)
+    except IndexError:
+        return module(like, positions.expand(3, *positions.shape), *extra)
 
 
 def _kind(module: Any, layer_type: str) -> str:

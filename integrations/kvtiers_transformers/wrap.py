@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -31,7 +31,7 @@ from kvtiers_transformers.cache import Outline, TransformersCache
 from kvtiers_transformers.counting import counts_on, unrotated_layers
 from kvtiers_transformers.decoders import attentions_of, decoder_of, tiers_of
 from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
-from kvtiers_transformers.outer import around, before_outer, check_layer_mask, padding_mask
+from kvtiers_transformers.outer import after_outer, around, before_outer, check_layer_mask, padding_mask
 from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
 from kvtiers_transformers.tiered_layer import TieredLayer
 
@@ -169,14 +169,14 @@ def _outline(decoder: nn.Module) -> Outline:
 
 def _before_attention(attention: nn.Module) -> Callable[..., Any]:
     names = list(inspect.signature(type(attention).forward).parameters)[1:]
-    config: Any = attention.config
+    original, config = weakref.ref(attention), cast(Any, attention).config
     kinds, _ = get_layer_types_and_kwargs(config)
 
     @uncompiled
     def kvtiers_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = running.get()
-        if forward is None or not isinstance(forward.cache, TransformersCache):
-            return None
+        if module is not original() or forward is None or not isinstance(forward.cache, TransformersCache):
+            return None  # a copy of the model has copies of the hooks
         cache = forward.cache
         number: Any = module.layer_idx
         layer = cache.layers[number]
@@ -241,6 +241,7 @@ def enable(model: PreTrainedModel) -> None:
             if outer not in state.outer:
                 state.outer.add(outer)
                 state.handles.append(outer.register_forward_pre_hook(before_outer(outer), with_kwargs=True))
+                state.handles.append(outer.register_forward_hook(after_outer, always_call=True))
 
 
 def _install(decoder: nn.Module) -> _Installed:

@@ -695,3 +695,12 @@ def test_a_file_whose_columns_make_no_sense_is_refused_and_nothing_changes(colum
         with pytest.raises(SavedCacheError, match="does not say how many columns each layer has seen"):
             other.load(tmp_path / "made")
         assert torch.equal(feed(model, ids, other, ()), plain(model, ids))
+
+
+@pytest.mark.parametrize("policy", ["streaming", "packforcing-lm"])
+def test_a_copy_of_an_enabled_model_can_be_enabled_itself(policy: str) -> None:
+    model, ids = build(), tokens(20)
+    with tiered(model, policy):
+        copied = copy.deepcopy(model)
+    with tiered(copied, policy) as cache:
+        assert distance(feed(copied, ids, cache, ()), plain(model, ids)) < 1e-5

@@ -140,6 +140,20 @@ def test_a_callback_may_end_guidance() -> None:
     assert torch.equal(found, pipeline()(guidance_scale=4.0, generator=seeded(), **once).frames)
 
 
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [(float("nan"), "finite number, got nan"), (None, "finite number, got None"), (4.0, "was begun without; begin it")],
+    ids=str,
+)
+def test_a_callback_cannot_begin_guidance_or_set_it_to_nonsense(scale: Any, said: str) -> None:
+    def callback(pipe: Any, *_: Any) -> None:
+        pipe._guidance_scale = scale
+
+    options = {**LATENT, "num_frames": 5, "prompt_embeds": TEXT}
+    with pytest.raises(PolicyError, match=said):
+        pipeline()(generator=seeded(), callback_on_step_end=callback, **options)
+
+
 def test_the_negative_prompt_is_the_empty_one_unless_another_is_given() -> None:
     torch.manual_seed(0)
     words = tiny_chat.tokenizer()

@@ -299,3 +299,23 @@ def test_a_model_that_counts_every_forward_from_0_is_refused_under_a_realigner_u
             else:
                 with pytest.raises(UnsupportedModelError, match="counts every forward from position 0"):
                     read(cache, positions=False)
+
+
+@pytest.mark.parametrize("end", ["its own cache", "fails outside the decoder"])
+def test_the_mask_of_a_forward_without_tiers_reaches_no_other_forward(end: str) -> None:
+    around, other = whole("gemma3"), build("llama")
+    ids, mask = pad_left([tokens(5)[0], tokens(9, seed=2)[0]])
+    more = tokens(9, rows=2, seed=3)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with tiered(around, "full"), tiered(other, "full") as cache, torch.no_grad():
+        if end == "its own cache":
+            around(ids, attention_mask=mask)
+        else:
+            handle = around.get_input_embeddings().register_forward_pre_hook(fail)
+            with pytest.raises(MemoryError):
+                around(ids, attention_mask=mask)
+            handle.remove()
+        assert distance(feed(other, more, cache, ()), plain(other, more)) < 1e-5

@@ -133,6 +133,20 @@ def test_an_interrupted_video_ends_with_the_block_that_was_being_made(when: tupl
     assert list(clips) == []
 
 
+def test_a_video_that_was_interrupted_does_not_go_on_from_what_it_did_not_remember() -> None:
+    made = pipeline()
+
+    def callback(pipe: Any, step: int, _: float, held: dict[str, Any]) -> None:
+        pipe._interrupt = (held["block"], step) == (1, 1)
+
+    options = {"prompt_embeds": prompt(), "num_frames": 29, **SMALL}
+    clips = made.stream(generator=seeded(), callback_on_step_end=callback, **options)
+    found = [next(clips), next(clips)]
+    made._interrupt = False
+    assert len(found) == 2
+    assert list(clips) == []
+
+
 class Counting(CausalWanPipeline):
     """Counts how often diffusers is asked to free the hooks of models that are kept elsewhere."""
 
