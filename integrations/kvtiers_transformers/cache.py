@@ -161,11 +161,11 @@ class TransformersCache(Cache):
         """Whether transformers may give tokens back.
 
         It asks before assisted decoding, which reads several tokens at once and must give what one at a time gives:
-        only policies that keep everything do, and those that drop and leave positions alone. On Apple's mps it also
+        only policies that attend everything do, and those that drop and leave positions alone. On Apple's mps it also
         asks before it decodes a token more than was asked for, which it must be able to give back for certain.
         """
         forgets = [policy for policy in self.policies if policy.recent is not None]
-        alike = all(policy.compressor.drops and not policy.realigner.rotates for policy in forgets)
+        alike = all(one.in_place or (one.compressor.drops and not one.realigner.rotates) for one in forgets)
         certain = self.device.type != "mps" or not forgets
         return alike and certain and all(layer.is_croppable for layer in self.layers)
 
