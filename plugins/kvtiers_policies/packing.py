@@ -78,11 +78,9 @@ class Packing:
     def _steps_and_codes(
         self, rows: UInt8[Tensor, "*heads rows width"], channels: int
     ) -> tuple[Float[Tensor, "*heads 1 rows"], UInt8[Tensor, "*heads channels rows"]]:
-        """The step of each row, and its codes, one column per row: bits are moved fastest where rows lie beside."""
-        step, columns = (
-            rows[..., :_SCALE_BYTES].clone(memory_format=torch.contiguous_format),
-            rows[..., _SCALE_BYTES:].mT.contiguous(),
-        )
+        """The step of each row, and its codes, one column per row: bits are moved fastest along long columns."""
+        step = rows[..., :_SCALE_BYTES].clone(memory_format=torch.contiguous_format)  # `view` needs it of one row, too
+        columns = rows[..., _SCALE_BYTES:].mT.contiguous()
         codes, low = columns[..., :0, :], 0
         sizes = [_bytes(channels, part) for part in _PARTS[self.bits]]
         for packed, part in zip(columns.split(sizes, dim=-2), _PARTS[self.bits], strict=True):
