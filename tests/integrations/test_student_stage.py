@@ -1,10 +1,13 @@
 """The student's stage: what it is shown, and that its loss teaches the model and the compressor."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing.tiny_world import Clips
@@ -18,9 +21,9 @@ from kvtiers_packforcing.training.student_config import StudentConfig
 SMALL = {"width": 32, "layers": 2, "heads": 2, "ffn_width": 64}
 
 
-def stage(**model):
+def stage(run=None, **model):
     table = {
-        "run": {"stage": "student", "folder": "nowhere", "seed": 1},
+        "run": {"stage": "student", "folder": "nowhere", "seed": 1} | (run or {}),
         "model": SMALL | model,
         "phases": [{"steps": 1, "peak_rate": 1e-3, "clips": 2, "noisy_streams": 2}],
     }
@@ -88,6 +91,46 @@ def test_both_branches_packed_equal_the_cache(tmp_path):
             assert torch.allclose(found[:, 0, :, cut], flow, atol=2e-6)
             wan.commit(latents[:, :, cut], text[:, block], pixels=pixels[:, :, seen])
     assert (found - blind).abs().max() > 1e-4, "the low-resolution branch makes no difference"
+
+
+def gradients(made):
+    made.model.zero_grad()
+    loss, _ = made.backward(made.config.phases[0], 3, range(2))
+    return loss, {name: weight.grad.clone() for name, weight in made.model.named_parameters()}
+
+
+def test_layers_that_run_again_give_the_same_gradients():
+    loss, wanted = gradients(stage())
+    again, found = gradients(stage({"gradient_checkpointing": True}))
+    assert torch.equal(loss, again)
+    assert all(torch.allclose(wanted[name], found[name], atol=1e-7) for name in wanted)
+
+
+def test_mixed_precision_rounds_products_alone():
+    loss, wanted = gradients(stage())
+    rounded, found = gradients(stage({"precision": "bfloat16"}))
+    assert 0 < abs(rounded / loss - 1) < 1e-3
+    assert all(part.dtype == torch.float32 for part in found.values())
+    whole, other = (torch.cat([part.flatten() for part in parts.values()]) for parts in (wanted, found))
+    assert 1e-4 < (whole - other).norm() / whole.norm() < 0.05
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_gradients(tmp_path):
+    """In processes of their own: the compiler cannot trace the checks of shapes that run in tests."""
+    for name in ("plain", "compiled"):
+        settings = "width = 32\nlayers = 2\nheads = 2\nffn_width = 64"
+        (tmp_path / f"{name}.toml").write_text(
+            f'[run]\nstage = "student"\nfolder = "{tmp_path / name}"\nlog_every = 1\n'
+            f"compile = {str(name == 'compiled').lower()}\n[model]\n{settings}\n"
+            "[[phases]]\nsteps = 2\npeak_rate = 1e-3\nclips = 2\nnoisy_streams = 2\n"
+        )
+        command = [sys.executable, "-m", "kvtiers_packforcing.training", str(tmp_path / f"{name}.toml")]
+        subprocess.run(command, check=True, timeout=300)
+    plain, compiled = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("plain", "compiled"))
+    moments = [name for name in plain if name.startswith("first.transformer")]
+    assert not all(torch.equal(plain[name], compiled[name]) for name in moments), "nothing was compiled"
+    assert all(torch.allclose(plain[name], compiled[name], atol=1e-5, rtol=1e-3) for name in moments)
 
 
 def test_several_processes_can_share_a_step():

@@ -146,6 +146,8 @@ def test_the_rate_depends_on_the_step_alone(config):
         ),
         (('"autoencoder"', '"autoencoders"'), r"stage must be one of .* Did you mean 'autoencoder'"),
         (("seed = 3", "seed = true"), "seed must be a whole number of at least 0, got True"),
+        (("seed = 3", "compile = 1"), "compile must be true or false, got 1"),
+        (("seed = 3", 'precision = "float16"'), "precision must be one of 'float32', 'bfloat16', got 'float16'"),
         (("warmup_steps = 1", "betas = [0.9]"), "betas must be two numbers"),
         (("save_every = 2", "save_every = 3\nlog_every = 2"), "no TOML"),
         (("save_every = 2", "save_every = 0"), "save_every must be a whole number of at least 1"),

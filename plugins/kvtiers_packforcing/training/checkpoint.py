@@ -95,7 +95,7 @@ def _now(said: Any, config: TrainingConfig, path: Path) -> dict[str, Any]:
 
 def _binding(said: Mapping[str, Any]) -> dict[str, Any]:
     """What of a configuration changes the result: not the folder, and not when something is written."""
-    run = {key: value for key, value in said["run"].items() if key in ("stage", "seed")}
+    run = {key: value for key, value in said["run"].items() if key in ("stage", "seed", "precision", "compile")}
     return {**said, "run": run}
 
 

@@ -60,6 +60,16 @@ def one_of(*names: str, **settings: Any) -> Any:
     return attrs.field(validator=check, **settings)
 
 
+def yes_or_no(**settings: Any) -> Any:
+    """A field that is true or false."""
+
+    def check(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+        if not isinstance(value, bool):
+            raise TrainingConfigError(f"{attribute.name} must be true or false, got {value!r}")
+
+    return attrs.field(validator=check, **settings)
+
+
 def text(**settings: Any) -> Any:
     """A field for a text that is not empty."""
 
@@ -85,7 +95,12 @@ def _pair(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
 
 @attrs.frozen(kw_only=True)
 class RunConfig:
-    """Where a run goes and when it writes. All of `*_every` count optimiser steps; 0 means never."""
+    """Where a run goes, when it writes and how it computes. All of `*_every` count optimiser steps; 0 means never.
+
+    precision: of matrix products; weights and the optimiser's moments are float32 always. compile: the layers of the
+    transformer, once for every layout. gradient_checkpointing: layers are run again for their gradients, which takes
+    less memory and more time.
+    """
 
     stage: str = text()
     folder: str = text()
@@ -95,6 +110,9 @@ class RunConfig:
     save_every: int = whole(1, default=100)
     keep_every: int = whole(0, default=0)
     evaluate_every: int = whole(0, default=0)
+    precision: str = one_of("float32", "bfloat16", default="float32")
+    compile: bool = yes_or_no(default=False)
+    gradient_checkpointing: bool = yes_or_no(default=False)
 
     def __attrs_post_init__(self) -> None:
         for name in ("save_every", "keep_every", "evaluate_every"):

@@ -111,7 +111,10 @@ class PackedAttention:
         now = self.packed_wan.now
         if now is None:
             raise UnsupportedModelError("a model that is packed is called through what `packed` gave, not directly")
-        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        query, key = (
+            norm(linear(hidden_states).to(norm.weight.dtype))  # in mixed precision a projection gives less than that
+            for norm, linear in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k))
+        )
         split = (
             part.unflatten(2, (attn.heads, -1)).transpose(1, 2).unflatten(0, now.shape)
             for part in (query, key, attn.to_v(hidden_states))
@@ -121,49 +124,51 @@ class PackedAttention:
         return out
 
     def _attend(self, now: Packing, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[batch, streams, blocks, heads, tokens, head_dim] in and out."""
+        """[batch, streams, blocks, heads, tokens, head_dim] in and out.
+
+        Whole tensors are cut with `split` and `unbind`, whose gradients are put together in one piece.
+        """
         rotary, more = self.packed_wan.rotary, 0 if now.reduced is None else now.reduced.shape[1]
         own = key.shape[4] - more
-        queries, keys = (rotary.apply(part[..., :own, :], now.table) for part in (query, key))
-        values = value[..., :own, :]
-        few_queries, few_keys, few_values = (part[:, 0, :, :, own:] for part in (query, key, value))
+        (query, few_query), (key, few_key), (value, few_value) = (
+            part.split((own, more), 4) for part in (query, key, value)
+        )
+        query, key = (rotary.apply(part, now.table) for part in (query, key))
+        queries, keys, values = (part.unbind(2) for part in (query, key, value))
+        few_query, few_key, few_value = (part[:, 0] for part in (few_query, few_key, few_value))
         if now.reduced_table is not None:
-            few_queries, few_keys = (rotary.apply(part, now.reduced_table) for part in (few_queries, few_keys))
-        streams = now.shape[1]
+            few_query, few_key = (rotary.apply(part, now.reduced_table) for part in (few_query, few_key))
+        few_queries, few_keys, few_values = (part.unbind(1) for part in (few_query, few_key, few_value))
+        clean = tuple([part[:, 0] for part in parts] for parts in (keys, values))
+        streams, blocks = now.shape[1:]
+        compressed = now.layout.compressed(blocks) if more else []
         full: list[Tensor] = []
-        few: dict[int, Tensor] = {}
-        for block in range(now.shape[2]):
-            history = self._history(now, block, (keys, values), (few_keys, few_values))
-            context = [
-                torch.cat([*(p[:, None].expand(-1, streams, -1, -1, -1) for p in past), part[:, :, block]], 3)
-                for past, part in zip(history, (keys, values), strict=True)
-            ]
-            full.append(_attention(queries[:, :, block], *context))
-            if more and block in now.layout.compressed(now.shape[2]):
-                context = [
-                    torch.cat([*past, part[:, block]], 2)
-                    for past, part in zip(history, (few_keys, few_values), strict=True)
-                ]
-                few[block] = _attention(few_queries[:, block], *context)
+        few: list[Tensor] = []
+        for block in range(blocks):
+            seen = now.layout.history(block)
+            past = tuple(
+                [whole[at] if form == "full" else part[at] for at, form in seen]
+                for whole, part in zip(clean, (few_keys, few_values), strict=True)
+            )
+            context = (
+                torch.cat([*(part[:, None].expand(-1, streams, -1, -1, -1) for part in before), parts[block]], 3)
+                for before, parts in zip(past, (keys, values), strict=True)
+            )
+            full.append(_attention(queries[block], *context))
+            if block in compressed:
+                context = (
+                    torch.cat([*before, parts[block]], 2)
+                    for before, parts in zip(past, (few_keys, few_values), strict=True)
+                )
+                few.append(_attention(few_queries[block], *context))
+            elif more:
+                few.append(torch.zeros_like(few_queries[block]))
         attended = torch.stack(full, 2)
         if not more:
             return attended
-        none = torch.zeros_like(few_queries[:, 0])
-        clean = torch.stack([few.get(block, none) for block in range(now.shape[2])], 1)[:, None]
-        beside = torch.zeros_like(clean).expand(-1, streams - 1, -1, -1, -1, -1)
-        return torch.cat((attended, torch.cat((clean, beside), 1)), 4)
-
-    @staticmethod
-    def _history(
-        now: Packing, block: int, full: tuple[Tensor, Tensor], few: tuple[Tensor, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values that a block attends of the past, [batch, heads, tokens, head_dim] each."""
-        seen = now.layout.history(block)
-        keys, values = (
-            [whole[:, 0, past] if form == "full" else part[:, past] for past, form in seen]
-            for whole, part in zip(full, few, strict=True)
-        )
-        return keys, values
+        beside = torch.stack(few, 1)[:, None]
+        beside = torch.cat((beside, beside.new_zeros(1).expand(len(beside), streams - 1, *beside.shape[2:])), 1)
+        return torch.cat((attended, beside), 4)
 
 
 @contextmanager
@@ -213,8 +218,14 @@ def _moved(
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention over the last two axes, whatever comes before them."""
+    """Attention over the last two axes, whatever comes before them.
+
+    On CPUs in float32: its gradient takes three times as long in bfloat16 there.
+    """
     shape = query.shape[:-3]
-    query, keys, values = (part.flatten(0, -4) for part in (query, keys, values))
-    out: Tensor = scaled_dot_product_attention(query, keys, values).unflatten(0, shape)
+    exact = query.device.type == "cpu" and query.dtype != torch.float64
+    dtype = torch.float32 if exact else values.dtype
+    query, keys, values = (part.flatten(0, -4).to(dtype) for part in (query, keys, values))
+    with torch.autocast(query.device.type, enabled=False):
+        out: Tensor = scaled_dot_product_attention(query, keys, values).unflatten(0, shape)
     return out

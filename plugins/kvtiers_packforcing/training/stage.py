@@ -36,6 +36,12 @@ class Stage(abc.ABC):
         so that several processes can share a step.
         """
 
+    def backward(self, phase: Any, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The same, after the gradients of the loss were added to the model's."""
+        loss, figures = self.loss(phase, step, numbers)
+        loss.backward()
+        return loss.detach(), figures
+
     @abc.abstractmethod
     def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:
         """Figures of the model as it is now. Pictures may be written to `folder`."""

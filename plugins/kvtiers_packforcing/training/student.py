@@ -39,6 +39,7 @@ from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigEr
 from kvtiers_packforcing.training.layout import Layout
 from kvtiers_packforcing.training.noising import BLOCK_FRAMES, by_frame, draw_clip, shifted
 from kvtiers_packforcing.training.packed import PackedWan, packed
+from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
 from kvtiers_packforcing.training.seeding import seed_of
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
@@ -65,6 +66,7 @@ class StudentStage(Stage):
         super().__init__(config)
         self.codec = LinearCodec.load()
         self.offsets = DualBranch().offsets(BLOCK_FRAMES, _GRID)
+        prepare(self.transformer, config.run)
         self.vae: Any = None if config.model.autoencoder is None else _autoencoder(Path(config.model.autoencoder))
 
     def make_model(self, settings: StudentConfig) -> nn.Module:
@@ -96,15 +98,27 @@ class StudentStage(Stage):
         return self.model.get_submodule("compressor")
 
     def loss(self, phase: StudentPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        with packed(self.transformer, self._layout(step)) as wan:
+            return self._loss(wan, phase, step, numbers)
+
+    def backward(self, phase: StudentPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        with packed(self.transformer, self._layout(step)) as wan:  # layers may be run again for their gradients
+            loss, figures = self._loss(wan, phase, step, numbers)
+            loss.backward()
+        return loss.detach(), figures
+
+    def _loss(
+        self, wan: PackedWan, phase: StudentPhase, step: int, numbers: Sequence[int]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         names = [f"{self.config.run.seed}/{step}/{nth}" for nth in numbers]
         clips = Clips.of_seeds(names)
         latents, text = self.codec.encode(clips.pixels()), clips.text()
         drawn = [draw_clip(name, phase.noisy_streams, latents.shape[1:], self.config.model) for name in names]
         sigmas, noise, dirt, starts = (torch.stack(parts) for parts in zip(*drawn, strict=True))
         noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
-        with packed(self.transformer, self._layout(step)) as wan:
-            low = self.low_resolution(clips, latents, wan.layout)
-            clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
+        low = self.low_resolution(clips, latents, wan.layout)
+        clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
+        with mixed(self.config.run, latents.device):
             flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low)
         off = (flow - (noise - latents[:, None])).square()
         own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
@@ -164,6 +178,7 @@ class StudentStage(Stage):
         return _LAYOUTS[name]
 
     @torch.no_grad()
+    @uncompiled()
     def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:
         """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
 

@@ -47,8 +47,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        loss, figures = self.stage.loss(phase, self.step, self.share.numbers(phase.clips))
-        loss.backward()
+        loss, figures = self.stage.backward(phase, self.step, self.share.numbers(phase.clips))
         for weight in self.stage.model.parameters():  # AdamW skips what has no gradient, and would lose count of steps
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         self.share.average(weight.grad for weight in self.stage.model.parameters() if weight.grad is not None)
@@ -56,7 +55,7 @@ class Trainer:
         self.optimiser.step()
         self.step += 1
         self.average.update(self.stage.model, self.step)
-        found = torch.stack([loss.detach(), *(value.detach() for value in figures.values())])
+        found = torch.stack([loss, *(value.detach() for value in figures.values())])
         self.share.average([found])
         told = dict(zip(("loss", *figures), found.tolist(), strict=True))
         return {**told, "norm": float(norm), "rate": rate}

@@ -1,0 +1,38 @@
+"""How a run computes: in which precision, and whether layers are compiled or run again for their gradients."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kvtiers_packforcing.training.config import RunConfig
+
+
+@contextmanager
+def mixed(run: RunConfig, device: torch.device) -> Iterator[None]:
+    """Inside of the block, matrix products are computed in the run's precision. Weights and sums stay in float32."""
+    if run.precision == "float32":
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), warnings.catch_warnings():
+        # torch's RMSNorm would like weights and input of one dtype, for a faster kernel
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
+
+
+def prepare(transformer: Any, run: RunConfig) -> None:
+    """Let the layers of a transformer be compiled when they first run, or be run again for their gradients."""
+    if run.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if run.compile:
+        for block in transformer.blocks:
+            block.compile(dynamic=False)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside of the block, compiled layers run as they were written: for shapes that come up now and then."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
