@@ -155,7 +155,7 @@ class DualBranchReducer:
         steps, grid = latents.shape[2], (latents.shape[3] // high, latents.shape[4] // wide)
         cells = self.settings.cells(steps, grid)
         fine = None if self.network is None else self._high_resolution(latents)
-        encoded = self._encoded(self._admitted(latents, pixels), cells[0]) if self.needs_pixels else None
+        encoded = self.encoded(self._admitted(latents, pixels), cells[0]) if self.needs_pixels else None
         embedded = None if encoded is None else (encoded.shape[2], encoded.shape[3] // high, encoded.shape[4] // wide)
         for made in (None if fine is None else tuple(fine.shape[2:]), embedded):
             if made not in (None, cells):
@@ -190,8 +190,10 @@ class DualBranchReducer:
         made: Tensor = network(latents.to(network.dtype))
         return made
 
-    def _encoded(self, pixels: Tensor, frames: int) -> Tensor:
-        """The pixels, pooled 4 times in height and width and 2 in time, as normalised latents.
+    def encoded(self, pixels: Tensor, frames: int) -> Tensor:
+        """The pixels of a block, pooled 4 times in height and width and 2 in time, as normalised latents.
+
+        frames: how many reduced ones are wanted.
 
         The encoder is causal and makes one latent of its first frame alone: the last frame before the block is put in
         front, and that latent left out. The first block has none before it and begins with such a frame itself.

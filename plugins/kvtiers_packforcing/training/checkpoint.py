@@ -1,13 +1,16 @@
 """Checkpoints: one safetensors file with all that a run needs to go on, bit for bit. It is there whole or not at all.
 
 The file holds the weights (`model.`), their average (`average.`) and the two moments of AdamW (`first.`, `second.`),
-all in their own dtype. Its metadata is JSON: the step, the configuration, and what wrote it. Nothing random is kept,
-since all that is random is drawn from the seed and the step.
+all in their own dtype, and the same of a second network behind its name (`critic.model.`), except that it has no
+average. Its metadata is JSON: the step, the updates of each network if there are several, the configuration, and what
+wrote it. Nothing random is kept, since all that is random is drawn from the seed and the step.
+
+Tensors are whole, also those of a run whose weights are in shards; so a run can go on in another number of processes.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ import attrs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor
 
 from kvtiers.errors import KVTiersError
 from kvtiers_packforcing.training.averaging import Average
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError, config_of
+from kvtiers_packforcing.training.learner import Learner
+from kvtiers_packforcing.training.sharding import put, whole
 
 _FORMAT = "kvtiers training checkpoint 1"
 
@@ -30,15 +34,20 @@ class CheckpointError(KVTiersError, ValueError):
 
 
 def save_checkpoint(
-    path: Path, *, step: int, config: TrainingConfig, model: nn.Module, average: Average, optimiser: AdamW
+    path: Path, *, step: int, config: TrainingConfig, learners: Sequence[Learner], average: Average, writes: bool = True
 ) -> None:
-    """Write everything to `path`, in one move."""
-    tensors = {f"average.{name}": weight for name, weight in average.weights.items()}
-    for name, weight in model.named_parameters():
-        state = optimiser.state[weight]
-        first, second = (state.get(key, torch.zeros_like(weight)) for key in ("exp_avg", "exp_avg_sq"))
-        tensors |= {f"model.{name}": weight.detach(), f"first.{name}": first, f"second.{name}": second}
+    """Write everything to `path`, in one move.
+
+    writes: whether this process is the one that writes; the others only give their shards.
+    """
+    tensors = {f"average.{name}": whole(weight) for name, weight in average.weights.items()}
+    for learner in learners:
+        tensors |= learner.tensors()
+    if not writes:
+        return
     said = {"format": _FORMAT, "step": step, "torch": torch.__version__, "config": described(config)}
+    if len(learners) > 1:
+        said["updates"] = {learner.name: learner.updates for learner in learners}
     beside = path.with_name(f"{path.name}.part")
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(held, beside, {"kvtiers": json.dumps(said)})
@@ -46,7 +55,7 @@ def save_checkpoint(
     _settle(path.parent)
 
 
-def load_checkpoint(path: Path, *, config: TrainingConfig, model: nn.Module, average: Average, optimiser: AdamW) -> int:
+def load_checkpoint(path: Path, *, config: TrainingConfig, learners: Sequence[Learner], average: Average) -> int:
     """Put everything back and return the step. The configuration must say the same, except where and when to write."""
     said, tensors = read_checkpoint(path)
     if (mine := _binding(described(config))) != (theirs := _binding(_now(said["config"], config, path))):
@@ -56,17 +65,14 @@ def load_checkpoint(path: Path, *, config: TrainingConfig, model: nn.Module, ave
             "file to begin anew"
         )
     step = int(said["step"])
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(tensors[f"model.{name}"])
-            average.weights[name].copy_(tensors[f"average.{name}"])
-            moments = (torch.empty_like(weight).copy_(tensors[f"{key}.{name}"]) for key in ("first", "second"))
-            state = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
-            optimiser.state[weight] = {"step": torch.tensor(float(step)), **state}
+    for learner in learners:
+        learner.restore(tensors, int(said.get("updates", {}).get(learner.name, step)))
+    for name, weight in average.weights.items():
+        put(weight, tensors[f"average.{name}"])
     return step
 
 
-def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     """What a checkpoint says, and its tensors."""
     try:
         with safe_open(path, "pt") as file:

@@ -53,10 +53,15 @@ def _run(trainer: Trainer, until: int | None) -> None:
         bar = progress.add_task(trainer.stage.name, total=trainer.config.steps)
 
         def done(step: int, figures: Mapping[str, float]) -> None:
-            progress.update(bar, completed=step, description=f"{trainer.stage.name} loss {figures['loss']:.4f}")
+            progress.update(bar, completed=step, description=f"{trainer.stage.name} {_loss_of(figures)}")
 
         trainer.run(until=until, done=done)
     console.print(f"{trainer.step} of {trainer.config.steps} steps are done.")
+
+
+def _loss_of(figures: Mapping[str, float]) -> str:
+    """The first figure of a step, which is its loss, with its name."""
+    return next(f"{name} {value:.4f}" for name, value in figures.items())
 
 
 def _cost(trainer: Trainer) -> None:

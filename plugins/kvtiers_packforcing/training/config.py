@@ -80,9 +80,27 @@ def text(**settings: Any) -> Any:
     return attrs.field(validator=check, **settings)
 
 
-def _tuple(value: Any) -> Any:
+def values(value: Any) -> Any:
     """What TOML has as an array."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def numbers(**settings: Any) -> Any:
+    """A field for one or more numbers."""
+
+    def check(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+        if not isinstance(value, tuple) or not value or not all(isinstance(each, float) for each in value):
+            raise TrainingConfigError(f"{attribute.name} must be an array of numbers, got {value!r}")
+
+    def floats(value: Any) -> Any:
+        return tuple(_float(each) for each in value) if isinstance(value, list | tuple) else value
+
+    return attrs.field(converter=floats, validator=check, **settings)
+
+
+def pair(**settings: Any) -> Any:
+    """A field for two numbers from 0 to below 1."""
+    return attrs.field(converter=values, validator=_pair, **settings)
 
 
 def _pair(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
@@ -99,7 +117,7 @@ class RunConfig:
 
     precision: of matrix products; weights and the optimiser's moments are float32 always. compile: the layers of the
     transformer, once for every layout. gradient_checkpointing: layers are run again for their gradients, which takes
-    less memory and more time.
+    less memory and more time. sharding: whether several processes each hold all weights, or cut them up (`fsdp2`).
     """
 
     stage: str = text()
@@ -113,6 +131,7 @@ class RunConfig:
     precision: str = one_of("float32", "bfloat16", default="float32")
     compile: bool = yes_or_no(default=False)
     gradient_checkpointing: bool = yes_or_no(default=False)
+    sharding: str = one_of("none", "fsdp2", default="none")
 
     def __attrs_post_init__(self) -> None:
         for name in ("save_every", "keep_every", "evaluate_every"):
@@ -126,7 +145,7 @@ class RunConfig:
 class OptimiserConfig:
     """AdamW, clipped by the norm of all gradients, and an exponential moving average of the weights (EMA)."""
 
-    betas: tuple[float, float] = attrs.field(default=(0.9, 0.99), converter=_tuple, validator=_pair)
+    betas: tuple[float, float] = pair(default=(0.9, 0.99))
     weight_decay: float = number(0.0, default=1e-4)
     clip_norm: float = number(0.0, default=1.0)
     ema_decay: float = number(0.0, 1.0, default=0.995)
@@ -171,13 +190,13 @@ class TrainingConfig:
             within -= phase.steps
         return self.phases[-1], self.phases[-1].steps - 1
 
-    def rate_at(self, step: int) -> float:
-        """The learning rate of a step: it depends on nothing but the step."""
+    def rate_at(self, step: int, peak_rate: float | None = None) -> float:
+        """The learning rate of a step: it depends on nothing but the step. peak_rate: none takes the phase's."""
         phase, within = self.phase_at(step)
         low = self.optimiser.last_share
         rising = min(1.0, (within + 1) / (self.optimiser.warmup_steps + 1))
         falling: float = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * within / phase.steps))
-        return float(phase.peak_rate) * rising * falling
+        return float(phase.peak_rate if peak_rate is None else peak_rate) * rising * falling
 
 
 def read_table(path: Path | str) -> Mapping[str, Any]:

@@ -40,8 +40,8 @@ class Packing:
 class PackedWan:
     """Runs a transformer over whole clips; made by `packed`."""
 
-    def __init__(self, transformer: Any, layout: Layout) -> None:
-        self.transformer, self.layout = transformer, layout
+    def __init__(self, transformer: Any, layout: Layout, *, detach_history: bool = False) -> None:
+        self.transformer, self.layout, self.detach_history = transformer, layout, detach_history
         self.rotary: Rotary = rotary_of(transformer)
         self.now: Packing | None = None
 
@@ -139,7 +139,7 @@ class PackedAttention:
         if now.reduced_table is not None:
             few_query, few_key = (rotary.apply(part, now.reduced_table) for part in (few_query, few_key))
         few_queries, few_keys, few_values = (part.unbind(1) for part in (few_query, few_key, few_value))
-        clean = tuple([part[:, 0] for part in parts] for parts in (keys, values))
+        clean = tuple([self._past(part[:, 0]) for part in parts] for parts in (keys, values))
         streams, blocks = now.shape[1:]
         compressed = now.layout.compressed(blocks) if more else []
         full: list[Tensor] = []
@@ -170,16 +170,23 @@ class PackedAttention:
         beside = torch.cat((beside, beside.new_zeros(1).expand(len(beside), streams - 1, *beside.shape[2:])), 1)
         return torch.cat((attended, beside), 4)
 
+    def _past(self, full: Tensor) -> Tensor:
+        """Keys or values of a clean block at full resolution, as later blocks attend them."""
+        return full.detach() if self.packed_wan.detach_history else full
+
 
 @contextmanager
-def packed(transformer: Any, layout: Layout) -> Iterator[PackedWan]:
+def packed(transformer: Any, layout: Layout, *, detach_history: bool = False) -> Iterator[PackedWan]:
     """Inside of the block, `transformer` can be run over whole clips by what this gives. After it, it is as it was.
+
+    detach_history: whether no gradient flows into what is attended in full of earlier blocks, as if it came from a
+    cache. It still flows into their reduced tokens, and so into the compressor.
 
     Backward passes belong inside of the block too: gradient checkpointing runs layers again.
     """
     if any(block.attn1.fused_projections for block in transformer.blocks):
         raise UnsupportedModelError("this model's projections are fused; call unfuse_qkv_projections() before training")
-    wan, own = PackedWan(transformer, layout), dict(transformer.attn_processors)
+    wan, own = PackedWan(transformer, layout, detach_history=detach_history), dict(transformer.attn_processors)
     ours = {name: PackedAttention(wan) if ".attn1." in name else processor for name, processor in own.items()}
 
     def append(_: Any, args: tuple[Any, ...]) -> Any:

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kvtiers_packforcing.training.config import TrainingConfig
+from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.seeding import seed_of
+
+_CPU = torch.device("cpu")
 
 
 class Stage(abc.ABC):
@@ -22,11 +24,36 @@ class Stage(abc.ABC):
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         torch.manual_seed(seed_of(config.run.seed, "weights"))  # modules of others draw their first weights from it
-        self.model = self.make_model(config.model)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        self.model = self.make_model(config.model).to(self.device)
 
     @abc.abstractmethod
     def make_model(self, settings: Any) -> nn.Module:
         """The model with its first weights."""
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """What is trained, each with an optimiser of its own. `model` is averaged, evaluated and exported."""
+        return {"model": self.model}
+
+    def turn(self, step: int) -> str:
+        """Which of the networks a step updates."""
+        return "model"
+
+    def peak_rate(self, network: str, phase: Any) -> float:
+        """The highest learning rate of a network in a phase."""
+        rate: float = phase.peak_rate
+        return rate
+
+    def betas(self, network: str) -> tuple[float, float]:
+        """How slowly the optimiser of a network forgets gradients, and their squares."""
+        return self.config.optimiser.betas
+
+    def shard(self) -> None:
+        """Cut the weights over all processes, as `[run] sharding` says."""
+        raise TrainingConfigError(
+            f"[run]: stage {self.name!r} cannot be cut into shards; its model is small: choose sharding = 'none'"
+        )
 
     @abc.abstractmethod
     def loss(self, phase: Any, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -37,7 +64,7 @@ class Stage(abc.ABC):
         """
 
     def backward(self, phase: Any, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The same, after the gradients of the loss were added to the model's."""
+        """The same, after the gradients of the loss were added to those of the network whose turn it is."""
         loss, figures = self.loss(phase, step, numbers)
         loss.backward()
         return loss.detach(), figures

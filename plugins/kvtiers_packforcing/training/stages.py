@@ -7,10 +7,11 @@ from typing import Any
 from kvtiers.errors import suggest
 from kvtiers_packforcing.training.autoencoder import AutoencoderStage
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError, config_of, read_table
+from kvtiers_packforcing.training.distill import DistillStage
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student import StudentStage
 
-STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in (AutoencoderStage, StudentStage)}
+STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in (AutoencoderStage, StudentStage, DistillStage)}
 
 
 def load_config(path: Path | str) -> TrainingConfig:

@@ -7,12 +7,13 @@ falls apart without it. The clean past is given with a little noise, since a rol
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d
 
@@ -28,18 +29,17 @@ from kvtiers_packforcing.tiny_world import (
     TEXT_WIDTH,
     WIDTH,
     Clips,
-    Houses,
     LinearCodec,
-    Walks,
-    contact_sheet,
-    embed_walks,
     render,
 )
-from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
+from kvtiers_packforcing.training.causal_clips import high_resolution
+from kvtiers_packforcing.training.config import TrainingConfig
+from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond_the_sink
 from kvtiers_packforcing.training.layout import Layout
 from kvtiers_packforcing.training.noising import BLOCK_FRAMES, by_frame, draw_clip, shifted
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
+from kvtiers_packforcing.training.saved import frozen_autoencoder
 from kvtiers_packforcing.training.seeding import seed_of
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
@@ -50,9 +50,6 @@ _LAYOUTS = {
     "sink_window": Layout(mid="none"),
     "window": Layout(sink_blocks=0, mid="none"),
 }
-_WALK = (("hall", 2), ("attic", 3), ("hall", 2), ("cellar", 3), ("attic", 2))
-"""What is rolled out for the picture: the first block of each room is given, and what returns is not."""
-_GIVEN = 5
 
 
 class StudentStage(Stage):
@@ -67,7 +64,7 @@ class StudentStage(Stage):
         self.codec = LinearCodec.load()
         self.offsets = DualBranch().offsets(BLOCK_FRAMES, _GRID)
         prepare(self.transformer, config.run)
-        self.vae: Any = None if config.model.autoencoder is None else _autoencoder(Path(config.model.autoencoder))
+        self.vae: Any = frozen_autoencoder(config.model.autoencoder, self.device)
 
     def make_model(self, settings: StudentConfig) -> nn.Module:
         transformer: Any = WanTransformer3DModel(
@@ -139,12 +136,10 @@ class StudentStage(Stage):
 
         low: what `low_resolution` gave for the layout.
         """
-        cut = clean.unflatten(2, (CLIP_BLOCKS, -1))
         blocks = wan.layout.compressed(CLIP_BLOCKS)
         more: dict[str, Tensor] = {}
         if blocks:
-            tokens = self.compressor(cut[:, :, blocks].transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
-            tokens = tokens.unflatten(0, (len(clean), len(blocks)))
+            tokens = high_resolution(self.compressor, clean, CLIP_BLOCKS, blocks)
             more = {"reduced": tokens if low is None else tokens + low, "offsets": self.offsets}
         told = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
         return wan(torch.cat((clean[:, None], noisy), 1), told, text, starts=starts, **more)[:, 1:]
@@ -185,7 +180,7 @@ class StudentStage(Stage):
         Where a room returns that the first block does not show, only `packforcing` can know it. If it is no better than
         `sink_window` there, the model does not use its memory.
         """
-        clips = _returns_beyond_the_sink(16)
+        clips = returns_beyond_the_sink(16)
         latents, text = self.codec.encode(clips.pixels()), clips.text()
         generator = torch.Generator().manual_seed(seed_of("evaluation"))
         sigmas = torch.tensor([0.95, 0.8, 0.5])[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
@@ -201,18 +196,8 @@ class StudentStage(Stage):
             by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6))
             found[f"return_{name}"] = float(by_block[torch.arange(len(at)), at].mean())
             found[f"all_{name}"] = float(by_block.mean())
-        self._picture(folder / f"step-{step:06d}.png")
+        draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=8))
         return found
-
-    def _picture(self, path: Path) -> None:
-        """Go on from the first blocks of a walk, under PackForcing: rows of truth, and of what the model makes."""
-        seeds = ["evaluation a", "evaluation b"]
-        houses, walk = Houses.of_seeds(seeds), Walks.written(*_WALK)
-        walks = Walks(rooms=walk.rooms.expand(2, -1), curtains=walk.curtains.expand(2, -1))
-        pixels = render(houses, walks, torch.arange(3, walks.blocks * FRAMES_PER_BLOCK).expand(2, -1))
-        made = self.rollout(self.codec.encode(pixels)[:, :, : _GIVEN * BLOCK_FRAMES], embed_walks(walks), steps=8)
-        shown = torch.arange(8, pixels.shape[2], FRAMES_PER_BLOCK)
-        contact_sheet(torch.stack((pixels, self.codec.decode(made)), 1).flatten(0, 1)[:, :, shown], path)
 
     @torch.no_grad()
     def rollout(self, given: Tensor, text: Tensor, *, steps: int, seed: int = 0, top_k: int = 2) -> Tensor:
@@ -240,21 +225,3 @@ class StudentStage(Stage):
         """Write the transformer and the compressor as diffusers does."""
         self.transformer.save_pretrained(folder / "transformer")
         self.compressor.save_pretrained(folder / "compressor")
-
-
-def _autoencoder(folder: Path) -> Any:
-    """A frozen autoencoder."""
-    if not (folder / "config.json").is_file():
-        raise TrainingConfigError(f"[model]: autoencoder: {folder} holds no autoencoder; train one, or leave it out")
-    return AutoencoderKLWan.from_pretrained(folder).eval().requires_grad_(False)
-
-
-def _returns_beyond_the_sink(count: int) -> Clips:
-    """Clips in which a room returns that the first block of the walk does not show."""
-    seeds = [f"evaluation {nth}" for nth in range(4 * count)]
-    clips, found = Clips.of_seeds(seeds, "return"), []
-    for row, seed in enumerate(seeds):
-        rooms = clips.walks.rooms[row, clips.blocks[row]]
-        if rooms[clips.returns(row) or 0] != rooms[0]:
-            found.append(seed)
-    return Clips.of_seeds(found[:count], "return")

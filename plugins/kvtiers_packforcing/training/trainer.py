@@ -1,17 +1,18 @@
 """The loop: from a stage and its configuration to weights, one optimiser step at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
 import torch
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
 
 from kvtiers_packforcing.training.averaging import Average
 from kvtiers_packforcing.training.checkpoint import load_checkpoint, save_checkpoint
 from kvtiers_packforcing.training.config import TrainingConfig
+from kvtiers_packforcing.training.learner import Learner
 from kvtiers_packforcing.training.metrics import Metrics
+from kvtiers_packforcing.training.sharding import whole
 from kvtiers_packforcing.training.sharing import Share
 from kvtiers_packforcing.training.stage import Stage
 
@@ -26,55 +27,61 @@ class Trainer:
     stage: Stage
     share: Share = attrs.field(factory=Share)
     average: Average = attrs.field(init=False)
-    optimiser: AdamW = attrs.field(init=False)
+    learners: Mapping[str, Learner] = attrs.field(init=False)
     step: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         self.share.check(self.config)
+        if self.sharded:
+            self.stage.shard()
         settings = self.config.optimiser
         self.average = Average(self.stage.model, settings.ema_decay)
-        self.optimiser = AdamW(self.stage.model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay)
+        self.learners = {
+            name: Learner(name=name, network=network, betas=self.stage.betas(name), weight_decay=settings.weight_decay)
+            for name, network in self.stage.networks.items()
+        }
 
     @property
     def config(self) -> TrainingConfig:
         """The configuration of the stage."""
         return self.stage.config
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are cut over the processes."""
+        return self.config.run.sharding != "none" and self.share.world > 1
+
     def advance(self) -> Mapping[str, float]:
-        """Make one step, and return its figures."""
+        """Make one step, and return its figures. Those of another network than `model` bear its name."""
         phase, _ = self.config.phase_at(self.step)
-        rate = self.config.rate_at(self.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad()
+        learner = self.learners[self.stage.turn(self.step)]
+        rate = self.config.rate_at(self.step, self.stage.peak_rate(learner.name, phase))
+        learner.optimiser.zero_grad()
         loss, figures = self.stage.backward(phase, self.step, self.share.numbers(phase.clips))
-        for weight in self.stage.model.parameters():  # AdamW skips what has no gradient, and would lose count of steps
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        self.share.average(weight.grad for weight in self.stage.model.parameters() if weight.grad is not None)
-        norm = clip_grad_norm_(self.stage.model.parameters(), self.config.optimiser.clip_norm, error_if_nonfinite=True)
-        self.optimiser.step()
+        norm = learner.update(rate, self.config.optimiser.clip_norm, self.share)
         self.step += 1
-        self.average.update(self.stage.model, self.step)
+        if learner.name == "model":
+            self.average.update(self.stage.model, learner.updates)
         found = torch.stack([loss, *(value.detach() for value in figures.values())])
         self.share.average([found])
-        told = dict(zip(("loss", *figures), found.tolist(), strict=True))
-        return {**told, "norm": float(norm), "rate": rate}
+        told = {**dict(zip(("loss", *figures), found.tolist(), strict=True)), "norm": norm, "rate": rate}
+        return told if learner.name == "model" else {f"{learner.name}_{name}": value for name, value in told.items()}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint. Every process calls it at the same time if weights are in shards."""
         save_checkpoint(
             path,
             step=self.step,
             config=self.config,
-            model=self.stage.model,
+            learners=list(self.learners.values()),
             average=self.average,
-            optimiser=self.optimiser,
+            writes=self.share.writes,
         )
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint."""
         self.step = load_checkpoint(
-            path, config=self.config, model=self.stage.model, average=self.average, optimiser=self.optimiser
+            path, config=self.config, learners=list(self.learners.values()), average=self.average
         )
 
     @property
@@ -84,8 +91,29 @@ class Trainer:
 
     def export(self) -> None:
         """Write the averaged weights for use."""
-        with self.average.put_in(self.stage.model):
-            self.stage.export(self.export_folder)
+        with self._averaged() as stage:
+            if stage is not None:
+                stage.export(self.export_folder)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[Stage | None]:
+        """The stage with the averaged weights, whole, in the process that writes; in the others None.
+
+        Where weights are in shards it is another stage, made for the purpose.
+        """
+        if not self.sharded:
+            with self.average.put_in(self.stage.model):
+                yield self.stage if self.share.writes else None
+            return
+        weights = {name: whole(weight) for name, weight in self.average.weights.items()}
+        stage = None
+        if self.share.writes:
+            stage = type(self.stage)(self.config)
+            with torch.no_grad():
+                for name, weight in stage.model.named_parameters():
+                    weight.copy_(weights[name])
+        yield stage
+        self.share.wait()
 
     def run(
         self, *, until: int | None = None, done: Callable[[int, Mapping[str, float]], object] = lambda *_: None
@@ -105,24 +133,34 @@ class Trainer:
         while self.step < last:
             figures = self.advance()
             since.append(figures)
-            if log is not None:
+            if log is not None or self.sharded:
                 self._write(folder, log, since, stops=self.step == last)
             if self.step % self.config.run.log_every == 0:
                 since = []
             done(self.step, figures)
-        if self.step == self.config.steps and self.share.writes:
+        if self.step == self.config.steps and (self.share.writes or self.sharded):
             self.export()
 
-    def _write(self, folder: Path, log: Metrics, since: Sequence[Mapping[str, float]], *, stops: bool) -> None:
-        """Write what is due after a step."""
+    def _write(self, folder: Path, log: Metrics | None, since: Sequence[Mapping[str, float]], *, stops: bool) -> None:
+        """Write what is due after a step. Processes without a log only give their shards."""
         every = self.config.run
-        if self.step % every.log_every == 0:
-            log.write(self.step, {key: sum(line[key] for line in since) / len(since) for key in since[0]})
+        if log is not None and self.step % every.log_every == 0:
+            log.write(self.step, _means(since))
         ends = self.step == self.config.steps
         if every.evaluate_every and (ends or self.step % every.evaluate_every == 0):
-            with self.average.put_in(self.stage.model):
-                log.write(self.step, self.stage.evaluate(folder, self.step))
+            with self._averaged() as stage:
+                if stage is not None and log is not None:
+                    log.write(self.step, stage.evaluate(folder, self.step))
         if stops or self.step % every.save_every == 0:
             self.save(folder / CHECKPOINT)
         if every.keep_every and self.step % every.keep_every == 0:
             self.save(folder / f"checkpoint-{self.step}.safetensors")
+
+
+def _means(lines: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """The mean of each figure over the steps that have it: networks that take turns have figures of their own."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -1,0 +1,105 @@
+"""Samplers, and videos made block by block through a cache, each block after what was made before it.
+
+Source: self-rollout of Self-Forcing (arXiv 2506.08009) section 3.2, with PackForcing's tiers (arXiv 2603.25730 section
+3). A step predicts the clean block; the next step begins from that, renoised with fresh noise.
+"""
+
+from collections.abc import Callable, Sequence
+
+import attrs
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvtiers_diffusers.causal_wan import CausalWan
+
+Denoise = Callable[[Tensor, float], Tensor]
+"""The flow of a noisy block at a sigma."""
+Pixels = Callable[[Tensor, bool], Tensor | None]
+"""The pixels of a block of latents, and whether it is the first; None if nobody looks at them."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Rollout:
+    """A video that a model made of its own history.
+
+    inputs: the noisy blocks of the last step that was made, the exit step, at noise level `sigma`. latents: what it
+    made of them, which is what later blocks remember.
+    """
+
+    latents: Float[Tensor, "batch channels frames height width"]
+    inputs: Float[Tensor, "batch channels frames height width"]
+    sigma: float
+
+
+def few_steps(
+    denoise: Denoise, noise: Float[Tensor, "batch steps channels frames height width"], sigmas: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The clean block after as many steps as there are `sigmas`, and the noisy input of the last one."""
+    noisy = clean = noise[:, 0]
+    for step, sigma in enumerate(sigmas):
+        noisy = torch.lerp(clean, noise[:, step], sigma)
+        clean = noisy - sigma * denoise(noisy, sigma)
+    return clean, noisy
+
+
+def along_the_flow(denoise: Denoise, noise: Tensor, sigmas: Sequence[float]) -> list[Tensor]:
+    """What Euler's method passes by from noise to clean, at every sigma and at 0."""
+    passed = [noise]
+    for before, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        passed.append(passed[-1] + (after - before) * denoise(passed[-1], before))
+    return passed
+
+
+def finer(timesteps: Sequence[float], each: int) -> list[float]:
+    """Timesteps with `each` even steps for one of these; the last one goes down to 0."""
+    pairs = zip(timesteps, [*timesteps[1:], 0.0], strict=True)
+    return [before + (after - before) * part / each for before, after in pairs for part in range(each)]
+
+
+def roll_out(
+    wan: CausalWan,
+    noise: Float[Tensor, "batch steps channels frames height width"],
+    text: Float[Tensor, "batch blocks words text_width"],
+    sigmas: Sequence[float],
+    pixels: Pixels,
+    *,
+    history: Float[Tensor, "batch channels past_frames height width"] | None = None,
+) -> Rollout:
+    """Blocks in a few steps each, every one after those before it.
+
+    noise: fresh for every step. sigmas: of the steps that are made, all of them or fewer. history: what is remembered
+    of the first blocks, or of all, instead of what was made of them.
+
+    Source: the random exit step of Self-Forcing, algorithm 1.
+    """
+    made: list[tuple[Tensor, Tensor]] = []
+    length = noise.shape[3] // text.shape[1]
+    for nth, part in enumerate(noise.split(length, 3)):
+        made.append(few_steps(_of_block(wan, text[:, nth]), part, sigmas))
+        known = None if history is None else history[:, :, nth * length : (nth + 1) * length]
+        block = made[-1][0] if known is None or not known.shape[2] else known.clone()
+        wan.commit(block, text[:, nth], pixels=pixels(block, nth == 0))
+    latents, inputs = (torch.cat(parts, 2) for parts in zip(*made, strict=True))
+    return Rollout(latents=latents, inputs=inputs, sigma=sigmas[-1])
+
+
+def given_history(
+    wan: CausalWan,
+    history: Float[Tensor, "batch channels frames height width"],
+    noise: Float[Tensor, "batch channels frames height width"],
+    text: Float[Tensor, "batch blocks words text_width"],
+    sigmas: Sequence[float],
+    pixels: Pixels,
+) -> list[Float[Tensor, "batch channels frames height width"]]:
+    """What `along_the_flow` passes by, in every block, where the blocks before are those of `history`."""
+    passed: list[list[Tensor]] = []
+    cut = (part.tensor_split(text.shape[1], 2) for part in (history, noise))
+    for nth, (clean, begin) in enumerate(zip(*cut, strict=True)):
+        passed.append(along_the_flow(_of_block(wan, text[:, nth]), begin, sigmas))
+        wan.commit(clean.clone(), text[:, nth], pixels=pixels(clean, nth == 0))
+    return [torch.cat(parts, 2) for parts in zip(*passed, strict=True)]
+
+
+def _of_block(wan: CausalWan, text: Tensor) -> Denoise:
+    return lambda noisy, sigma: wan.denoise(noisy, sigma * 1000, text)
