@@ -2,13 +2,15 @@
 
 Every step draws clips, consecutive ones and ones with gaps in which a room returns, and a layout: PackForcing's, or one
 without a history between sink and recent blocks, or without a sink. A model that never trained without its first block
-falls apart without it. The clean past is given with a little noise, since a rollout's own past is not perfect either.
+falls apart without it. In a fourth layout all of the past is compressed: there every block teaches the model to read
+compressed tokens, in the others only a room that returns does. The clean past is given with a little noise, since a
+rollout's own past is not perfect either.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ _LAYOUTS = {
     "packforcing": Layout(),
     "sink_window": Layout(mid="none"),
     "window": Layout(sink_blocks=0, mid="none"),
+    "compressed_past": Layout(sink_blocks=0, recent_blocks=0),
 }
 
 
@@ -167,10 +170,9 @@ class StudentStage(Stage):
 
     def _layout(self, step: int) -> Layout:
         settings, at = self.config.model, random.Random(f"layout {self.config.run.seed}/{step}").random()
-        if at < settings.packforcing_share:
-            return _LAYOUTS["packforcing"]
-        name = "sink_window" if at < settings.packforcing_share + settings.sink_window_share else "window"
-        return _LAYOUTS[name]
+        shares = (settings.packforcing_share, settings.sink_window_share, settings.compressed_past_share)
+        names = ("packforcing", "sink_window", "compressed_past", "window")
+        return _LAYOUTS[names[sum(at >= share for share in accumulate(shares))]]
 
     @torch.no_grad()
     @uncompiled()

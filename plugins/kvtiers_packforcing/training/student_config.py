@@ -20,8 +20,9 @@ class StudentConfig:
     layers: int = whole(1, default=4)
     heads: int = whole(1, default=4)
     ffn_width: int = whole(1, default=384)
-    packforcing_share: float = number(0.0, 1.0, default=0.7)
-    sink_window_share: float = number(0.0, 1.0, default=0.15)
+    packforcing_share: float = number(0.0, 1.0, default=0.5)
+    sink_window_share: float = number(0.0, 1.0, default=0.1)
+    compressed_past_share: float = number(0.0, 1.0, default=0.3)
     clean_noise: float = number(0.0, 1.0, default=0.15)
     position_gap_share: float = number(0.0, 1.0, default=0.3)
     position_gap_blocks: int = whole(1, default=4)
@@ -31,8 +32,10 @@ class StudentConfig:
             raise TrainingConfigError(
                 f"width must be heads times an even number of at least 6, got {self.width} and {self.heads} heads"
             )
-        if self.packforcing_share + self.sink_window_share > 1:
-            raise TrainingConfigError("packforcing_share and sink_window_share must not be more than 1 together")
+        if self.packforcing_share + self.sink_window_share + self.compressed_past_share > 1:
+            raise TrainingConfigError(
+                "packforcing_share, sink_window_share and compressed_past_share must not be more than 1 together"
+            )
 
 
 @attrs.frozen(kw_only=True)
