@@ -1,4 +1,4 @@
-"""Videos of the tiny world, made of prompts: what memories, rows and videos beside each other do not do to each other."""
+"""Videos of the tiny world, made of prompts: no memory and no row depends on those that are made beside it."""
 
 from itertools import combinations
 

@@ -83,7 +83,9 @@ def make_videos(
         raise PolicyError(f"give at least one memory, and each name once, got {names}")
     if len(seeds) != rows:
         raise GeometryError(f"there is one seed for each of the {rows} walks, got {len(seeds)}")
-    decodes: Any = StreamingDecoder(models.autoencoder) if decoder == "autoencoder" else CodecDecoder(LinearCodec.load())
+    decodes: Any = (
+        StreamingDecoder(models.autoencoder) if decoder == "autoencoder" else CodecDecoder(LinearCodec.load())
+    )
     return _made(models, chosen, embed_walks(walks), seeds, sampler or Sampler(), decodes)
 
 

@@ -1,4 +1,4 @@
-"""The memories that are compared in the tiny world: presets, set to its blocks, and what is left when a part is missing.
+"""The memories that are compared in the tiny world: presets, set to its blocks, and PackForcing with a part missing.
 
 A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. The model was trained on clips of five blocks, of
 which one is the sink, one recent and one the current block. `packforcing` attends those three and `top_k` compressed
@@ -101,7 +101,7 @@ def choose_variants(names: str, **settings: Any) -> list[Variant]:
 
 
 def _untrained(trained: Any) -> Any:
-    """A network of the same size, all of it random, the same one every time. (As it is made, its last layer is zero.)"""
+    """A network of the same size, the same one every time. All of it is random: its last layer begins at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = type(trained)(trained.config.channels, trained.config.width, trained.config.widths)

@@ -1,8 +1,8 @@
 """The weights of the tiny world's models: a folder, and what is checked before any of it is used.
 
-    weights/
-        autoencoder/  transformer/  compressor/    each as `save_pretrained` of diffusers writes it
-        sha256                                     as `sha256sum` writes it; without it nothing is compared
+weights/
+    autoencoder/  transformer/  compressor/    each as `save_pretrained` of diffusers writes it
+    sha256                                     as `sha256sum` writes it; without it nothing is compared
 """
 
 import hashlib
