@@ -1,8 +1,8 @@
 """The command `kvtiers`: what is installed, and the commands that integrations add.
 
 A package adds a command with an entry point of group `kvtiers.commands` that names a click command, one beneath
-`kvtiers bench` with group `kvtiers.benchmarks`, and one beneath `kvtiers demo` with group `kvtiers.demos`. It is loaded when it is asked for; one that fails to load is listed
-with the reason and breaks nothing else.
+`kvtiers bench` with group `kvtiers.benchmarks`, and one beneath `kvtiers demo` with group `kvtiers.demos`. It is loaded
+when it is asked for; one that fails to load is listed with the reason and breaks nothing else.
 """
 
 import json

@@ -78,7 +78,7 @@ def video(
         written = sorted(path.name for path in folder.iterdir())
     console.print(table(told))
     for name in written:
-        console.print(f"  {out / name}", highlight=False)
+        click.echo(f"  {out / name}")  # which does not break a path into lines
 
 
 def table(told: "Mapping[str, Told]") -> Table:

@@ -114,5 +114,5 @@ class Film:
         at = self._along(second)
         ImageDraw.Draw(picture).rectangle((at - 1, _STRIP_TOP - 6, at + 1, _STRIP_TOP + _STRIP_HIGH + 6), fill=_INK)
 
-    def _along(self, second: float) -> int:
+    def _along(self, second: float | int) -> int:
         return _GAP + round((self.size[0] - 2 * _GAP) * second / self.walks.blocks)
