@@ -232,6 +232,14 @@ def test_the_default_walk_is_one_that_the_model_was_trained_on_and_returns_every
     assert [column.says() for column in shown[0]] == ["first visit", "0:30 later", "1:10 later", "1:50 later"]
 
 
+def test_a_column_says_whether_a_room_is_new_returns_or_is_hidden():
+    walks = read_walk("hall 4, attic 8, hall 6, attic 2, hall 6 closed, porch 8")
+    shown = {column.second: column.says() for group in columns(walks) for column in group}
+    assert shown == {3: "first visit", 13: "0:12 later", 23: "curtain", 33: "first visit"}
+    longer = read_walk("hall 1, attic 2, hall 10, hall 3 closed, hall 9")
+    assert [column.says() for column in columns(longer)[0]] == ["0:03 later", "curtain", "longer stay"]
+
+
 def test_blocks_of_a_return_know_the_blocks_that_showed_the_same():
     walks = Walks.written(("hall", 2), ("attic", 1), ("hall", 1, "closed"), ("hall", 3), ("attic", 1))
     assert seen_before(walks) == [None, None, None, None, 0, 1, None, 2]

@@ -78,7 +78,7 @@ class Film:
         time = f"{clock(number)} / {clock(self.walks.blocks)}"
         draw.text((self.size[0] - _GAP, 30), time, _INK, letters(24), anchor="rm")
         if before is None:
-            caption = "curtain" if bool(self.walks.curtains[0, number]) else "seen for the first time"
+            caption = "curtain" if bool(self.walks.curtains[0, number]) else "not seen before"
         else:
             caption = f"the {room} as it was first seen, {clock(number - before)} ago"
         for nth, name in enumerate(self.names):

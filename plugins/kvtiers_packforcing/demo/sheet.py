@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kvtiers_packforcing.demo.letters import ROOM_COLOURS, clock, enlarged, letters
-from kvtiers_packforcing.demo.returns import seen_before
+from kvtiers_packforcing.demo.returns import first_visits, seen_before
 from kvtiers_packforcing.tiny_world.vocabulary import FIRST_FRAME, FRAMES_PER_BLOCK, HEIGHT, ROOMS, WIDTH
 from kvtiers_packforcing.tiny_world.walks import Walks
 
@@ -24,28 +24,35 @@ _INK, _FAINT = "#1a1a1a", "#6b6b6b"
 
 @attrs.frozen(kw_only=True)
 class Column:
-    """The frame of one second of the walk. before: the second in which the same was first seen."""
+    """The frame of one second of the walk.
+
+    before: the second in which the same was first seen, if it was. new: whether this is the room's first visit.
+    """
 
     room: str
     second: int
     curtained: bool
+    new: bool
     before: int | None
 
     def says(self) -> str:
         """What stands above it, below its time."""
         if self.curtained:
             return "curtain"
-        return "first visit" if self.before is None else f"{clock(self.second - self.before)} later"
+        if self.before is None:
+            return "first visit" if self.new else "longer stay"
+        return f"{clock(self.second - self.before)} later"
 
 
 def columns(walks: Walks) -> list[list[Column]]:
     """Those of each room, in the order in which rooms are first shown."""
-    seen = seen_before(walks)
+    seen, first = seen_before(walks), first_visits(walks)
     rooms: dict[str, list[Column]] = {}
     for second in range(min(FROM, walks.blocks - 1), walks.blocks, EVERY):
         room = ROOMS[int(walks.rooms[0, second])]
         curtained = bool(walks.curtains[0, second])
-        column = Column(room=room, second=second, curtained=curtained, before=seen[second])
+        new = room in first and first[room].start <= second < first[room].end
+        column = Column(room=room, second=second, curtained=curtained, new=new, before=seen[second])
         rooms.setdefault(room, []).append(column)
     return list(rooms.values())
 
@@ -60,8 +67,11 @@ def draw_sheet(
     tall = _TITLE + _HEADS + len(videos) * (_HIGH + 2 * _EDGE + _BETWEEN) + _MARGIN
     picture = Image.new("RGB", (wide, tall), "white")
     draw = ImageDraw.Draw(picture)
-    title = f"A frame every {EVERY} seconds of {walks.blocks}, sorted by room, all at the same moment of a visit"
-    draw.text((_MARGIN, _TITLE // 2 + 12), title, _INK, letters(46, bold=True), anchor="lm")
+    title = f"A frame every {EVERY} seconds of {walks.blocks}, sorted by room"
+    if all(column.before in (None, group[0].second) for group in groups for column in group):
+        title += ", all at the same moment of a visit"
+    size = next(size for size in range(46, 0, -1) if letters(size, bold=True).getlength(title) < wide - 2 * _MARGIN)
+    draw.text((_MARGIN, _TITLE // 2 + 12), title, _INK, letters(size, bold=True), anchor="lm")
     _heads(draw, groups, lefts)
     for row, (name, frames) in enumerate(videos.items()):
         top = _TITLE + _HEADS + row * (_HIGH + 2 * _EDGE + _BETWEEN) + _EDGE
