@@ -9,7 +9,7 @@ rollout's own past is not perfect either.
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,11 @@ from kvtiers_packforcing.tiny_world import (
     embed_walks,
     render,
 )
+from kvtiers_packforcing.tiny_world.sampling import Sampler
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.layout import Layout
-from kvtiers_packforcing.training.noising import BLOCK_FRAMES, by_frame, draw_clip, shifted
+from kvtiers_packforcing.training.noising import by_frame, draw_clip
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
 from kvtiers_packforcing.training.seeding import seed_of
@@ -223,17 +225,15 @@ class StudentStage(Stage):
         given: [batch, channels, frames, height, width]. text: [batch, blocks, words, text_width].
         """
         generator, made = torch.Generator().manual_seed(seed), []
-        line = torch.linspace(1, 0, steps + 1)
-        sigmas = shifted(line).tolist()
+        sampler = Sampler(steps=steps)
         options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
         options |= {"branches": "hr" if self.vae is None else "both", "compressor_network": self.compressor}
         with tiered(self.transformer, "packforcing", vae=self.vae, **options) as wan:
             for nth in range(text.shape[1]):
                 block = given[:, :, nth * BLOCK_FRAMES : (nth + 1) * BLOCK_FRAMES]
                 if not block.shape[2]:
-                    block = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
-                    for before, after in pairwise(sigmas):
-                        block = block + (after - before) * wan.denoise(block, before * 1000, text[:, nth])
+                    noise = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
+                    block = sampler.denoise(wan, [noise], text[:, nth])
                 wan.commit(block, text[:, nth])
                 made.append(block)
         return torch.cat(made, 2)
