@@ -1,8 +1,8 @@
 """The command `kvtiers`: what is installed, and the commands that integrations add.
 
-A package adds a command with an entry point of group `kvtiers.commands` that names a click command, and one beneath
-`kvtiers bench` with group `kvtiers.benchmarks`. It is loaded when it is asked for; one that fails to load is listed
-with the reason and breaks nothing else.
+A package adds a command with an entry point of group `kvtiers.commands` that names a click command, one beneath
+`kvtiers bench` with group `kvtiers.benchmarks`, and one beneath `kvtiers demo` with group `kvtiers.demos`. It is loaded
+when it is asked for; one that fails to load is listed with the reason and breaks nothing else.
 """
 
 import json
@@ -27,8 +27,8 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"the command line needs {error.name}; pip install 'kvtiers[cli]'") from error
 
-COMMANDS, BENCHMARKS = "kvtiers.commands", "kvtiers.benchmarks"
-"""Entry-point groups: commands, and commands of `bench`."""
+COMMANDS, BENCHMARKS, DEMOS = "kvtiers.commands", "kvtiers.benchmarks", "kvtiers.demos"
+"""Entry-point groups: commands, and commands of `bench` and of `demo`."""
 
 
 class Commands(click.Group):
@@ -84,6 +84,11 @@ def main() -> None:
 @main.group(cls=Commands, added=BENCHMARKS)
 def bench() -> None:
     """Measure speed, memory and exactness on this machine."""
+
+
+@main.group(cls=Commands, added=DEMOS)
+def demo() -> None:
+    """See tiered memory at work."""
 
 
 @main.command()

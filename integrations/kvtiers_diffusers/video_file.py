@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvtiers import GeometryError, PolicyError
@@ -73,7 +74,9 @@ def _frames(clips: Iterable[Any], row: int) -> Iterator[Any]:
             )
         if row >= shape[0]:
             raise GeometryError(f"row {row} was asked for, and clip {number} has {shape[0]} rows, counted from 0")
-        pixels = in_unit(as_tensor(clip[row], "frames of a video file"), f"frames of a video file (clip {number})")
+        pixels = as_tensor(clip[row], "frames of a video file")
+        if pixels.dtype != torch.uint8:
+            pixels = (in_unit(pixels, f"frames of a video file (clip {number})") * 255).round().byte()
         pixels = pixels.permute(0, 2, 3, 1) if isinstance(clip, Tensor) else pixels
         found = tuple(pixels.shape[1:3])
         if size is not None and found != size:
@@ -81,4 +84,4 @@ def _frames(clips: Iterable[Any], row: int) -> Iterator[Any]:
                 f"the frames of a video file are of one size, {size} so far, got {found} in clip {number}"
             )
         size = found
-        yield from np.ascontiguousarray((pixels * 255).round().byte().cpu().numpy())
+        yield from np.ascontiguousarray(pixels.cpu().numpy())

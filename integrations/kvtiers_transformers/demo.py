@@ -31,12 +31,7 @@ class Row:
     decode_seconds: float
 
 
-@click.group()
-def demo() -> None:
-    """See tiered memory at work."""
-
-
-@demo.command()
+@click.command()
 @model_option
 @click.option(
     "--tokens", default=6000, show_default=True, type=click.IntRange(min=256), help="Length of the document, in tokens."

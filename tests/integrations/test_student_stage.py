@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing.tiny_world import Clips
-from kvtiers_packforcing.training import TrainingConfigError, config_of
+from kvtiers_packforcing.training import Trainer, TrainingConfigError, config_of
 from kvtiers_packforcing.training.layout import Layout
 from kvtiers_packforcing.training.noising import draw_sigmas, draw_starts
 from kvtiers_packforcing.training.packed import packed
@@ -35,7 +35,7 @@ def stage(run=None, **model):
 
 
 def test_the_loss_of_a_step_is_the_same_every_time_and_reaches_everything():
-    made = stage(packforcing_share=1.0, sink_window_share=0.0, compressed_past_share=0.0)
+    made = stage(packforcing_share=1.0, sink_window_share=0.0, compressed_past_share=0.0, full_share=0.0)
     phase = made.config.phases[0]
     loss, figures = made.loss(phase, 3, range(2))
     loss.backward()
@@ -131,6 +131,35 @@ def test_compiled_layers_give_the_same_gradients(tmp_path):
     moments = [name for name in plain if name.startswith("first.transformer")]
     assert not all(torch.equal(plain[name], compiled[name]) for name in moments), "nothing was compiled"
     assert all(torch.allclose(plain[name], compiled[name], atol=1e-5, rtol=1e-3) for name in moments)
+
+
+def muon(folder, until=None):
+    table = {
+        "run": {"stage": "student", "folder": str(folder), "log_every": 1, "save_every": 1},
+        "optimiser": {"matrices": "muon", "matrix_rate": 2.0},
+        "model": SMALL
+        | {"packforcing_share": 1.0, "sink_window_share": 0.0, "compressed_past_share": 0.0}
+        | {"full_share": 0.0},
+        "phases": [{"steps": 3, "peak_rate": 1e-3, "clips": 1, "noisy_streams": 1}],
+    }
+    trainer = Trainer(StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config)))
+    trainer.run(until=until)
+    return trainer
+
+
+def test_muon_updates_the_matrices_of_layers_and_resumes_bit_for_bit(tmp_path):
+    whole = muon(tmp_path / "whole")
+    for until in (1, None):
+        muon(tmp_path / "parts", until)
+    first, second = ((tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert first.replace(b"/whole", b"/parts") == second, "weights, averages or moments differ"
+    learner = whole.learners["model"]
+    matrices = {id(weight) for weight in learner.matrices.param_groups[0]["params"]}
+    names = {name for name, weight in whole.stage.model.named_parameters() if id(weight) in matrices}
+    assert "transformer.blocks.0.attn1.to_q.weight" in names
+    assert all(name.startswith("transformer.blocks.") and name.endswith(".weight") for name in names)
+    assert len(names) + len(learner.optimiser.param_groups[0]["params"]) == len([*whole.stage.model.parameters()])
+    assert learner.matrices.param_groups[0]["lr"] == 2 * learner.optimiser.param_groups[0]["lr"]
 
 
 def test_several_processes_can_share_a_step():

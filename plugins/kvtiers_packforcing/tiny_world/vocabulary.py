@@ -8,6 +8,9 @@ HEIGHT, WIDTH = 64, 128
 FRAMES_PER_BLOCK = 16
 """Pixel frames of a block: one second. A video model makes a block at once, as 4 latent frames of 4 pixel frames."""
 
+BLOCK_FRAMES = 4
+"""Latent frames of a block."""
+
 FIRST_FRAME = 3
 """Where a video begins. A causal autoencoder encodes the first frame alone, in the place of four, so that a video of n
 blocks has 16 n - 3 frames; the world counts the three that are missing, and block b is always 16 b to 16 b + 15."""

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kvtiers_packforcing.tiny_world import CLIP_BLOCKS, HEIGHT, LATENT_CHANNELS, WIDTH, Clips, LinearCodec
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import CausalClips
 from kvtiers_packforcing.training.config import TrainingConfig
 from kvtiers_packforcing.training.distill_config import DistillPhase, TinyDistillConfig
 from kvtiers_packforcing.training.distillation import Distillation, Generated, causal_score
 from kvtiers_packforcing.training.dmd import Score
 from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond_the_sink
-from kvtiers_packforcing.training.noising import BLOCK_FRAMES
 from kvtiers_packforcing.training.precision import mixed, prepare
 from kvtiers_packforcing.training.sampling import given_history, roll_out
 from kvtiers_packforcing.training.saved import check_autoencoder, check_student, frozen_autoencoder, load_student

@@ -19,10 +19,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import CausalClips
 from kvtiers_packforcing.training.config import TrainingConfig
 from kvtiers_packforcing.training.dmd import Score, critic_loss, generator_loss
-from kvtiers_packforcing.training.noising import BLOCK_FRAMES
 from kvtiers_packforcing.training.packed import PackedWan
 from kvtiers_packforcing.training.precision import mixed
 from kvtiers_packforcing.training.sampling import Rollout, roll_out

@@ -16,7 +16,7 @@ from kvtiers_packforcing.tiny_world import (
     embed_walks,
     render,
 )
-from kvtiers_packforcing.training.noising import BLOCK_FRAMES
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 
 _WALK = (("hall", 2), ("attic", 3), ("hall", 2), ("cellar", 3), ("attic", 2))
 """What is rolled out for the picture: the first block of each room is given, and what returns is not."""

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon
 
+from kvtiers_packforcing.training.config import OptimiserConfig
 from kvtiers_packforcing.training.sharding import put, whole
 from kvtiers_packforcing.training.sharing import Share
 
@@ -18,24 +19,35 @@ class Learner:
     name: str
     network: nn.Module
     betas: tuple[float, float]
-    weight_decay: float
+    settings: OptimiserConfig
     optimiser: AdamW = attrs.field(init=False)
+    matrices: Muon | None = attrs.field(init=False, default=None)
+    """What updates the matrices of layers, if it is not `optimiser`."""
     updates: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
-        weights = self.network.parameters()
-        self.optimiser = AdamW(weights, betas=self.betas, weight_decay=self.weight_decay)
+        decay = self.settings.weight_decay
+        named = list(self.network.named_parameters())
+        ours = [weight for name, weight in named if self.settings.matrices == "muon" and _in_layer(name, weight)]
+        if ours:
+            self.matrices = Muon(ours, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        left = [weight for _, weight in named if all(weight is not other for other in ours)]
+        self.optimiser = AdamW(left, betas=self.betas, weight_decay=decay)
 
     def update(self, rate: float, clip_norm: float, share: Share) -> float:
         """Make one optimiser step with the gradients that are there. Returns their norm before it was clipped."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        for group in () if self.matrices is None else self.matrices.param_groups:
+            group["lr"] = rate * self.settings.matrix_rate
         for weight in self.network.parameters():  # AdamW skips what has no gradient, and would lose count of steps
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         grads = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
         share.average(grad for grad in grads if not isinstance(grad, DTensor))  # FSDP has averaged those in shards
         norm = clip_grad_norm_(self.network.parameters(), clip_norm, error_if_nonfinite=True)
         self.optimiser.step()
+        if self.matrices is not None:
+            self.matrices.step()
         self.updates += 1
         return float(whole(norm))
 
@@ -43,8 +55,7 @@ class Learner:
         """Weights and moments, whole, by the names that they have in a checkpoint."""
         found: dict[str, Tensor] = {}
         for name, weight in self.network.named_parameters():
-            state = self.optimiser.state[weight]
-            first, second = (state.get(key, torch.zeros_like(weight)) for key in ("exp_avg", "exp_avg_sq"))
+            first, second = self._moments(weight)
             found |= {f"model.{name}": whole(weight.detach())}
             found |= {f"first.{name}": whole(first), f"second.{name}": whole(second)}
         return found if self.name == "model" else {f"{self.name}.{name}": part for name, part in found.items()}
@@ -56,7 +67,31 @@ class Learner:
         for name, weight in self.network.named_parameters():
             put(weight, tensors[f"{start}model.{name}"])
             if updates:
-                state = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-                for key, kind in zip(state, ("first", "second"), strict=True):
-                    put(state[key], tensors[f"{start}{kind}.{name}"])
-                self.optimiser.state[weight] = {"step": torch.tensor(float(updates)), **state}
+                moments = (torch.zeros_like(weight), torch.zeros_like(weight))
+                for moment, kind in zip(moments, ("first", "second"), strict=True):
+                    put(moment, tensors[f"{start}{kind}.{name}"])
+                self._begin(weight, *moments)
+
+    def _moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What the optimiser remembers of a weight's gradients and of their squares. Muon has no squares."""
+        none = torch.zeros_like(weight)
+        if self.matrices is not None and self._by_muon(weight):
+            return self.matrices.state.get(weight, {}).get("momentum_buffer", none), none
+        state = self.optimiser.state.get(weight, {})
+        return state.get("exp_avg", none), state.get("exp_avg_sq", none)
+
+    def _begin(self, weight: Tensor, first: Tensor, second: Tensor) -> None:
+        """Have the optimiser remember moments."""
+        if self.matrices is not None and self._by_muon(weight):
+            self.matrices.state[weight] = {"momentum_buffer": first}
+        else:
+            step = torch.tensor(float(self.updates))
+            self.optimiser.state[weight] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+
+    def _by_muon(self, weight: Tensor) -> bool:
+        return self.matrices is not None and any(weight is w for w in self.matrices.param_groups[0]["params"])
+
+
+def _in_layer(name: str, weight: Tensor) -> bool:
+    """Whether a weight is a matrix of a transformer's layer."""
+    return "blocks." in name and weight.ndim == 2

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from kvtiers_packforcing.tiny_world import CLIP_BLOCKS
+from kvtiers_packforcing.tiny_world.sampling import shifted
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.seeding import generator_of
 from kvtiers_packforcing.training.student_config import StudentConfig
-
-BLOCK_FRAMES = 4
-"""Latent frames of a block."""
-
-_SHIFT = 5.0
-
-
-def shifted(sigma: Tensor) -> Tensor:
-    """Wan's shift of noise levels: more of them are high."""
-    return _SHIFT * sigma / (1 + (_SHIFT - 1) * sigma)
 
 
 def draw_sigmas(streams: int, generator: torch.Generator) -> Tensor:

@@ -3,14 +3,15 @@
 Every step draws clips, consecutive ones and ones with gaps in which a room returns, and a layout: PackForcing's, or one
 without a history between sink and recent blocks, or without a sink. A model that never trained without its first block
 falls apart without it. In a fourth layout all of the past is compressed: there every block teaches the model to read
-compressed tokens, in the others only a room that returns does. The clean past is given with a little noise, since a
-rollout's own past is not perfect either.
+compressed tokens, in the others only a room that returns does. In a fifth all of it is attended in full, as by models
+that PackForcing is compared with. The clean past is given with a little noise, since a rollout's own past is not
+perfect either.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from kvtiers_packforcing.tiny_world import (
     LinearCodec,
     render,
 )
+from kvtiers_packforcing.tiny_world.sampling import Sampler
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import high_resolution
 from kvtiers_packforcing.training.config import TrainingConfig
 from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond_the_sink
 from kvtiers_packforcing.training.layout import Layout
-from kvtiers_packforcing.training.noising import BLOCK_FRAMES, by_frame, draw_clip, shifted
+from kvtiers_packforcing.training.noising import by_frame, draw_clip
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
 from kvtiers_packforcing.training.saved import frozen_autoencoder
@@ -52,6 +55,7 @@ _LAYOUTS = {
     "sink_window": Layout(mid="none"),
     "window": Layout(sink_blocks=0, mid="none"),
     "compressed_past": Layout(sink_blocks=0, recent_blocks=0),
+    "full": Layout(mid="full"),
 }
 
 
@@ -170,8 +174,13 @@ class StudentStage(Stage):
 
     def _layout(self, step: int) -> Layout:
         settings, at = self.config.model, random.Random(f"layout {self.config.run.seed}/{step}").random()
-        shares = (settings.packforcing_share, settings.sink_window_share, settings.compressed_past_share)
-        names = ("packforcing", "sink_window", "compressed_past", "window")
+        shares = (
+            settings.packforcing_share,
+            settings.sink_window_share,
+            settings.compressed_past_share,
+            settings.full_share,
+        )
+        names = ("packforcing", "sink_window", "compressed_past", "full", "window")
         return _LAYOUTS[names[sum(at >= share for share in accumulate(shares))]]
 
     @torch.no_grad()
@@ -208,17 +217,15 @@ class StudentStage(Stage):
         given: [batch, channels, frames, height, width]. text: [batch, blocks, words, text_width].
         """
         generator, made = torch.Generator().manual_seed(seed), []
-        line = torch.linspace(1, 0, steps + 1)
-        sigmas = shifted(line).tolist()
+        sampler = Sampler(steps=steps)
         options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
         options |= {"branches": "hr" if self.vae is None else "both", "compressor_network": self.compressor}
         with tiered(self.transformer, "packforcing", vae=self.vae, **options) as wan:
             for nth in range(text.shape[1]):
                 block = given[:, :, nth * BLOCK_FRAMES : (nth + 1) * BLOCK_FRAMES]
                 if not block.shape[2]:
-                    block = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
-                    for before, after in pairwise(sigmas):
-                        block = block + (after - before) * wan.denoise(block, before * 1000, text[:, nth])
+                    noise = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
+                    block = sampler.denoise(wan, [noise], text[:, nth])
                 wan.commit(block, text[:, nth])
                 made.append(block)
         return torch.cat(made, 2)

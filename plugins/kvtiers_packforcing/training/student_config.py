@@ -5,6 +5,8 @@ from attrs import validators as v
 
 from kvtiers_packforcing.training.config import Phase, TrainingConfigError, number, whole
 
+_SHARES = ("packforcing_share", "sink_window_share", "compressed_past_share", "full_share")
+
 
 @attrs.frozen(kw_only=True)
 class StudentConfig:
@@ -22,7 +24,8 @@ class StudentConfig:
     ffn_width: int = whole(1, default=384)
     packforcing_share: float = number(0.0, 1.0, default=0.5)
     sink_window_share: float = number(0.0, 1.0, default=0.1)
-    compressed_past_share: float = number(0.0, 1.0, default=0.3)
+    compressed_past_share: float = number(0.0, 1.0, default=0.25)
+    full_share: float = number(0.0, 1.0, default=0.1)
     clean_noise: float = number(0.0, 1.0, default=0.15)
     position_gap_share: float = number(0.0, 1.0, default=0.3)
     position_gap_blocks: int = whole(1, default=4)
@@ -32,10 +35,8 @@ class StudentConfig:
             raise TrainingConfigError(
                 f"width must be heads times an even number of at least 6, got {self.width} and {self.heads} heads"
             )
-        if self.packforcing_share + self.sink_window_share + self.compressed_past_share > 1:
-            raise TrainingConfigError(
-                "packforcing_share, sink_window_share and compressed_past_share must not be more than 1 together"
-            )
+        if sum(getattr(self, name) for name in _SHARES) > 1:
+            raise TrainingConfigError(f"{', '.join(_SHARES)} must not be more than 1 together")
 
 
 @attrs.frozen(kw_only=True)

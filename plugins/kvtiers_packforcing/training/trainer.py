@@ -37,7 +37,7 @@ class Trainer:
         settings = self.config.optimiser
         self.average = Average(self.stage.model, settings.ema_decay)
         self.learners = {
-            name: Learner(name=name, network=network, betas=self.stage.betas(name), weight_decay=settings.weight_decay)
+            name: Learner(name=name, network=network, betas=self.stage.betas(name), settings=settings)
             for name, network in self.stage.networks.items()
         }
 
@@ -56,7 +56,7 @@ class Trainer:
         phase, _ = self.config.phase_at(self.step)
         learner = self.learners[self.stage.turn(self.step)]
         rate = self.config.rate_at(self.step, self.stage.peak_rate(learner.name, phase))
-        learner.optimiser.zero_grad()
+        learner.network.zero_grad()
         loss, figures = self.stage.backward(phase, self.step, self.share.numbers(phase.clips))
         norm = learner.update(rate, self.config.optimiser.clip_norm, self.share)
         self.step += 1

@@ -1,0 +1,1 @@
+"""`kvtiers demo video`: what memories make of one walk through the tiny world, side by side."""

@@ -1,0 +1,60 @@
+"""How a block is made of noise, step by step, through the cache."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Float
+from torch import Tensor
+
+from kvtiers_diffusers.schedule import clean, noised
+
+_SHIFT = 5.0
+
+
+def shifted(sigma: Tensor) -> Tensor:
+    """Wan's shift of noise levels: more of them are high."""
+    return _SHIFT * sigma / (1 + (_SHIFT - 1) * sigma)
+
+
+@attrs.frozen(kw_only=True)
+class Sampler:
+    """How many steps a block takes, and what a step does.
+
+    kind: `euler` goes along the flow to the next noise level. `renoise` tells the clean block at every step and adds
+        fresh noise to the next level, as models do that were distilled to few steps (Self-Forcing, arXiv 2506.08009).
+    """
+
+    steps: int = attrs.field(default=4, validator=[v.instance_of(int), v.ge(1)])
+    kind: Literal["euler", "renoise"] = attrs.field(default="euler", validator=v.in_(("euler", "renoise")))
+
+    @property
+    def noises(self) -> int:
+        """How often noise is drawn for a block."""
+        return self.steps if self.kind == "renoise" else 1
+
+    def sigmas(self) -> list[float]:
+        """Noise levels, from 1 down to 0: one more than there are steps."""
+        line = torch.linspace(1, 0, self.steps + 1)
+        levels: list[float] = shifted(line).tolist()
+        return levels
+
+    def denoise(
+        self,
+        wan: Any,
+        noises: Sequence[Float[Tensor, "batch channels frames height width"]],
+        text: Float[Tensor, "#batch prompt_words text_width"],
+    ) -> Float[Tensor, "batch channels frames height width"]:
+        """A clean block. It is not committed. wan: a `CausalWan`. noises: as many as `noises` says."""
+        block = noises[0]
+        for nth, (before, after) in enumerate(pairwise(self.sigmas()), 1):
+            flow = wan.denoise(block, before * 1000, text)
+            if self.kind == "euler":
+                block = block + (after - before) * flow
+            else:
+                block = clean(block, flow, before * 1000)
+                block = noised(block, noises[nth], after * 1000) if after else block
+        return block
