@@ -9,6 +9,9 @@ import torch
 
 from kvtiers_packforcing.training.config import RunConfig
 
+_COMPILED = 64
+"""The most versions that the compiler makes of a layer; beyond its own limit, 8, it leaves layers as they are."""
+
 
 @contextmanager
 def mixed(run: RunConfig, device: torch.device) -> Iterator[None]:
@@ -27,6 +30,8 @@ def prepare(transformer: Any, run: RunConfig) -> None:
     if run.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if run.compile:
+        # the layers share their code, and the first, the last and those between are compiled for every layout
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
         for block in transformer.blocks:
             block.compile(dynamic=False)
 

@@ -88,7 +88,8 @@ class StudentStage(Stage):
         )
         nn.init.zeros_(transformer.proj_out.weight)
         nn.init.zeros_(transformer.proj_out.bias)
-        compressor = HighResolution(LATENT_CHANNELS, settings.width, (16, 32, 64, 128))
+        widths = [settings.compressor_width * 2**layer for layer in range(4)]
+        compressor = HighResolution(LATENT_CHANNELS, settings.width, widths)
         return nn.ModuleDict({"transformer": transformer, "compressor": compressor})
 
     @property

@@ -13,6 +13,7 @@ class StudentConfig:
     """The size of the transformer and its compressor. Shares say how often a layout is drawn; the rest is a window.
 
     autoencoder: the folder of a trained one, for the compressor's low-resolution branch; none: its other branch alone.
+    compressor_width: channels after the first convolution of the compressor's HR branch; each later one doubles them.
     clean_noise: the most noise that the clean past is given, as a share. position_gap_share: how often a clip's blocks
     are placed with gaps of up to `position_gap_blocks` blocks, so that positions beyond a clip's length are trained.
     """
@@ -22,6 +23,7 @@ class StudentConfig:
     layers: int = whole(1, default=4)
     heads: int = whole(1, default=4)
     ffn_width: int = whole(1, default=384)
+    compressor_width: int = whole(1, default=16)
     packforcing_share: float = number(0.0, 1.0, default=0.5)
     sink_window_share: float = number(0.0, 1.0, default=0.1)
     compressed_past_share: float = number(0.0, 1.0, default=0.25)
