@@ -51,9 +51,14 @@ def launch(path, *options, processes=2):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["fsdp2", "none"])
 def test_two_processes_make_the_run_of_one_and_one_can_go_on(tmp_path, sharding):
-    """A step of the critic and one of the generator; then one process goes on from the checkpoint of two."""
-    start = export_student(tmp_path / "student")
-    changes = {"model": {"critic_updates": 1, "timesteps": [1000, 500], "start": str(start)}, "phase": {"steps": 3}}
+    """A step of the critic and one of the generator; then one process goes on from the checkpoint of two.
+
+    At a rate of 0: without momentum a step of Adam is a rate with a sign, and gradients of nothing but rounding have
+    signs too. The first moments are the gradients then.
+    """
+    start, teacher = (export_student(tmp_path / name, seed=nth) for nth, name in enumerate(("student", "teacher")))
+    model = {"critic_updates": 1, "timesteps": [1000], "start": str(start), "teacher": str(teacher)}
+    changes = {"model": model, "phase": {"steps": 3, "peak_rate": 0.0, "critic_rate": 0.0}}
     tables = {name: distill_table(start, tmp_path / name, **changes) for name in ("alone", "shared")}
     tables["shared"]["run"] |= {"sharding": sharding, "save_every": 1}
     for name, table in tables.items():
@@ -64,9 +69,10 @@ def test_two_processes_make_the_run_of_one_and_one_can_go_on(tmp_path, sharding)
     one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("alone", "shared"))
     assert one.keys() == two.keys()
     assert all(one[name].shape == two[name].shape for name in one)
-    moments = [name for name in one if name.startswith(("first.", "critic.first."))]  # Adam divides by tiny numbers
+    moments = [name for name in one if name.startswith(("first.", "critic.first."))]
     assert max(float((one[name] - two[name]).abs().max()) for name in moments) < 1e-5
-    assert max(float(one[name].abs().max()) for name in moments) > 1e-4
+    for network in ("first.", "critic.first."):
+        assert max(float(one[name].abs().max()) for name in moments if name.startswith(network)) > 1e-2
     logs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("alone", "shared")

@@ -44,7 +44,7 @@ class Share:
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Put the mean over all processes into each tensor, in one exchange."""
         parts = list(tensors)
-        if self.world > 1:
+        if self.world > 1 and parts:
             flat = torch.cat([part.flatten() for part in parts])
             distributed.all_reduce(flat)
             for part, mean in zip(parts, (flat / self.world).split([part.numel() for part in parts]), strict=True):
