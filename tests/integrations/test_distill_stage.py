@@ -176,6 +176,7 @@ def test_several_processes_can_share_a_step(start):
         assert not torch.allclose(one, two, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_mixed_precision_and_layers_that_run_again_train_the_same(start, tmp_path):
     """With the low-resolution branch, whose embedding is read without a gradient and then with one."""
     settings = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "patch_size": 2}
