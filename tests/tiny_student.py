@@ -12,15 +12,15 @@ from kvtiers_packforcing.training.student import StudentStage
 SMALL = {"width": 24, "layers": 2, "heads": 2, "ffn_width": 32}
 
 
-def export_student(folder: Path) -> Path:
+def export_student(folder: Path, seed: int = 0) -> Path:
     """Random weights in every layer, also in those that begin at zero."""
     table = {
-        "run": {"stage": "student", "folder": "nowhere"},
+        "run": {"stage": "student", "folder": "nowhere", "seed": seed},
         "model": SMALL,
         "phases": [{"steps": 1, "peak_rate": 1e-3, "clips": 1}],
     }
     made = StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for last in (made.transformer.proj_out, made.compressor.layers[-1]):
         torch.nn.init.normal_(last.weight, std=0.1)
     made.export(folder)

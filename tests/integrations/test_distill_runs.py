@@ -27,19 +27,16 @@ def run(start, folder, until=None, **changes):
 
 
 @pytest.mark.parametrize(
-    ("shared", "stops", "updates"),
-    [
-        pytest.param(False, (1, 4), {"model": 1, "critic": 4}, id="fresh rollouts"),
-        pytest.param(True, (1,), {"model": 1, "critic": 2}, id="shared rollouts"),
-    ],
+    "shared",
+    [pytest.param(False, id="fresh rollouts"), pytest.param(True, id="shared rollouts", marks=pytest.mark.slow)],
 )
-def test_a_run_that_was_stopped_between_critic_updates_is_the_run_that_was_not(start, tmp_path, shared, stops, updates):
+def test_a_run_that_was_stopped_between_critic_updates_is_the_run_that_was_not(start, tmp_path, shared):
     """Two updates of the critic and one of the generator, in turns."""
     model = {"critic_updates": 2, "timesteps": [1000], "share_rollouts": shared}
-    changes = {"model": model, "phase": {"steps": sum(updates.values()), "clips": 1}}
+    changes = {"model": model, "phase": {"steps": 3, "clips": 1}}
     whole = run(start, tmp_path / "whole", **changes)
-    assert {name: learner.updates for name, learner in whole.learners.items()} == updates
-    for until in (*stops, None):
+    assert {name: learner.updates for name, learner in whole.learners.items()} == {"model": 1, "critic": 2}
+    for until in (1, None):
         run(start, tmp_path / "parts", until, **changes)
     first, second = ((tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "parts"))
     assert first.replace(b"/whole", b"/parts") == second, "weights, averages or moments differ"
@@ -53,7 +50,7 @@ def test_a_run_that_was_stopped_between_critic_updates_is_the_run_that_was_not(s
         assert f"{name}.transformer.proj_out.weight" in checkpoint
     assert not any(name.startswith("critic.average") for name in checkpoint), "the critic is averaged"
     with safe_open(tmp_path / "whole" / "checkpoint.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["kvtiers"])["updates"] == updates
+        assert json.loads(file.metadata()["kvtiers"])["updates"] == {"model": 1, "critic": 2}
 
 
 def test_both_optimisers_have_rates_and_betas_of_their_own(start):

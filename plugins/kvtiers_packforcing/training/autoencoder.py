@@ -107,12 +107,13 @@ class AutoencoderStage(Stage):
         return vae
 
     def loss(self, phase: AutoencoderPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        pixels, wanted = self.batch(phase, step, numbers)
+        pixels, wanted = (part.to(self.device) for part in self.batch(phase, step, numbers))
         latents = encode_whole(self.model, pixels)
         fit = (latents - wanted).square().mean()
         own = phase.decoder_input == "encoder" or (phase.decoder_input == "both" and step % 2 == 1)
         generators = (generator_of(self.config.run.seed, "noise", step, nth) for nth in numbers)
         noise = torch.stack([torch.randn(wanted.shape[1:], generator=generator) for generator in generators])
+        noise = noise.to(self.device)
         off = decode_whole(self.model, (latents if own else wanted) + self.config.model.latent_noise * noise) - pixels
         weight = 1 + 4 * (2 * (pixels - pixels.mean(2, keepdim=True)).abs()).clamp(max=1)
         colour = (weight * off.abs()).mean()
@@ -147,7 +148,7 @@ class AutoencoderStage(Stage):
         walk = Walks.written(("hall", 2), ("attic", 2), ("attic", 1, "closed"))
         walks = Walks(rooms=walk.rooms.expand(6, -1), curtains=walk.curtains.expand(6, -1))
         pixels = render(houses, walks, torch.arange(FIRST_FRAME, FIRST_FRAME + _LONG).expand(6, -1))
-        wanted = self.codec.encode(pixels)
+        wanted, pixels = self.codec.encode(pixels).to(self.device), pixels.to(self.device)
         short = pixels[:, :, :_SHORT]
         from_codec = decode_whole(self.model, wanted).clamp(-1, 1)
         latents = encode_whole(self.model, pixels)
@@ -156,14 +157,14 @@ class AutoencoderStage(Stage):
         moving = (pixels - pixels.mean(2, keepdim=True)).abs().amax(1, keepdim=True) > 0.25
         shown = torch.arange(4, _LONG, 10)
         sheet = torch.stack([video[:, :, shown] for video in (pixels, from_codec, from_own)], 1).flatten(0, 1)
-        contact_sheet(sheet, folder / f"step-{step:06d}.png")
+        contact_sheet(sheet.cpu(), folder / f"step-{step:06d}.png")
         return {
             "psnr_9": psnr(from_short, short),
             "psnr_77": psnr(from_own, pixels),
             "psnr_77_from_codec": psnr(from_codec, pixels),
             "psnr_last_block": psnr(from_own[:, :, -16:], pixels[:, :, -16:]),
             "psnr_moving": psnr(from_own[moving.expand_as(pixels)], pixels[moving.expand_as(pixels)]),
-            "psnr_77_linear_codec": psnr(self.codec.decode(wanted).clamp(-1, 1), pixels),
+            "psnr_77_linear_codec": psnr(self.codec.decode(wanted.cpu()).clamp(-1, 1), pixels.cpu()),
             "fit_77": float((latents - wanted).square().mean()),
         }
 

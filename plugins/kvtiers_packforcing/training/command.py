@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvtiers.errors import KVTiersError
 from kvtiers_packforcing.training.sharing import joined
-from kvtiers_packforcing.training.stages import load_config, make_stage
+from kvtiers_packforcing.training.stages import STAGES, load_config, make_stage
 from kvtiers_packforcing.training.trainer import CHECKPOINT, Trainer
 
 _COPIES = 5
@@ -29,6 +29,9 @@ def train(config: Path, dry_run: bool, until: int | None, export: bool) -> None:
     try:
         said = load_config(config)
         torch.set_num_threads(said.run.threads)
+        if dry_run and (outline := STAGES[said.run.stage].outline(said)) is not None:
+            click.echo("\n".join([f"stage {said.run.stage}: {said.steps:,} steps", *outline.lines]))
+            return
         with joined() as share:
             trainer = Trainer(make_stage(said), share)
             if dry_run:
@@ -65,24 +68,43 @@ def _loss_of(figures: Mapping[str, float]) -> str:
 
 
 def _cost(trainer: Trainer) -> None:
-    """Say what a run would cost. Each phase makes two steps, of which the second is timed; nothing is written."""
+    """Say what a run would cost. Each phase makes two steps of every network; the second is timed. Writes nothing."""
     config, console = trainer.config, Console(quiet=not trainer.share.writes)
-    weights = sum(weight.numel() for weight in trainer.stage.model.parameters())
-    size = sum(weight.numel() * weight.element_size() for weight in trainer.stage.model.parameters())
-    console.print(f"stage {trainer.stage.name}: {config.steps:,} steps, {weights:,} parameters")
+    console.print(f"stage {trainer.stage.name}: {config.steps:,} steps")
+    size = 0
+    for name, network in trainer.stage.networks.items():
+        weights = list(network.parameters())
+        copies = _COPIES if name == "model" else _COPIES - 1  # which is not averaged
+        size += copies * sum(weight.numel() * weight.element_size() for weight in weights)
+        console.print(f"{name}: {sum(weight.numel() for weight in weights):,} parameters")
     first, total, total_work = 0, 0.0, 0.0
     for nth, phase in enumerate(config.phases, 1):
-        trainer.step = first
-        trainer.advance()
-        begun, worked = time.perf_counter(), time.process_time()
-        trainer.advance()
-        seconds, work = time.perf_counter() - begun, time.process_time() - worked
-        total, total_work = total + seconds * phase.steps, total_work + work * phase.steps
-        console.print(f"phase {nth}: {phase.steps:,} steps of {seconds:.2f} s ({work:.2f} s of one core)")
+        turns = [trainer.stage.turn(step) for step in range(first, first + phase.steps)]
+        for turn in dict.fromkeys(turns):
+            seconds, work = _timed(trainer, first + turns.index(turn))
+            count = turns.count(turn)
+            total, total_work = total + seconds * count, total_work + work * count
+            which = "" if len(set(turns)) == 1 else f" of the {turn}"
+            console.print(f"phase {nth}: {count:,} steps{which} of {seconds:.2f} s ({work:.2f} s of one core)")
         first += phase.steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     console.print(
-        f"memory: {_COPIES * size / 1e6:.0f} MB for weights, gradients, moments and average; {peak / 1e9:.2f} GB for "
-        f"the whole process at its peak\nin all {total / 3600:.2f} h, as busy as this machine is now "
+        f"memory: {size / 1e6:.0f} MB for weights, gradients, moments and average; {peak / 1e9:.2f} GB for the whole "
+        f"process at its peak\nin all {total / 3600:.2f} h, as busy as this machine is now "
         f"({total_work / 3600:.2f} h of one core)"
     )
+    if torch.cuda.is_available():
+        console.print(f"on the GPU {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at the peak")
+
+
+def _timed(trainer: Trainer, step: int) -> tuple[float, float]:
+    """Seconds of a step, and seconds of one core, after it was made once."""
+    seconds = work = 0.0
+    for _ in range(2):
+        trainer.step = step
+        begun, worked = time.perf_counter(), time.process_time()
+        trainer.advance()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds, work = time.perf_counter() - begun, time.process_time() - worked
+    return seconds, work

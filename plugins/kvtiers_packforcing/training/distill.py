@@ -25,7 +25,6 @@ from kvtiers_packforcing.training.precision import mixed, prepare
 from kvtiers_packforcing.training.sampling import given_history, roll_out
 from kvtiers_packforcing.training.saved import check_autoencoder, check_student, frozen_autoencoder, load_student
 from kvtiers_packforcing.training.seeding import generator_of
-from kvtiers_packforcing.training.sharding import shard
 from kvtiers_packforcing.training.trajectory import trajectory_loss
 
 _CELL = 8
@@ -77,10 +76,9 @@ class DistillStage(Distillation):
             found["critic"] = self.critic
         return found
 
-    def shard(self) -> None:
-        for networks in (self.model, self.teacher, self.critic):
-            for network in networks.children():
-                shard(network, self.device)
+    @property
+    def others(self) -> Sequence[nn.Module]:
+        return self.teacher, self.critic
 
     @property
     def generator(self) -> CausalClips:
@@ -121,12 +119,14 @@ class DistillStage(Distillation):
         clips = Clips.of_seeds(names)
         text = clips.text().to(self.device)
         if phase.history == "own":
-            history = self.self_rollout(names, text, len(self.sigmas)).latents
+            rollout = self.self_rollout(names, text, len(self.sigmas))
+            history, pixels = rollout.latents, rollout.pixels
         else:
             history = self.codec.encode(clips.pixels()).to(self.device)
+            pixels = self.pixels(history, True)
         passed = self.trajectory(history, text, self.noise("trajectory", names), phase.teacher_steps)
         wan = stack.enter_context(self.generator.packed())
-        low = self.low(history)
+        low = self.low(history, pixels)
         with mixed(self.config.run, self.device):
             return trajectory_loss(wan, self.generator, passed, self.sigmas, history=history, text=text, low=low)
 
@@ -169,9 +169,3 @@ class DistillStage(Distillation):
         """Blocks in a few steps each, where the first ones, or all, are remembered as `history` has them."""
         with self.generator.cached(BLOCK_FRAMES, text.shape[1], self.vae) as wan:
             return roll_out(wan, noise, text, self.sigmas, self.pixels, history=history).latents
-
-    def export(self, folder: Path) -> None:
-        """Write the transformer and the compressor as diffusers does."""
-        for name, part in self.model.named_children():
-            network: Any = part
-            network.save_pretrained(folder / name)

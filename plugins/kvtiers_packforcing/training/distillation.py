@@ -13,11 +13,12 @@ import abc
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import CausalClips
@@ -27,6 +28,7 @@ from kvtiers_packforcing.training.packed import PackedWan
 from kvtiers_packforcing.training.precision import mixed
 from kvtiers_packforcing.training.sampling import Rollout, roll_out
 from kvtiers_packforcing.training.seeding import generator_of
+from kvtiers_packforcing.training.sharding import shard
 from kvtiers_packforcing.training.stage import Stage
 
 
@@ -59,6 +61,11 @@ class Distillation(Stage):
 
     @property
     @abc.abstractmethod
+    def others(self) -> Sequence[nn.Module]:
+        """The networks beside the generator, each a container of its parts."""
+
+    @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of a clip's latents."""
 
@@ -73,7 +80,7 @@ class Distillation(Stage):
 
     @abc.abstractmethod
     def pixels(self, latents: Tensor, first: bool) -> Tensor | None:
-        """The pixels of a block, or of a clip (`first`), for `vae`."""
+        """The pixels of a video's next block, or of its `first` ones, for `vae`; None if that looks at none."""
 
     @abc.abstractmethod
     def real(self, made: Generated) -> AbstractContextManager[Score]:
@@ -105,6 +112,17 @@ class Distillation(Stage):
     def _drawn_at(self, step: int) -> int:
         """The step that says which clips are made for a step: its own, or the first one of its cycle."""
         return step - self.config.phase_at(step)[1] % self._cycle if self.config.model.share_rollouts else step
+
+    def shard(self) -> None:
+        for networks in (self.model, *self.others):
+            for network in networks.children():
+                shard(network, self.device)
+
+    def export(self, folder: Path) -> None:
+        """Write the transformer and the compressor as diffusers does."""
+        for name, part in self.model.named_children():
+            network: Any = part
+            network.save_pretrained(folder / name)
 
     # ------------------------------------------------------------------ losses
 
@@ -147,7 +165,7 @@ class Distillation(Stage):
     def _make(self, names: Sequence[str], steps: int) -> Generated:
         text = self.text(names).to(self.device)
         rollout = self.self_rollout(names, text, steps)
-        return Generated(text=text, rollout=rollout, low=self.low(rollout.latents))
+        return Generated(text=text, rollout=rollout, low=self.low(rollout.latents, rollout.pixels))
 
     def self_rollout(self, names: Sequence[str], text: Tensor, steps: int) -> Rollout:
         """Clips of the generator that exit after `steps` steps."""
@@ -163,10 +181,9 @@ class Distillation(Stage):
         flow = self.generator.predict(wan, rollout.latents, rollout.inputs[:, None], sigmas, made.text, made.low)
         return rollout.inputs - rollout.sigma * flow[:, 0]
 
-    def low(self, latents: Tensor) -> Tensor | None:
+    def low(self, latents: Tensor, pixels: Tensor | None) -> Tensor | None:
         """What `CausalClips.low_resolution` finds of clips."""
-        pixels = None if self.vae is None else self.pixels(latents, True)
-        if pixels is None:
+        if self.vae is None or pixels is None:
             return None
         return self.generator.low_resolution(latents, pixels, latents.shape[2] // BLOCK_FRAMES, self.vae)
 
@@ -191,6 +208,26 @@ class Distillation(Stage):
         ]
         levels = torch.tensor([self.config.model.levels(part) for part in parts], device=self.device)
         return levels, self.noise("score", names)
+
+
+@contextmanager
+def whole_score(
+    transformer: Any, made: Generated, negative: Tensor | None = None, guidance: float = 1.0
+) -> Iterator[Score]:
+    """The score of whole clips by a model that looks at all frames at once, as Wan was trained.
+
+    guidance: negative + guidance * (prompt - negative), where `negative` [1, words, text_width] is the other prompt.
+    """
+
+    def score(noisy: Tensor, sigmas: Tensor) -> Tensor:
+        times, words = sigmas[:, 0] * 1000, made.text[:, 0]
+        flow: Tensor = transformer(noisy, times, words, return_dict=False)[0]
+        if negative is None or guidance == 1:
+            return flow
+        without: Tensor = transformer(noisy, times, negative.expand(len(noisy), -1, -1), return_dict=False)[0]
+        return without + guidance * (flow - without)
+
+    yield score
 
 
 @contextmanager

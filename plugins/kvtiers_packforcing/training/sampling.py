@@ -24,12 +24,13 @@ class Rollout:
     """A video that a model made of its own history.
 
     inputs: the noisy blocks of the last step that was made, the exit step, at noise level `sigma`. latents: what it
-    made of them, which is what later blocks remember.
+    made of them, which is what later blocks remember. pixels: of that, if somebody looked at them.
     """
 
     latents: Float[Tensor, "batch channels frames height width"]
     inputs: Float[Tensor, "batch channels frames height width"]
     sigma: float
+    pixels: Float[Tensor, "batch 3 pixel_frames pixel_height pixel_width"] | None = None
 
 
 def few_steps(
@@ -74,14 +75,17 @@ def roll_out(
     Source: the random exit step of Self-Forcing, algorithm 1.
     """
     made: list[tuple[Tensor, Tensor]] = []
+    seen: list[Tensor | None] = []
     length = noise.shape[3] // text.shape[1]
     for nth, part in enumerate(noise.split(length, 3)):
         made.append(few_steps(_of_block(wan, text[:, nth]), part, sigmas))
         known = None if history is None else history[:, :, nth * length : (nth + 1) * length]
         block = made[-1][0] if known is None or not known.shape[2] else known.clone()
-        wan.commit(block, text[:, nth], pixels=pixels(block, nth == 0))
+        seen.append(pixels(block, nth == 0))
+        wan.commit(block, text[:, nth], pixels=seen[-1])
     latents, inputs = (torch.cat(parts, 2) for parts in zip(*made, strict=True))
-    return Rollout(latents=latents, inputs=inputs, sigma=sigmas[-1])
+    shown = [part for part in seen if part is not None]
+    return Rollout(latents=latents, inputs=inputs, sigma=sigmas[-1], pixels=torch.cat(shown, 2) if shown else None)
 
 
 def given_history(

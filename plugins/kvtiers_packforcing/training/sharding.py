@@ -16,11 +16,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(module: Any, device: torch.device) -> None:
-    """Cut the weights of a module over all processes. Those of a transformer are gathered layer by layer."""
+    """Cut the weights of a module over all processes. Those of a transformer are gathered layer by layer.
+
+    All of them are cut again after every forward, those around the layers too: then a module's parameters are always
+    those that its optimiser knows.
+    """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in getattr(module, "blocks", ()):
         fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Several processes that share every step: each takes some of its clips, and gradients are averaged.
 
-`torchrun --nproc-per-node 2 -m kvtiers_packforcing.training CONFIG.toml` (or `accelerate launch`, which sets the same
-variables) starts them. On CPUs two processes of one thread are faster than one process of two.
+`accelerate launch --multi_gpu --num_processes 8 -m kvtiers_packforcing.training CONFIG.toml` starts them on GPUs, and
+`torchrun --nproc-per-node 2 -m ...` on CPUs, where accelerate needs MPI for several processes. Both set the same
+variables. On CPUs two processes of one thread are faster than one process of two.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import attrs
@@ -43,7 +44,7 @@ class Share:
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Put the mean over all processes into each tensor, in one exchange."""
         parts = list(tensors)
-        if self.world > 1:
+        if self.world > 1 and parts:
             flat = torch.cat([part.flatten() for part in parts])
             distributed.all_reduce(flat)
             for part, mean in zip(parts, (flat / self.world).split([part.numel() for part in parts]), strict=True):
@@ -55,6 +56,15 @@ class Share:
             distributed.barrier()
 
 
+def once(action: Callable[[], object]) -> None:
+    """Let one process do something, such as write a file, while the others wait for it."""
+    together = distributed.is_initialized()
+    if not together or distributed.get_rank() == 0:
+        action()
+    if together:
+        distributed.barrier()
+
+
 @contextmanager
 def joined(variables: Mapping[str, str] = os.environ) -> Iterator[Share]:
     """Join the processes that a launcher started, if one did, and leave them at the end."""
@@ -62,6 +72,8 @@ def joined(variables: Mapping[str, str] = os.environ) -> Iterator[Share]:
     if world == 1:
         yield Share()
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(variables.get("LOCAL_RANK", "0")))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Share(rank=distributed.get_rank(), world=world)

@@ -31,6 +31,11 @@ class Stage(abc.ABC):
     def make_model(self, settings: Any) -> nn.Module:
         """The model with its first weights."""
 
+    @classmethod
+    def outline(cls, config: TrainingConfig) -> Any:
+        """What a run would need, as an `Outline`, if its models are not on this machine; None if they are."""
+        return None
+
     @property
     def networks(self) -> Mapping[str, nn.Module]:
         """What is trained, each with an optimiser of its own. `model` is averaged, evaluated and exported."""

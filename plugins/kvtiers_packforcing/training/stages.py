@@ -10,8 +10,10 @@ from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigEr
 from kvtiers_packforcing.training.distill import DistillStage
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student import StudentStage
+from kvtiers_packforcing.training.wan import WanDistillStage
 
-STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in (AutoencoderStage, StudentStage, DistillStage)}
+_ALL: tuple[type[Stage], ...] = (AutoencoderStage, StudentStage, DistillStage, WanDistillStage)
+STAGES: Mapping[str, type[Stage]] = {stage.name: stage for stage in _ALL}
 
 
 def load_config(path: Path | str) -> TrainingConfig:

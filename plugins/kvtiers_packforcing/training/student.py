@@ -46,6 +46,7 @@ from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
 from kvtiers_packforcing.training.saved import frozen_autoencoder
 from kvtiers_packforcing.training.seeding import seed_of
+from kvtiers_packforcing.training.sharding import gathered, shard
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
@@ -102,6 +103,10 @@ class StudentStage(Stage):
         """The HR branch of its compressor."""
         return self.model.get_submodule("compressor")
 
+    def shard(self) -> None:
+        shard(self.transformer, self.device)
+        shard(self.compressor, self.device)
+
     def loss(self, phase: StudentPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
         with packed(self.transformer, self._layout(step)) as wan:
             return self._loss(wan, phase, step, numbers)
@@ -117,11 +122,12 @@ class StudentStage(Stage):
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         names = [f"{self.config.run.seed}/{step}/{nth}" for nth in numbers]
         clips = Clips.of_seeds(names)
-        latents, text = self.codec.encode(clips.pixels()), clips.text()
+        latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)
         drawn = [draw_clip(name, phase.noisy_streams, latents.shape[1:], self.config.model) for name in names]
-        sigmas, noise, dirt, starts = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+        sigmas, noise, dirt, starts = (torch.stack(parts).to(self.device) for parts in zip(*drawn, strict=True))
         noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
-        low = self.low_resolution(clips, latents, wan.layout)
+        with gathered(self.transformer):
+            low = self.low_resolution(clips, latents, wan.layout)
         clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
         with mixed(self.config.run, latents.device):
             flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low)
@@ -165,7 +171,7 @@ class StudentStage(Stage):
         for block in blocks:
             first = clips.blocks[:, block, None] * FRAMES_PER_BLOCK
             frames = first + torch.arange(-1 if block else FIRST_FRAME, FRAMES_PER_BLOCK)
-            pixels = render(clips.houses, clips.walks, frames)
+            pixels = render(clips.houses, clips.walks, frames).to(self.device)
             if block:  # the frame before the block, which the cache remembers
                 reducer.restore({"last": adaptive_avg_pool3d(pixels[:, :, :1], (1, HEIGHT // 4, WIDTH // 4))})
                 pixels = pixels[:, :, 1:]
@@ -193,10 +199,10 @@ class StudentStage(Stage):
         `sink_window` there, the model does not use its memory.
         """
         clips = returns_beyond_the_sink(16)
-        latents, text = self.codec.encode(clips.pixels()), clips.text()
+        latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)
         generator = torch.Generator().manual_seed(seed_of("evaluation"))
-        sigmas = torch.tensor([0.95, 0.8, 0.5])[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
-        noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator)
+        sigmas = torch.tensor([0.95, 0.8, 0.5], device=self.device)[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
+        noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator).to(self.device)
         noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
         at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
         found = {}
@@ -205,7 +211,7 @@ class StudentStage(Stage):
                 low = self.low_resolution(clips, latents, layout)
                 flow = self.predict(wan, latents, noisy, sigmas, text, low=low)
             off = ((flow - (noise - latents[:, None])) * by_frame(sigmas)).square()
-            by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6))
+            by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6)).cpu()
             found[f"return_{name}"] = float(by_block[torch.arange(len(at)), at].mean())
             found[f"all_{name}"] = float(by_block.mean())
         draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=8))
@@ -221,15 +227,16 @@ class StudentStage(Stage):
         sampler = Sampler(steps=steps)
         options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
         options |= {"branches": "hr" if self.vae is None else "both", "compressor_network": self.compressor}
+        given, text = given.to(self.device), text.to(self.device)
         with tiered(self.transformer, "packforcing", vae=self.vae, **options) as wan:
             for nth in range(text.shape[1]):
                 block = given[:, :, nth * BLOCK_FRAMES : (nth + 1) * BLOCK_FRAMES]
                 if not block.shape[2]:
                     noise = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
-                    block = sampler.denoise(wan, [noise], text[:, nth])
+                    block = sampler.denoise(wan, [noise.to(self.device)], text[:, nth])
                 wan.commit(block, text[:, nth])
                 made.append(block)
-        return torch.cat(made, 2)
+        return torch.cat(made, 2).cpu()
 
     def export(self, folder: Path) -> None:
         """Write the transformer and the compressor as diffusers does."""
