@@ -13,11 +13,11 @@ from torch.nn.functional import interpolate
 
 from kvtiers_packforcing.measures.pictures import blur
 from kvtiers_packforcing.measures.prompt import curtain_picture
+from kvtiers_packforcing.measures.seeds import generator_of
 from kvtiers_packforcing.measures.visits import block_count, clocks, frames_at, shots_of, visits_of
 from kvtiers_packforcing.tiny_world import FIRST_FRAME, FRAMES_PER_BLOCK, Houses, Walks, render
 from kvtiers_packforcing.tiny_world.houses import CURTAIN_GAP
 from kvtiers_packforcing.tiny_world.rendering import SWEEP_FRAMES
-from kvtiers_packforcing.training.seeding import generator_of
 
 T = TypeVar("T")
 Video = Float[Tensor, "batch 3 frames height width"]
@@ -135,7 +135,7 @@ DAMAGES: Mapping[str, tuple[Callable[[Video, Walks, float], Video], tuple[float,
     "wrong-curtains": (wrong_curtains, (0.2, 0.5, 1.0)),
     "blurred": (blurred, (1.0, 2.0, 4.0)),
     "noisier": (noisier, (0.25, 0.5, 1.0)),
-    "collapsed": (collapsed, (0.3, 0.6, 1.0)),
+    "collapsed": (collapsed, (0.15, 0.3, 0.5)),
     "frozen": (frozen, (0.25, 0.5, 1.0)),
     "one-picture": (one_picture, (0.3, 0.6, 1.0)),
     "brighter": (brighter, (0.2, 0.5, 1.0)),

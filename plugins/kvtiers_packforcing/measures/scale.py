@@ -31,7 +31,7 @@ class Scale:
 
 def percent(label: str, *, better: Better = "higher", truth: float = 1.0, paper: str = "", main: bool = False) -> Scale:
     """A share, or a correlation, shown in percent."""
-    return Scale(label=label, unit="%", better=better, truth=truth, factor=100, paper=paper, main=main)
+    return Scale(label=label, unit="%", better=better, truth=truth, factor=100.0, paper=paper, main=main)
 
 
 def plain(

@@ -6,7 +6,7 @@ import attrs
 import torch
 
 from kvtiers_packforcing.measures.figures import Figure
-from kvtiers_packforcing.training.seeding import generator_of
+from kvtiers_packforcing.measures.seeds import generator_of
 
 _DRAWS = 2000
 _LEVEL = 0.95
