@@ -23,9 +23,15 @@ _LAST = FRAMES_PER_BLOCK - 1
 _BATCH = 32
 
 CLIP_SCALES: Mapping[str, Scale] = {
-    "clip_score": plain("CLIP score", "x 100", better="higher", truth=float("nan"), digits=2, main=True),
-    "clip_drop": plain("... last 10 s less first", "x 100", better="higher", truth=0.0, digits=2, main=True),
-    "subject_consistency": plain("subject consistency", "x 100", better="higher", truth=100.0, digits=2, main=True),
+    "clip_score": plain(
+        "CLIP score", "x 100", better="higher", truth=None, digits=2, main=True, paper="overall consistency ↑"
+    ),
+    "clip_drop": plain(
+        "... last 10 s less first", "x 100", better="higher", truth=0.0, digits=2, main=True, paper="CLIP drop ↑"
+    ),
+    "subject_consistency": plain(
+        "subject consistency", "x 100", better="higher", truth=100.0, digits=2, main=True, paper="subject consistency ↑"
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from kvtiers_packforcing.measures.measuring import SECONDS
 from kvtiers_packforcing.measures.results import Results
 from kvtiers_packforcing.measures.rows import Row, Seed, codec, damaged, measure_rows, truth
 from kvtiers_packforcing.measures.video_files import files_of, video_in, walk_in
-from kvtiers_packforcing.measures.visits import MeasureError
+from kvtiers_packforcing.measures.visits import MeasureError, cut
 from kvtiers_packforcing.tiny_world import FIRST_FRAME, FRAMES_PER_BLOCK, Walks
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -111,7 +111,7 @@ def _walks(
 def _measure(
     rows: Sequence[Row], shown: Sequence[tuple[Seed, Walks]], files: dict[str, list[Path]], results: Results
 ) -> None:
-    """All rows, with a progress bar where there is a terminal."""
+    """All rows, with a progress bar where there is a terminal. The ceiling need not be longer than the files."""
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
@@ -121,7 +121,14 @@ def _measure(
             for path, (_, walk) in zip(paths, shown, strict=False):
                 results.add(name, _cut(video_in(path), walk), walk)
                 progress.advance(bar)
-        measure_rows(rows, shown, results, done=lambda: progress.advance(bar))
+        if files and not results.lengths():
+            raise MeasureError(
+                f"the videos, or their prompts, are shorter than {results.seconds[0]} s; give their length, as in "
+                f"--seconds {max(1, results.seconds[0] - 1)}"
+            )
+        longest = max(results.lengths(), default=results.seconds[-1])
+        walks = [(seed, cut(walk, longest)) for seed, walk in shown]
+        measure_rows(rows, walks, results, done=lambda: progress.advance(bar))
 
 
 def _cut(pixels: Tensor, walk: Walks) -> Tensor:

@@ -34,7 +34,7 @@ class Measures:
     """What is measured of a batch of videos of `seconds`: a `Figure` each. The measures' own docstrings define them."""
 
     seconds: int
-    identity: Figure = _figure(percent("identity after absence", main=True, paper="subject consistency: higher"))
+    identity: Figure = _figure(percent("identity after absence", main=True, paper="subject consistency ↑"))
     identity_net: Figure = _figure(percent("... less that of other rooms", main=True))
     identity_5_15: Figure = _figure(percent("... absent 5 to 15 s", main=True))
     identity_15_60: Figure = _figure(percent("... absent 15 to 60 s", main=True))
@@ -49,13 +49,13 @@ class Measures:
     return_psnr_5_15: Figure = _figure(plain("... absent 5 to 15 s", "dB", better="higher", truth=40.0))
     return_psnr_15_60: Figure = _figure(plain("... absent 15 to 60 s", "dB", better="higher", truth=40.0))
     return_ssim: Figure = _figure(plain("picture after absence", "SSIM", better="higher", truth=1.0, digits=3))
-    ground_return: Figure = _figure(percent("ground after absence", main=True, paper="background: higher"))
+    ground_return: Figure = _figure(percent("ground after absence", main=True, paper="subject consistency ↑"))
     ground_stay: Figure = _figure(percent("ground within a visit"))
-    dynamic_degree: Figure = _figure(percent("dynamic degree", main=True, paper="dynamic degree: higher"))
+    dynamic_degree: Figure = _figure(percent("dynamic degree", main=True, paper="dynamic degree ↑"))
     motion: Figure = _figure(plain("motion", "px / half s", better="truth", truth=4.3, digits=2))
-    prompt: Figure = _figure(percent("prompt agreement", main=True, paper="overall consistency: higher"))
+    prompt: Figure = _figure(percent("prompt agreement", main=True, paper="overall consistency ↑"))
     prompt_drop: Figure = _figure(
-        percent("... first 10 s less last", better="lower", truth=0.0, main=True, paper="CLIP drop: lower")
+        percent("... first 10 s less last", better="lower", truth=0.0, main=True, paper="CLIP drop, turned ↓")
     )
     curtain: Figure = _figure(percent("curtain as prompted"))
     room: Figure = _figure(percent("room as named"))
@@ -65,7 +65,7 @@ class Measures:
     drift_saturation: Figure = _figure(plain("... of saturation", "log2", better="truth", truth=0.0, digits=2))
     drift_detail: Figure = _figure(plain("... of detail", "log2", better="truth", truth=0.0, digits=2))
     border_jump: Figure = _figure(
-        plain("jump at block borders", "ratio", better="lower", truth=1.0, digits=2, main=True)
+        plain("jump at block borders", "ratio", better="truth", truth=1.0, digits=2, main=True)
     )
     flicker: Figure = _figure(plain("flicker", "of 255", better="lower", truth=0.0, digits=2, main=True))
 

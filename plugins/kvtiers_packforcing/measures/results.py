@@ -21,6 +21,8 @@ from kvtiers_packforcing.measures.summary import Summary, summarise
 from kvtiers_packforcing.tiny_world import FIRST_FRAME, FRAMES_PER_BLOCK, Walks
 
 ALL_SCALES: Mapping[str, Scale] = {**SCALES, **CLIP_SCALES}
+_LABELS, _COLUMN = 56, 13
+"""How wide the first two columns are, and each further one."""
 _ARROWS = {"higher": "↑", "lower": "↓", "truth": "="}
 
 
@@ -69,27 +71,32 @@ class Results:
         path.write_text(json.dumps({"measures": measures, "rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
 
     def print(self, console: Console, *, everything: bool = False) -> None:
-        """A table for each length: a line for each measure, a column for each row, the codec's first."""
+        """Tables for each length: a line for each measure, a column for each row, the codec's first in every table."""
+        others = [row for row in self.rows if row != self.ceiling]
+        fit = max(1, (console.width - _LABELS) // _COLUMN - 1)
         for seconds in self.lengths():
-            console.print(self.table(seconds, everything=everything))
+            for first in range(0, max(1, len(others)), fit):
+                console.print(self.table(seconds, others[first : first + fit], everything=everything))
         console.print(
-            "↑ higher is better, ↓ lower is better, = nearest to truth is better. ± is half of the 95% interval over "
-            f"videos. {self.ceiling}: the true videos passed through the codec, which no model can exceed.",
+            "↑ higher is better, ↓ lower, = nearest to truth. ± is half of the 95% interval over videos. "
+            f"{self.ceiling}: the true videos, passed through the codec, which no model can be expected to exceed. "
+            "-: nothing of the kind happens.",
             style="dim",
         )
 
-    def table(self, seconds: int, *, everything: bool = False) -> Table:
-        """The table of one length. Without `everything` it has the main measures only."""
-        found = {row: self.summaries(row, seconds) for row in self.rows}
-        rows = sorted((row for row in found if found[row]), key=lambda row: row != self.ceiling)
-        videos = max(summary["flicker"].videos for row, summary in found.items() if summary)
-        table = Table(title=f"{seconds} s, {videos} videos", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("measure", overflow="fold")
-        table.add_column("the paper's kind", overflow="fold", style="dim")
-        for row in rows:
+    def table(self, seconds: int, rows: Iterable[str], *, everything: bool = False) -> Table:
+        """The figures of some rows at one length, beside the ceiling. Without `everything`: the main measures."""
+        shown = [row for row in (self.ceiling, *rows) if seconds in self.rows.get(row, {})]
+        found = {row: self.summaries(row, seconds) for row in shown}
+        videos = max((summary["flicker"].videos for summary in found.values()), default=0)
+        title = f"{seconds} s, {videos} video{'s' if videos > 1 else ''} a row"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("measure", no_wrap=True)
+        table.add_column("in the paper", overflow="fold", style="dim")
+        for row in shown:
             table.add_column(row, justify="right", overflow="fold", style="dim" if row == self.ceiling else None)
         for name, scale in ALL_SCALES.items():
-            cells = [_cell(scale, found[row][name]) if name in found[row] else "" for row in rows]
+            cells = [_cell(scale, found[row][name]) if name in found[row] else "" for row in shown]
             if (scale.main or everything) and any(cells):
                 table.add_row(f"{scale.label}, {scale.unit} {_ARROWS[scale.better]}", scale.paper, *cells)
         return table

@@ -11,14 +11,15 @@ Better = Literal["higher", "lower", "truth"]
 class Scale:
     """How a figure is shown.
 
-    better: `higher`, `lower`, or `truth`: what is nearest to a true video's figure. truth: that figure. paper: what
-    PackForcing reports that is of this kind, and which way is better there. main: whether the short table shows it.
+    better: `higher`, `lower`, or `truth`: what is nearest to a true video's figure. truth: that figure, if it is known.
+    paper: what PackForcing reports that is of this kind, and which way is better there. main: whether the short table
+    shows it.
     """
 
     label: str
     unit: str
     better: Better
-    truth: float
+    truth: float | None
     factor: float = 1.0
     digits: int = 1
     paper: str = ""
@@ -35,7 +36,7 @@ def percent(label: str, *, better: Better = "higher", truth: float = 1.0, paper:
 
 
 def plain(
-    label: str, unit: str, *, better: Better, truth: float, digits: int = 1, paper: str = "", main: bool = False
+    label: str, unit: str, *, better: Better, truth: float | None, digits: int = 1, paper: str = "", main: bool = False
 ) -> Scale:
     """A figure that is shown as it is."""
     return Scale(label=label, unit=unit, better=better, truth=truth, digits=digits, paper=paper, main=main)

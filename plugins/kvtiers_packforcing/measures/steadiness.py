@@ -22,7 +22,8 @@ def jumps(pixels: Float[Tensor, "batch 3 frames height width"], walks: Walks) ->
 
     `border_jump`: the mean absolute difference between the last frame of a block and the first one of the next, over
     that between neighbours inside of these two blocks; of the borders at which neither door nor curtain begins to move
-    (and without the frames in which they move). 1 is best and is that of truth; lower is better.
+    (and without the frames in which they move). 1 is best, and is that of truth; the codec
+    has more, and what is below 1 is no merit but changes that come at other times.
     """
     blocks, ratios, counts = block_count(pixels, walks), [], []
     for row, video in enumerate(pixels):
