@@ -76,9 +76,9 @@ def video(
             raise MeasureError(f"--json: there is no folder {out.parent}; make it first")
         files = files_of(paths)
         shown = _walks(files, walks, prompts, videos, max(seconds))
+        rows = [codec(autoencoder)]
         scores = None if clip is None and dino is None else ClipScores(clip=clip, dino=dino)
         results = Results(seconds=seconds, scores=scores)
-        rows = [codec(autoencoder)]
         if with_truth:
             rows += [truth(), *(damaged(name, strengths[-1]) for name, (_, strengths) in DAMAGES.items())]
         _measure(rows, shown, files, results)

@@ -1,7 +1,7 @@
 """A small convnet that names what a frame shows: a thing in each half, its colour, form, texture and place.
 
 It needs no true positions, so it works on generated frames. Its weights come with the package; `recogniser_training`
-says how they are made, and `accuracy` measures how often its names are right.
+says how they are made, and `recogniser_accuracy` how often names are right.
 """
 
 from collections.abc import Sequence
