@@ -1,6 +1,6 @@
 """Train the recogniser: `python -m kvtiers_packforcing.measures.recogniser_training FILE`.
 
-The weights that come with kvtiers were made by this command with nothing changed, in about 20 minutes of one core. Each
+The shipped weights were made by this command with nothing changed, in about five minutes of one core. Each
 step renders frames of new houses, passes most of them through the linear codec, blurs some, adds noise to some, and
 shows a few in which there is nothing to name: noise, two pictures in one, curtains.
 """
@@ -42,7 +42,7 @@ _RATE, _WARM, _DECAY = 4e-3, 50, 1e-4
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--steps", default=900, show_default=True, type=click.IntRange(min=2))
+@click.option("--steps", default=400, show_default=True, type=click.IntRange(min=2))
 def train(out: Path, steps: int) -> None:
     """Train the recogniser and write its weights, float16, to OUT."""
     torch.set_num_threads(1)
