@@ -7,9 +7,9 @@ from typing import Any
 import attrs
 from attrs import validators as v
 
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.config import TrainingConfigError, number, text, values, whole, yes_or_no
 from kvtiers_packforcing.training.distill_config import DistillConfig, DistillPhase
-from kvtiers_packforcing.training.noising import BLOCK_FRAMES
 
 WAN_1_3B = {
     "num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "in_channels": 16,
