@@ -11,7 +11,9 @@ from torch import Tensor
 from kvtiers.errors import KVTiersError
 from kvtiers_packforcing.measures.clip_scores import ClipScores
 from kvtiers_packforcing.measures.damages import DAMAGES
+from kvtiers_packforcing.measures.lengths import lengths
 from kvtiers_packforcing.measures.measuring import SECONDS
+from kvtiers_packforcing.measures.policies import policies
 from kvtiers_packforcing.measures.results import Results
 from kvtiers_packforcing.measures.rows import Row, Seed, codec, damaged, measure_rows, truth
 from kvtiers_packforcing.measures.video_files import files_of, video_in, walk_in
@@ -21,16 +23,12 @@ from kvtiers_packforcing.tiny_world import FIRST_FRAME, FRAMES_PER_BLOCK, Walks
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-def _lengths(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise click.BadParameter(f"{value!r} are no whole seconds of 1 or more, as in 5,30,60")
-    return tuple(sorted({int(part) for part in parts}))
-
-
 @click.group(name="eval")
 def evaluate() -> None:
     """Measure what a model made."""
+
+
+evaluate.add_command(policies)
 
 
 @evaluate.command()
@@ -43,7 +41,7 @@ def evaluate() -> None:
     "--seconds",
     default=",".join(map(str, SECONDS)),
     show_default=True,
-    callback=_lengths,
+    callback=lengths,
     help="At what lengths, as far as the videos last.",
 )
 @click.option("--autoencoder", type=_FOLDER, help="The codec of the ceiling, instead of the linear one.")

@@ -16,11 +16,17 @@ from torch import Tensor
 from kvtiers_packforcing.measures.clip_scores import CLIP_SCALES, ClipScores
 from kvtiers_packforcing.measures.figures import Figure
 from kvtiers_packforcing.measures.measuring import SCALES, SECONDS, measure_lengths
-from kvtiers_packforcing.measures.scale import Scale
+from kvtiers_packforcing.measures.scale import Scale, plain
 from kvtiers_packforcing.measures.summary import Summary, summarise
 from kvtiers_packforcing.tiny_world import FIRST_FRAME, FRAMES_PER_BLOCK, Walks
 
-ALL_SCALES: Mapping[str, Scale] = {**SCALES, **CLIP_SCALES}
+COST_SCALES: Mapping[str, Scale] = {
+    "device_mb": plain("KV on the device", "MB", better="lower", truth=None, main=True, paper="4 GB, flat ↓"),
+    "host_mb": plain("KV on the host", "MB", better="lower", truth=None, main=True),
+    "block_seconds": plain("time of a block", "s", better="lower", truth=None, digits=3, main=True),
+}
+"""What a video cost to make. Known for videos that this command made."""
+ALL_SCALES: Mapping[str, Scale] = {**SCALES, **CLIP_SCALES, **COST_SCALES}
 _LABELS, _COLUMN = 56, 13
 """How wide the first two columns are, and each further one."""
 _ARROWS = {"higher": "↑", "lower": "↓", "truth": "="}
@@ -46,6 +52,13 @@ class Results:
                 figures |= self.scores.figures(pixels[:, :, : length * FRAMES_PER_BLOCK - FIRST_FRAME], walks)
             kept = lengths.setdefault(length, {})
             for name, figure in figures.items():
+                kept.setdefault(name, []).append(figure)
+
+    def note(self, row: str, figures: Mapping[int, Mapping[str, Figure]]) -> None:
+        """Add figures that are not measured on pixels, at each length, by the names of `COST_SCALES`."""
+        for length, named in figures.items():
+            kept = self.rows.setdefault(row, {}).setdefault(length, {})
+            for name, figure in named.items():
                 kept.setdefault(name, []).append(figure)
 
     def summaries(self, row: str, seconds: int) -> Mapping[str, Summary]:

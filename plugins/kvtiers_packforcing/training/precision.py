@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.compiler.config as compiler
 
 from kvtiers_packforcing.training.config import RunConfig
 
@@ -31,7 +32,7 @@ def prepare(transformer: Any, run: RunConfig) -> None:
         transformer.enable_gradient_checkpointing()
     if run.compile:
         # the layers share their code, and the first, the last and those between are compiled for every layout
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
+        compiler.recompile_limit = max(compiler.recompile_limit, _COMPILED)
         for block in transformer.blocks:
             block.compile(dynamic=False)
 

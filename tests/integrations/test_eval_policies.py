@@ -1,0 +1,70 @@
+"""`kvtiers eval policies`: what it measures is what the memories made, and what it cannot do is said at once."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
+
+import torch
+from click.testing import CliRunner
+
+from kvtiers_packforcing.measures.command import evaluate
+from kvtiers_packforcing.measures.measuring import measure_video
+from kvtiers_packforcing.tiny_world import Walks
+from kvtiers_packforcing.tiny_world.making import make_videos
+from kvtiers_packforcing.tiny_world.sampling import Sampler
+from kvtiers_packforcing.tiny_world.variants import choose_variants
+from kvtiers_packforcing.tiny_world.weights import load_models
+from tiny_videos import save_models, tiny_models
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_models(tiny_models(), tmp_path_factory.mktemp("weights"))
+
+
+def ask(*words):
+    return CliRunner().invoke(evaluate, ["policies", *map(str, words)])
+
+
+def test_the_table_is_what_the_memories_made(weights, tmp_path):
+    out, shape = tmp_path / "figures.json", ("--walks", 1, "--seeds", 2, "--seconds", "2,4", "--steps", 1)
+    names = "packforcing,rolling-window"
+    done = ask("--weights", weights, *shape, "--policies", names, "--decoder", "codec", "--json", out, "--all")
+    assert done.exit_code == 0, done.output
+    assert "4 s, 2 videos a row" in done.output
+    rows = {row["name"]: row["seconds"] for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["codec", "packforcing", "rolling-window"]
+    walks = Walks.of_seeds(["evaluation walk 0"] * 2, 4)
+    chosen = choose_variants(names)
+    made = [*make_videos(load_models(weights), chosen, walks, sampler=Sampler(steps=1), decoder="codec")]
+    for variant in chosen:
+        blocks = [block[variant.name] for block in made]
+        video = torch.cat([block.pixels.half().float() for block in blocks], 2)
+        found, wanted = rows[variant.name]["4"], measure_video(video, walks).figures()
+        for name in ("flicker", "prompt", "drift_contrast"):
+            assert found[name]["mean"] == pytest.approx(wanted[name].mean(), rel=1e-4), name
+        assert found["flicker"]["videos"] == 2
+        assert found["device_mb"]["mean"] == pytest.approx(blocks[-1].device_bytes / 2e6)
+        assert found["host_mb"]["mean"] == pytest.approx(blocks[-1].host_bytes / 2e6)
+        assert rows[variant.name]["2"]["device_mb"]["mean"] == pytest.approx(blocks[1].device_bytes / 2e6)
+        assert found["block_seconds"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--policies", "packforcng"), "unknown policy 'packforcng'.*Did you mean 'packforcing'"),
+        (("--seconds", "5,x"), "are no whole seconds of 1 or more"),
+        (("--weights", "nowhere"), "there are no weights in nowhere"),
+        (("--json", "nowhere/figures.json"), "there is no folder nowhere"),
+        (("--walks", 0), "0 is not in the range"),
+    ],
+    ids=["policy", "seconds", "weights", "folder", "walks"],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(words, says):
+    done = ask(*words)
+    assert done.exit_code != 0
+    assert re.search(says, " ".join(done.output.split())), done.output
