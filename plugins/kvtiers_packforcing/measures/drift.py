@@ -27,7 +27,7 @@ def drift(pixels: Float[Tensor, "batch 3 frames height width"], walks: Walks) ->
       twice as much at the end, -1 half as much; 0 is best. Rooms differ, so a true video has up to 1 of
       either sign, and the mean of many about 0: read these as means.
     * `drift`: the largest of the four without its sign; lower is better. Since rooms differ, truth has about 0.7;
-      saturated noise has 2 and more.
+      saturated noise has 2 and more, and a picture that never changes 0.
 
     Curtains are left out. Videos with fewer than two open blocks say nothing.
     """

@@ -25,7 +25,7 @@ def motion(
 
     * `dynamic_degree`: the share of things that go farther than 1.5 pixels in half a second, on average over the visit;
       0 to 1, higher is better, truth 1, a still picture 0.
-    * `motion`: how far they go in half a second, in pixels; truth about 4.3, a still picture 0. What is far above
+    * `motion`: how far they go in half a second, in pixels; truth about 4.8, a still picture 0. What is far above
       truth is no merit: it is things that jump.
 
     Where nothing is seen that could move (probability below 1/2), nothing moves: it counts as 0. Noise and flicker are
