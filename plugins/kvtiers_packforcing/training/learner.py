@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW, Muon, Optimizer
 
 from kvtiers_packforcing.training.config import OptimiserConfig
 from kvtiers_packforcing.training.sharding import put, whole
@@ -74,22 +74,22 @@ class Learner:
 
     def _moments(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What the optimiser remembers of a weight's gradients and of their squares. Muon has no squares."""
-        none = torch.zeros_like(weight)
-        if self.matrices is not None and self._by_muon(weight):
-            return self.matrices.state.get(weight, {}).get("momentum_buffer", none), none
-        state = self.optimiser.state.get(weight, {})
-        return state.get("exp_avg", none), state.get("exp_avg_sq", none)
+        optimiser, first, second = self._home(weight)
+        state = optimiser.state.get(weight, {})
+        return state.get(first, torch.zeros_like(weight)), state.get(second, torch.zeros_like(weight))
 
     def _begin(self, weight: Tensor, first: Tensor, second: Tensor) -> None:
         """Have the optimiser remember moments."""
-        if self.matrices is not None and self._by_muon(weight):
-            self.matrices.state[weight] = {"momentum_buffer": first}
-        else:
-            step = torch.tensor(float(self.updates))
-            self.optimiser.state[weight] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        optimiser, *names = self._home(weight)
+        state = {name: moment for name, moment in zip(names, (first, second), strict=True) if name}
+        counted = {} if optimiser is self.matrices else {"step": torch.tensor(float(self.updates))}
+        optimiser.state[weight] = {**counted, **state}
 
-    def _by_muon(self, weight: Tensor) -> bool:
-        return self.matrices is not None and any(weight is w for w in self.matrices.param_groups[0]["params"])
+    def _home(self, weight: Tensor) -> tuple[Optimizer, str, str]:
+        """The optimiser of a weight, and what its moments are called there."""
+        if self.matrices is not None and any(weight is ours for ours in self.matrices.param_groups[0]["params"]):
+            return self.matrices, "momentum_buffer", ""
+        return self.optimiser, "exp_avg", "exp_avg_sq"
 
 
 def _in_layer(name: str, weight: Tensor) -> bool:
