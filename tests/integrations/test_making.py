@@ -14,9 +14,10 @@ from kvtiers_packforcing.tiny_world import LinearCodec, Walks, embed_walks, psnr
 from kvtiers_packforcing.tiny_world.making import CodecDecoder, make_videos
 from kvtiers_packforcing.tiny_world.sampling import Sampler
 from kvtiers_packforcing.tiny_world.variants import choose_variants, variants
+from kvtiers_packforcing.tiny_world.weights import WeightsError, load_models, read_sampler, write_sampler, write_sums
 from kvtiers_packforcing.training import config_of
 from kvtiers_packforcing.training.student import StudentStage
-from tiny_videos import tiny_models
+from tiny_videos import save_models, tiny_models
 
 WALK = Walks.written(("hall", 2), ("attic", 1), ("hall", 1, "closed"), ("hall", 1))
 OTHER = Walks.written(("cellar", 1), ("porch", 3), ("cellar", 1))
@@ -165,3 +166,18 @@ def test_the_codec_decodes_block_by_block_what_it_decodes_at_once():
 def test_what_cannot_be_made_is_refused_at_once(ask, error, message):
     with pytest.raises(error, match=message):
         ask()
+
+
+def test_weights_say_how_their_blocks_are_denoised(tmp_path):
+    folder = save_models(tiny_models(), tmp_path / "weights")
+    assert read_sampler(folder) == Sampler()
+    write_sampler(folder, Sampler(steps=2, shift=3.0, kind="renoise"))
+    with pytest.raises(WeightsError, match=r"does not list sampler.json"):
+        load_models(folder)
+    write_sums(folder)
+    models = load_models(folder)
+    assert models.sampler == Sampler(steps=2, shift=3.0, kind="renoise")
+    assert models.sampler.sigmas() == pytest.approx([1, 0.75, 0])
+    (folder / "sampler.json").write_text('{"steps": 0}')
+    with pytest.raises(WeightsError, match="says no sampler"):
+        read_sampler(folder)

@@ -35,7 +35,9 @@ def stage(run=None, **model):
 
 
 def test_the_loss_of_a_step_is_the_same_every_time_and_reaches_everything():
-    made = stage(packforcing_share=1.0, sink_window_share=0.0, compressed_past_share=0.0, full_share=0.0)
+    made = stage(
+        packforcing_share=1.0, sink_window_share=0.0, compressed_past_share=0.0, no_sink_share=0.0, full_share=0.0
+    )
     phase = made.config.phases[0]
     loss, figures = made.loss(phase, 3, range(2))
     loss.backward()
@@ -139,7 +141,7 @@ def muon(folder, until=None):
         "optimiser": {"matrices": "muon", "matrix_rate": 2.0},
         "model": SMALL
         | {"packforcing_share": 1.0, "sink_window_share": 0.0, "compressed_past_share": 0.0}
-        | {"full_share": 0.0},
+        | {"no_sink_share": 0.0, "full_share": 0.0},
         "phases": [{"steps": 3, "peak_rate": 1e-3, "clips": 1, "noisy_streams": 1}],
     }
     trainer = Trainer(StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config)))

@@ -165,6 +165,13 @@ def test_a_wrong_field_is_refused_before_anything_is_made(config, tmp_path, chan
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_stop_between_two_lines_of_the_log_is_refused(config, tmp_path):
+    path = config("between", ("log_every = 1", "log_every = 2"))
+    with pytest.raises(TrainingConfigError, match=r"after a multiple of log_every \(2\) steps, got 3"):
+        trained(path, 3)
+    assert not (tmp_path / "between").exists()
+
+
 def test_a_checkpoint_of_another_run_is_refused(config, tmp_path):
     trained(config("mine"), 1)
     with pytest.raises(CheckpointError, match=r"another configuration \(optimiser.warmup_steps\)"):

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import attrs
 import pytest
 import torch
 
@@ -237,6 +238,18 @@ def test_an_interval_is_over_videos_and_narrows_with_their_number():
     assert math.isnan(summarise(of([1.0])).low)
     silent = Figure(values=torch.tensor([1.0, torch.nan]), weights=torch.tensor([2.0, 0.0]))
     assert (summarise(silent).mean, summarise(silent).videos) == (1.0, 1)
+
+
+def test_videos_of_one_group_are_no_independent_witnesses():
+    """Ten walks of four videos each, which differ by walk alone, say no more than ten videos do."""
+    values = torch.linspace(0, 1, 10)
+    alone = summarise([Figure(values=value[None], weights=torch.ones(1)) for value in values])
+    many = [Figure(values=value[None], weights=torch.ones(1), group=nth) for nth, value in enumerate(values)] * 4
+    grouped = summarise(many)
+    assert (grouped.low, grouped.high) == pytest.approx((alone.low, alone.high))
+    assert (grouped.videos, grouped.mean) == (40, pytest.approx(alone.mean))
+    free = summarise([attrs.evolve(figure, group=None) for figure in many])
+    assert free.high - free.low < 0.7 * (grouped.high - grouped.low)
 
 
 def test_many_events_weigh_more_than_few():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import attrs
 import click
 import torch
 from rich import box
@@ -17,7 +18,7 @@ from kvtiers.errors import KVTiersError, MissingExtraError
 from kvtiers_packforcing.demo.output import filled_whole
 from kvtiers_packforcing.demo.walk_text import DEFAULT_WALK, read_walk
 from kvtiers_packforcing.tiny_world.variants import choose_variants
-from kvtiers_packforcing.tiny_world.weights import SHIPPED, check_weights, load_models
+from kvtiers_packforcing.tiny_world.weights import SHIPPED, check_weights, load_models, read_sampler
 
 if TYPE_CHECKING:
     from kvtiers_packforcing.demo.plot import Told
@@ -42,7 +43,7 @@ T = TypeVar("T")
 @click.option(
     "--top-k", default=2, show_default=True, type=click.IntRange(min=1), help="Compressed blocks that are attended."
 )
-@click.option("--steps", default=4, show_default=True, type=click.IntRange(min=1), help="Denoising steps of a block.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of a block.  [default: as the weights say]")
 @click.option(
     "--weights",
     default=SHIPPED,
@@ -57,7 +58,7 @@ T = TypeVar("T")
     help="Folder for the video and two pictures.",
 )
 def video(
-    prompt: str, seconds: int | None, seed: int, policies: str, top_k: int, steps: int, weights: Path, out: Path
+    prompt: str, seconds: int | None, seed: int, policies: str, top_k: int, steps: int | None, weights: Path, out: Path
 ) -> None:
     """Make a video of a walk in which rooms return, under several memories, with a model that is shipped."""
     walks = _asked("'--prompt' and '--seconds'", lambda: read_walk(prompt, seconds))
@@ -69,12 +70,16 @@ def video(
         from kvtiers_packforcing.demo.showing import show
 
         names = ", ".join(variant.name for variant in chosen)
-        console.print(f"{walks.blocks} seconds, {steps} steps a block, seed {seed}, under {names}")
+        sampler = read_sampler(weights)
+        sampler = sampler if steps is None else attrs.evolve(sampler, steps=steps)
+        console.print(f"{walks.blocks} seconds, {sampler.steps} steps a block, seed {seed}, under {names}")
         columns = (TextColumn("seconds made"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("", total=walks.blocks)
             models = load_models(weights)
-            told = show(models, chosen, walks, folder, seed=seed, steps=steps, advance=lambda: progress.advance(bar))
+            told = show(
+                models, chosen, walks, folder, seed=seed, sampler=sampler, advance=lambda: progress.advance(bar)
+            )
         written = sorted(path.name for path in folder.iterdir())
     console.print(table(told))
     for name in written:

@@ -1,10 +1,10 @@
 """What came back: where a walk shows again what it showed before, and how alike the two are in a video."""
 
 import attrs
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from kvtiers_packforcing.measures.pictures import capped_psnr
 from kvtiers_packforcing.tiny_world.rendering import SWEEP_FRAMES
 from kvtiers_packforcing.tiny_world.vocabulary import FIRST_FRAME, FRAMES_PER_BLOCK
 from kvtiers_packforcing.tiny_world.walks import Segment, Walks
@@ -63,5 +63,5 @@ def _psnr(frames: Tensor, one: Segment, other: Segment) -> float:
     """Of two visits, as long as both last, without the half second in which doors and curtains move."""
     length = FRAMES_PER_BLOCK * min(one.end - one.start, other.end - other.start) - SWEEP_FRAMES
     starts = (FRAMES_PER_BLOCK * visit.start + SWEEP_FRAMES - FIRST_FRAME for visit in (one, other))
-    first, second = (frames[start : start + length].float() for start in starts)
-    return float(10 * torch.log10(255**2 / (first - second).square().mean().clamp(min=1e-3)))
+    first, second = (frames[start : start + length].transpose(0, 1).float() for start in starts)
+    return capped_psnr(first / 127.5 - 1, second / 127.5 - 1)

@@ -63,13 +63,13 @@ def show(
     folder: Path,
     *,
     seed: int,
-    steps: int,
+    sampler: Sampler,
     advance: Callable[[], object] = lambda: None,
 ) -> Mapping[str, Told]:
     """Write the video, the contact sheet and the plot of a single walk to `folder`. advance: called for every block."""
     recordings = {variant.name: Recording.of(walks) for variant in chosen}
     film = Film(names=list(recordings), walks=walks)
-    made = make_videos(models, chosen, walks, seeds=[seed], sampler=Sampler(steps=steps))
+    made = make_videos(models, chosen, walks, seeds=[seed], sampler=sampler)
 
     def clips() -> Iterator[Tensor]:
         for number, blocks in enumerate(made):

@@ -13,11 +13,13 @@ class Figure:
     """A figure of each video of a batch.
 
     values: means over the events of a video (returns, borders, ...). weights: how many events there were. Where there
-    was none the weight is 0 and the value is NaN: the video says nothing.
+    was none the weight is 0 and the value is NaN: the video says nothing. group: the videos of figures with the same
+    group are not independent of each other; those without one are.
     """
 
     values: Float[Tensor, " batch"]
     weights: Float[Tensor, " batch"]
+    group: int | None = None
 
     @classmethod
     def of_events(cls, videos: Iterable[Sequence[float]]) -> "Figure":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
 import click
 import torch
 from jaxtyping import Float
@@ -38,8 +39,7 @@ Decoder = Literal["autoencoder", "codec"]
     callback=lengths,
     help="At what lengths; the longest is made.",
 )
-@click.option("--steps", default=4, show_default=True, type=click.IntRange(min=1), help="Denoising steps of a block.")
-@click.option("--sampler", default="euler", show_default=True, type=click.Choice(["euler", "renoise"]))
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of a block.  [default: as the weights say]")
 @click.option("--top-k", default=2, show_default=True, type=click.IntRange(min=1), help="Compressed blocks attended.")
 @click.option(
     "--window-blocks",
@@ -63,8 +63,7 @@ def policies(
     walks: int,
     seeds: int,
     seconds: tuple[int, ...],
-    steps: int,
-    sampler: Literal["euler", "renoise"],
+    steps: int | None,
     top_k: int,
     window_blocks: int,
     decoder: Decoder,
@@ -84,6 +83,7 @@ def policies(
         results = Results(seconds=seconds)
         ceiling = codec(weights / "autoencoder" if decoder == "autoencoder" else None)
         console, models = Console(), load_models(weights)
+        sampler = models.sampler if steps is None else attrs.evolve(models.sampler, steps=steps)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("seconds made", total=walks * len(chosen) * max(seconds))
@@ -97,7 +97,7 @@ def policies(
                         walk,
                         range(nth * seeds, (nth + 1) * seeds),
                         results,
-                        sampler=Sampler(steps=steps, kind=sampler),
+                        sampler=sampler,
                         decoder=decoder,
                         done=lambda: progress.advance(bar),
                     )
@@ -138,7 +138,7 @@ def measure_variant(
         done()
     video = torch.cat(pixels, 2)
     for row in range(rows):
-        results.add(variant.name, video[row : row + 1].float(), walk)
+        results.add(variant.name, video[row : row + 1].float(), walk, group=seeds[0])
     results.note(variant.name, {length: _costs(costs[:length]) for length in results.seconds})
 
 

@@ -43,8 +43,18 @@ class Results:
         self.scores = scores
         self.rows: dict[str, dict[int, dict[str, list[Figure]]]] = {}
 
-    def add(self, row: str, pixels: Float[Tensor, "batch 3 frames height width"], walks: Walks) -> None:
-        """Measure videos of a row at each of `seconds` that they last, and keep the figures, not the pixels."""
+    def add(
+        self,
+        row: str,
+        pixels: Float[Tensor, "batch 3 frames height width"],
+        walks: Walks,
+        *,
+        group: int | None = None,
+    ) -> None:
+        """Measure videos of a row at each of `seconds` that they last, and keep the figures, not the pixels.
+
+        group: of videos that are not independent, such as those of one walk. None: each is independent of all others.
+        """
         lengths = self.rows.setdefault(row, {})
         for length, measures in measure_lengths(pixels, walks, self.seconds).items():
             figures = dict(measures.figures())
@@ -52,7 +62,7 @@ class Results:
                 figures |= self.scores.figures(pixels[:, :, : length * FRAMES_PER_BLOCK - FIRST_FRAME], walks)
             kept = lengths.setdefault(length, {})
             for name, figure in figures.items():
-                kept.setdefault(name, []).append(figure)
+                kept.setdefault(name, []).append(attrs.evolve(figure, group=group))
 
     def note(self, row: str, figures: Mapping[int, Mapping[str, Figure]]) -> None:
         """Add figures that are not measured on pixels, at each length, by the names of `COST_SCALES`."""
@@ -64,7 +74,7 @@ class Results:
     def summaries(self, row: str, seconds: int) -> Mapping[str, Summary]:
         """The figures of a row's videos at a length, by name."""
         kept = self.rows.get(row, {}).get(seconds, {})
-        return {name: summarise(Figure.join(figures)) for name, figures in kept.items()}
+        return {name: summarise(figures) for name, figures in kept.items()}
 
     def lengths(self) -> list[int]:
         """The lengths at which something was measured."""

@@ -15,20 +15,22 @@ from kvtiers_diffusers.schedule import clean, noised
 _SHIFT = 5.0
 
 
-def shifted(sigma: Tensor) -> Tensor:
+def shifted(sigma: Tensor, shift: float = _SHIFT) -> Tensor:
     """Wan's shift of noise levels: more of them are high."""
-    return _SHIFT * sigma / (1 + (_SHIFT - 1) * sigma)
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 @attrs.frozen(kw_only=True)
 class Sampler:
     """How many steps a block takes, and what a step does.
 
+    shift: Wan's shift of the evenly spaced noise levels: beyond 1, more of them are high.
     kind: `euler` goes along the flow to the next noise level. `renoise` tells the clean block at every step and adds
         fresh noise to the next level, as models do that were distilled to few steps (Self-Forcing, arXiv 2506.08009).
     """
 
     steps: int = attrs.field(default=4, validator=[v.instance_of(int), v.ge(1)])
+    shift: float = attrs.field(default=_SHIFT, validator=[v.instance_of((int, float)), v.gt(0)])
     kind: Literal["euler", "renoise"] = attrs.field(default="euler", validator=v.in_(("euler", "renoise")))
 
     @property
@@ -39,7 +41,7 @@ class Sampler:
     def sigmas(self) -> list[float]:
         """Noise levels, from 1 down to 0: one more than there are steps."""
         line = torch.linspace(1, 0, self.steps + 1)
-        levels: list[float] = shifted(line).tolist()
+        levels: list[float] = shifted(line, self.shift).tolist()
         return levels
 
     def denoise(

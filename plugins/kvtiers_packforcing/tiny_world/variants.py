@@ -29,21 +29,19 @@ class Variant:
     """One way to remember.
 
     policy: the name of a preset. options: what is changed of it.
-    compressor: whether the compressor's convolutions are the trained ones, or `untrained`, drawn at random.
+    compressor: whether the compressor's convolutions are the trained ones, or `random`.
     """
 
     name: str
     policy: str
     options: Mapping[str, Any] = attrs.field(factory=dict)
-    compressor: Literal["trained", "untrained"] = attrs.field(
-        default="trained", validator=v.in_(("trained", "untrained"))
-    )
+    compressor: Literal["trained", "random"] = attrs.field(default="trained", validator=v.in_(("trained", "random")))
 
     def remember(self, models: "Models") -> AbstractContextManager["CausalWan"]:
         """A `CausalWan` that remembers so. It gives the transformer back when the `with` block ends."""
         from kvtiers_diffusers import tiered
 
-        network = models.compressor if self.compressor == "trained" else _untrained(models.compressor)
+        network = models.compressor if self.compressor == "trained" else _random(models.compressor)
         return tiered(
             models.transformer,
             self.policy,
@@ -64,7 +62,7 @@ def variants(*, top_k: int = 2, window_blocks: int = 5) -> dict[str, Variant]:
     window = BLOCK_FRAMES * (window_blocks - 1)
     ours: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
 
-    def changed(name: str, compressor: Literal["trained", "untrained"] = "trained", **changes: Any) -> Variant:
+    def changed(name: str, compressor: Literal["trained", "random"] = "trained", **changes: Any) -> Variant:
         return Variant(name=name, policy="packforcing", options=ours | changes, compressor=compressor)
 
     pooled = ("mean-pool", {"ratio": BLOCK_TOKENS // COMPRESSED_TOKENS})
@@ -81,7 +79,7 @@ def variants(*, top_k: int = 2, window_blocks: int = 5) -> dict[str, Variant]:
         changed("hr-only", branches="hr"),
         changed("lr-only", branches="lr"),
         Variant(name="mean-pool", policy="packforcing", options=ours | {"compressor": pooled}),
-        changed("untrained-compressor", "untrained"),
+        changed("random-compressor", "random"),
     ]
     return {variant.name: variant for variant in made}
 
@@ -100,7 +98,7 @@ def choose_variants(names: str, **settings: Any) -> list[Variant]:
     return [known[name] for name in chosen]
 
 
-def _untrained(trained: Any) -> Any:
+def _random(trained: Any) -> Any:
     """A network of the same size, the same one every time. All of it is random: its last layer begins at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

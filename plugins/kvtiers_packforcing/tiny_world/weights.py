@@ -2,10 +2,12 @@
 
 weights/
     autoencoder/  transformer/  compressor/    each as `save_pretrained` of diffusers writes it
+    sampler.json                               how a block is denoised, as training wrote it; else 4 Euler steps
     sha256                                     as `sha256sum` writes it; without it nothing is compared
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import attrs
 import torch
 
 from kvtiers.errors import KVTiersError
+from kvtiers_packforcing.tiny_world.sampling import Sampler
 
 SHIPPED = Path(__file__).parent / "weights"
 PARTS = ("autoencoder", "transformer", "compressor")
-SUMS = "sha256"
+SUMS, SAMPLER = "sha256", "sampler.json"
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -26,11 +29,15 @@ class WeightsError(KVTiersError, OSError):
 
 @attrs.frozen(eq=False, kw_only=True)
 class Models:
-    """What makes videos: a Wan transformer, the HR branch of its compressor, and the autoencoder, all in float32."""
+    """What makes videos: a Wan transformer, the HR branch of its compressor, and the autoencoder, all in float32.
+
+    sampler: how the transformer was trained to denoise a block.
+    """
 
     transformer: Any
     compressor: Any
     autoencoder: Any
+    sampler: Sampler = attrs.field(factory=Sampler)
 
 
 def check_weights(folder: Path | str = SHIPPED) -> None:
@@ -57,7 +64,7 @@ def check_weights(folder: Path | str = SHIPPED) -> None:
 def write_sums(folder: Path | str) -> None:
     """Write `sha256` for the weights in `folder`."""
     folder = Path(folder)
-    lines = [f"{_sum(folder / name)}  {name}\n" for name in _names()]
+    lines = [f"{_sum(folder / name)}  {name}\n" for name in _names(folder)]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -69,7 +76,26 @@ def load_models(folder: Path | str = SHIPPED) -> Models:
 
     check_weights(folder)
     kinds = {"autoencoder": AutoencoderKLWan, "transformer": WanTransformer3DModel, "compressor": HighResolution}
-    return Models(**{part: _load(kind, Path(folder) / part) for part, kind in kinds.items()})
+    parts = {part: _load(kind, Path(folder) / part) for part, kind in kinds.items()}
+    return Models(**parts, sampler=read_sampler(folder))
+
+
+def read_sampler(folder: Path | str) -> Sampler:
+    """The sampler in a folder of weights. Raises `WeightsError` if what stands there is none."""
+    path = Path(folder) / SAMPLER
+    if not path.exists():
+        return Sampler()
+    try:
+        return Sampler(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"{path} says no sampler: {error}; copy the file that the export of a training wrote"
+        ) from error
+
+
+def write_sampler(folder: Path | str, sampler: Sampler) -> None:
+    """Write `sampler.json`."""
+    (Path(folder) / SAMPLER).write_text(json.dumps(attrs.asdict(sampler)) + "\n", encoding="utf-8")
 
 
 def _load(kind: Any, folder: Path) -> Any:
@@ -94,7 +120,7 @@ def _compare(folder: Path) -> None:
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
         found, _, name = line.partition("  ")
         listed[name] = found
-    for name in _names():
+    for name in _names(folder):
         if name not in listed:
             raise WeightsError(f"{folder / SUMS} does not list {name}; write it anew with write_sums()")
         if listed[name] != _sum(folder / name):
@@ -104,8 +130,8 @@ def _compare(folder: Path) -> None:
             )
 
 
-def _names() -> list[str]:
-    return [f"{part}/{name}" for part in PARTS for name in _FILES]
+def _names(folder: Path) -> list[str]:
+    return [*(f"{part}/{name}" for part in PARTS for name in _FILES), *(SAMPLER for _ in folder.glob(SAMPLER))]
 
 
 def _sum(path: Path) -> str:

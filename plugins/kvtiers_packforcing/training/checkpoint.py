@@ -40,9 +40,14 @@ def save_checkpoint(
 
     writes: whether this process is the one that writes; the others only give their shards.
     """
-    tensors = {f"average.{name}": whole(weight) for name, weight in average.weights.items()}
+    parts = {f"average.{name}": weight for name, weight in average.weights.items()}
     for learner in learners:
-        tensors |= learner.tensors()
+        parts |= learner.tensors()
+    tensors: dict[str, Tensor] = {}
+    for name, part in parts.items():  # one by one, so that no device holds all of a model that is in shards
+        full = whole(part)
+        if writes:
+            tensors[name] = full.cpu()
     if not writes:
         return
     said = {"format": _FORMAT, "step": step, "torch": torch.__version__, "config": described(config)}

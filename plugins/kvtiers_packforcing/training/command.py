@@ -33,6 +33,7 @@ def train(config: Path, dry_run: bool, until: int | None, export: bool) -> None:
             click.echo("\n".join([f"stage {said.run.stage}: {said.steps:,} steps", *outline.lines]))
             return
         with joined() as share:
+            share.check(said)
             trainer = Trainer(make_stage(said), share)
             if dry_run:
                 _cost(trainer)
@@ -42,7 +43,7 @@ def train(config: Path, dry_run: bool, until: int | None, export: bool) -> None:
                 click.echo(f"The weights after {trainer.step} steps are in {trainer.export_folder}")
             else:
                 _run(trainer, until)
-    except KVTiersError as error:
+    except (KVTiersError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 

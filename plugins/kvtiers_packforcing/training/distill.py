@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvtiers_packforcing.tiny_world import CLIP_BLOCKS, HEIGHT, LATENT_CHANNELS, WIDTH, Clips, LinearCodec
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
+from kvtiers_packforcing.tiny_world.weights import write_sampler
 from kvtiers_packforcing.training.causal_clips import CausalClips
 from kvtiers_packforcing.training.config import TrainingConfig
 from kvtiers_packforcing.training.distill_config import DistillPhase, TinyDistillConfig
@@ -68,6 +69,11 @@ class DistillStage(Distillation):
 
     def make_model(self, settings: TinyDistillConfig) -> nn.Module:
         return load_student(settings.start)
+
+    def export(self, folder: Path) -> None:
+        """Write the transformer and the compressor as diffusers does, and how blocks are to be denoised."""
+        super().export(folder)
+        write_sampler(folder, self.config.model.sampler)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

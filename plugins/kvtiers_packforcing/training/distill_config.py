@@ -8,6 +8,7 @@ from attrs import validators as v
 
 from kvtiers import PolicyError
 from kvtiers_diffusers.schedule import TIMESTEPS, warped
+from kvtiers_packforcing.tiny_world.sampling import Sampler
 from kvtiers_packforcing.training.config import (
     Phase,
     TrainingConfigError,
@@ -79,6 +80,19 @@ class TinyDistillConfig(DistillConfig):
     start: str = text()
     teacher: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     autoencoder: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
+
+    def __attrs_post_init__(self) -> None:
+        DistillConfig.__attrs_post_init__(self)
+        due = [1000 * (1 - step / len(self.timesteps)) for step in range(len(self.timesteps))]
+        if any(abs(given - even) > 1e-6 for given, even in zip(self.timesteps, due, strict=True)):
+            raise TrainingConfigError(
+                f"timesteps must be evenly spaced from 1000, since videos are made so: {due}; got {[*self.timesteps]}"
+            )
+
+    @property
+    def sampler(self) -> Sampler:
+        """How videos are made of what was distilled."""
+        return Sampler(steps=len(self.timesteps), shift=self.shift, kind="renoise")
 
 
 @attrs.frozen(kw_only=True)

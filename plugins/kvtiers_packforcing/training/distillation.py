@@ -212,20 +212,21 @@ class Distillation(Stage):
 
 @contextmanager
 def whole_score(
-    transformer: Any, made: Generated, negative: Tensor | None = None, guidance: float = 1.0
+    transformer: Any, made: Generated, negative: Tensor | None = None, guidance: float = 0.0
 ) -> Iterator[Score]:
     """The score of whole clips by a model that looks at all frames at once, as Wan was trained.
 
-    guidance: negative + guidance * (prompt - negative), where `negative` [1, words, text_width] is the other prompt.
+    guidance: how far to go on from the prompt's flow, away from that of `negative` [1, words, text_width]: prompt +
+    guidance * (prompt - negative), as Self-Forcing's code counts it. 0 looks at the prompt alone.
     """
 
     def score(noisy: Tensor, sigmas: Tensor) -> Tensor:
         times, words = sigmas[:, 0] * 1000, made.text[:, 0]
         flow: Tensor = transformer(noisy, times, words, return_dict=False)[0]
-        if negative is None or guidance == 1:
+        if negative is None or guidance == 0:
             return flow
         without: Tensor = transformer(noisy, times, negative.expand(len(noisy), -1, -1), return_dict=False)[0]
-        return without + guidance * (flow - without)
+        return flow + guidance * (flow - without)
 
     yield score
 

@@ -52,12 +52,11 @@ class Learner:
         return float(whole(norm))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments, whole, by the names that they have in a checkpoint."""
+        """Weights and moments by the names that they have in a checkpoint. They may be in shards."""
         found: dict[str, Tensor] = {}
         for name, weight in self.network.named_parameters():
             first, second = self._moments(weight)
-            found |= {f"model.{name}": whole(weight.detach())}
-            found |= {f"first.{name}": whole(first), f"second.{name}": whole(second)}
+            found |= {f"model.{name}": weight.detach(), f"first.{name}": first, f"second.{name}": second}
         return found if self.name == "model" else {f"{self.name}.{name}": part for name, part in found.items()}
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:

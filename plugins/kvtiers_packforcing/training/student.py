@@ -2,10 +2,10 @@
 
 Every step draws clips, consecutive ones and ones with gaps in which a room returns, and a layout: PackForcing's, or one
 without a history between sink and recent blocks, or without a sink. A model that never trained without its first block
-falls apart without it. In a fourth layout all of the past is compressed: there every block teaches the model to read
-compressed tokens, in the others only a room that returns does. In a fifth all of it is attended in full, as by models
-that PackForcing is compared with. The clean past is given with a little noise, since a rollout's own past is not
-perfect either.
+falls apart without it. In a layout in which all of the past is compressed every block teaches the model to read
+compressed tokens; in the others only a room that returns does. In the last one all of the past is attended in full: of
+five blocks that is what a window of five has, with a sink or without, which PackForcing is compared with. The clean
+past is given with a little noise, since a rollout's own past is not perfect either.
 """
 
 import random
@@ -56,6 +56,7 @@ _LAYOUTS = {
     "sink_window": Layout(mid="none"),
     "window": Layout(sink_blocks=0, mid="none"),
     "compressed_past": Layout(sink_blocks=0, recent_blocks=0),
+    "no_sink": Layout(sink_blocks=0),
     "full": Layout(mid="full"),
 }
 
@@ -185,9 +186,10 @@ class StudentStage(Stage):
             settings.packforcing_share,
             settings.sink_window_share,
             settings.compressed_past_share,
+            settings.no_sink_share,
             settings.full_share,
         )
-        names = ("packforcing", "sink_window", "compressed_past", "full", "window")
+        names = ("packforcing", "sink_window", "compressed_past", "no_sink", "full", "window")
         return _LAYOUTS[names[sum(at >= share for share in accumulate(shares))]]
 
     @torch.no_grad()
@@ -195,8 +197,8 @@ class StudentStage(Stage):
     def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:
         """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
 
-        Where a room returns that the first block does not show, only `packforcing` can know it. If it is no better than
-        `sink_window` there, the model does not use its memory.
+        Where a room returns that the first block does not show, `sink_window` and `window` cannot know it. If
+        `packforcing` is no better there, the model does not use its memory.
         """
         clips = returns_beyond_the_sink(16)
         latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)

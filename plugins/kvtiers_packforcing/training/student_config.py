@@ -5,7 +5,7 @@ from attrs import validators as v
 
 from kvtiers_packforcing.training.config import Phase, TrainingConfigError, number, whole
 
-_SHARES = ("packforcing_share", "sink_window_share", "compressed_past_share", "full_share")
+_SHARES = ("packforcing_share", "sink_window_share", "compressed_past_share", "no_sink_share", "full_share")
 
 
 @attrs.frozen(kw_only=True)
@@ -27,6 +27,7 @@ class StudentConfig:
     packforcing_share: float = number(0.0, 1.0, default=0.5)
     sink_window_share: float = number(0.0, 1.0, default=0.1)
     compressed_past_share: float = number(0.0, 1.0, default=0.25)
+    no_sink_share: float = number(0.0, 1.0, default=0.05)
     full_share: float = number(0.0, 1.0, default=0.1)
     clean_noise: float = number(0.0, 1.0, default=0.15)
     position_gap_share: float = number(0.0, 1.0, default=0.3)

@@ -9,7 +9,7 @@ import torch
 
 from kvtiers_packforcing.training.averaging import Average
 from kvtiers_packforcing.training.checkpoint import load_checkpoint, save_checkpoint
-from kvtiers_packforcing.training.config import TrainingConfig
+from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.learner import Learner
 from kvtiers_packforcing.training.metrics import Metrics
 from kvtiers_packforcing.training.sharding import whole
@@ -122,6 +122,12 @@ class Trainer:
 
         done: called after every step with the number of steps made and the figures of the step.
         """
+        every = self.config.run.log_every
+        if until is not None and until < self.config.steps and until % every:
+            raise TrainingConfigError(
+                f"a run can stop after a multiple of log_every ({every}) steps, got {until}; its log would differ from "
+                "that of a run that did not stop"
+            )
         folder = Path(self.config.run.folder)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CHECKPOINT).exists():

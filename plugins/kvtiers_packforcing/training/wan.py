@@ -49,8 +49,12 @@ class WanDistillStage(Distillation):
         self.embeddings = embeddings_of(settings)
         known = self.embeddings.is_there
         super().__init__(config)
-        if not known:
-            once(lambda: self.embeddings.write(encoder_of(settings.base, self.device)))
+
+        def embed() -> None:
+            if not known:
+                self.embeddings.write(encoder_of(settings.base, self.device))
+
+        once(embed)  # every process waits, whatever it found: one may have come when another had written already
         self._negative = self.embeddings.of([len(self.embeddings.prompts) - 1]).to(self.device)
         read: Any = AutoencoderKLWan.from_pretrained(settings.base, subfolder="vae", torch_dtype=torch.float32)
         self.autoencoder = read.eval().requires_grad_(False).to(self.device)

@@ -39,7 +39,7 @@ class WanDistillConfig(DistillConfig):
     prompts: str = text()
     embeddings: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     negative_prompt: str = attrs.field(default="", validator=v.instance_of(str))
-    guidance: float = number(1.0, default=3.0)
+    guidance: float = number(0.0, default=3.0)
     low_resolution: bool = yes_or_no(default=True)
     compressor_widths: tuple[int, ...] = attrs.field(default=(32, 128, 512, 2048), converter=values)
     sink_blocks: int = whole(0, default=2)
