@@ -69,7 +69,7 @@ def test_the_end_of_a_run_exports_what_the_next_one_can_start_from(start, tmp_pa
     for name, weight in again.model.named_parameters():
         assert (weight == trainer.average.weights[name]).all()
     told = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"off_teacher", "return", "all", "return_many_steps", "all_many_steps"} <= set(told)
+    assert {"off_path", "return", "all", "return_many_steps", "all_many_steps"} <= set(told)
     assert (tmp_path / "step-000001.png").is_file()
 
 

@@ -91,7 +91,9 @@ class Results:
             for row, lengths in self.rows.items()
         ]
         measures = {name: attrs.asdict(scale) for name, scale in ALL_SCALES.items()}
-        path.write_text(json.dumps({"measures": measures, "rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
+        beside = path.with_name(f"{path.name}.part")
+        beside.write_text(json.dumps({"measures": measures, "rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
+        beside.replace(path)  # it may be written again and again while more is measured
 
     def print(self, console: Console, *, everything: bool = False) -> None:
         """Tables for each length: a line for each measure, a column for each row, the codec's first in every table."""

@@ -69,7 +69,10 @@ def _loss_of(figures: Mapping[str, float]) -> str:
 
 
 def _cost(trainer: Trainer) -> None:
-    """Say what a run would cost. Each phase makes two steps of every network; the second is timed. Writes nothing."""
+    """Say what a run would cost. Each phase makes two steps of every network; the second is timed.
+
+    Nothing is written, but for a file of prompts' embeddings where the model needs one and it can be made.
+    """
     config, console = trainer.config, Console(quiet=not trainer.share.writes)
     console.print(f"stage {trainer.stage.name}: {config.steps:,} steps")
     size = 0

@@ -115,9 +115,10 @@ def _pair(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
 class RunConfig:
     """Where a run goes, when it writes and how it computes. All of `*_every` count optimiser steps; 0 means never.
 
-    precision: of matrix products; weights and the optimiser's moments are float32 always. compile: the layers of the
-    transformer, once for every layout. gradient_checkpointing: layers are run again for their gradients, which takes
-    less memory and more time. sharding: whether several processes each hold all weights, or cut them up (`fsdp2`).
+    precision: of matrix products that are trained; weights, moments and rollouts through a cache are float32. compile:
+    the layers of the transformer, once for every layout. gradient_checkpointing: layers are run again for their
+    gradients, which takes less memory and more time. sharding: whether several processes each hold all weights, or cut
+    them up (`fsdp2`).
     """
 
     stage: str = text()

@@ -147,8 +147,8 @@ class DistillStage(Distillation):
         """Mean squared errors of blocks that are made in a few steps after a true past, in clips not trained on.
 
         `return` is of the block in which a room returns that only compressed history has seen, `all` of every block;
-        `many_steps` are the teacher's. `off_teacher` is how far a few steps end from where the teacher's many steps do,
-        from the same noise.
+        `many_steps` are the teacher's. `off_path` is how far a few steps end from where the teacher's many steps do.
+        Both begin with the same noise; later steps renoise with fresh noise, so it is not 0 for a perfect model either.
         """
         clips = returns_beyond_the_sink(8)
         names = [f"evaluation {nth}" for nth in range(8)]
@@ -157,7 +157,7 @@ class DistillStage(Distillation):
         found = {"": self._few_steps(latents, text, noise)}
         found["_many_steps"] = self.trajectory(latents, text, noise[:, 0], 4)[-1]
         at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
-        told: dict[str, float] = {"off_teacher": float((found[""] - found["_many_steps"]).square().mean())}
+        told: dict[str, float] = {"off_path": float((found[""] - found["_many_steps"]).square().mean())}
         for name, made in found.items():
             off = (made - latents).square().unflatten(2, (CLIP_BLOCKS, -1)).mean((1, 3, 4, 5)).cpu()
             told |= {f"return{name}": float(off[torch.arange(len(at)), at].mean()), f"all{name}": float(off.mean())}

@@ -18,6 +18,7 @@ from kvtiers_diffusers.checkpoints import load_causal_checkpoint
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 from kvtiers_packforcing.network import HighResolution
 from kvtiers_packforcing.tiny_world import contact_sheet
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import CausalClips
 from kvtiers_packforcing.training.config import TrainingConfig
 from kvtiers_packforcing.training.distillation import Distillation, Generated, whole_score
@@ -114,7 +115,7 @@ class WanDistillStage(Distillation):
     def text(self, names: Sequence[str]) -> Tensor:
         prompts = len(self.embeddings.prompts) - 1  # the last one is the negative one
         found = self.embeddings.of([seed_of("prompt", name) % prompts for name in names])
-        return found[:, None].expand(-1, self.shape[1] // 4, -1, -1)
+        return found[:, None].expand(-1, self.shape[1] // BLOCK_FRAMES, -1, -1)
 
     def pixels(self, latents: Tensor, first: bool) -> Tensor | None:
         if self.vae is None:
