@@ -30,7 +30,7 @@ help: ## say what there is
 
 install: $(INSTALLED) ## install kvtiers, its extras and the tools for developing it
 
-demo: $(MODEL) ## read a long document with a real model under every policy, then make two minutes of video
+demo: $(MODEL) ## read a long document with a real model under every policy, then make two minutes of video if its weights are here
 	@$(BIN)/kvtiers demo text $(ARGS)
 	@if [ -d $(WEIGHTS) ]; then $(BIN)/kvtiers demo video; \
 	else echo "kvtiers: no video is made: its model's weights are not part of this checkout ($(WEIGHTS))"; fi

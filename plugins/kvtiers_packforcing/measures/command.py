@@ -11,8 +11,7 @@ from torch import Tensor
 from kvtiers.errors import KVTiersError
 from kvtiers_packforcing.measures.clip_scores import ClipScores
 from kvtiers_packforcing.measures.damages import DAMAGES
-from kvtiers_packforcing.measures.lengths import lengths
-from kvtiers_packforcing.measures.measuring import SECONDS
+from kvtiers_packforcing.measures.lengths import seconds_option
 from kvtiers_packforcing.measures.policies import policies
 from kvtiers_packforcing.measures.results import Results
 from kvtiers_packforcing.measures.rows import Row, Seed, codec, damaged, measure_rows, truth
@@ -37,13 +36,7 @@ evaluate.add_command(policies)
 @click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="What they show: a prompt a second.")
 @click.option("--truth", "with_truth", is_flag=True, help="Measure true videos and deliberately damaged ones.")
 @click.option("--videos", default=8, show_default=True, type=click.IntRange(min=1), help="True videos, with --truth.")
-@click.option(
-    "--seconds",
-    default=",".join(map(str, SECONDS)),
-    show_default=True,
-    callback=lengths,
-    help="At what lengths, as far as the videos last.",
-)
+@seconds_option("At what lengths, as far as the videos last.")
 @click.option("--autoencoder", type=_FOLDER, help="The codec of the ceiling, instead of the linear one.")
 @click.option("--clip", type=_FOLDER, help="A CLIP model of transformers: CLIP score and its drop.")
 @click.option("--dino", type=_FOLDER, help="A DINO model of transformers: subject consistency.")

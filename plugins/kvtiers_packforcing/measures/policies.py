@@ -14,8 +14,7 @@ from torch import Tensor
 
 from kvtiers.errors import KVTiersError
 from kvtiers_packforcing.measures.figures import Figure
-from kvtiers_packforcing.measures.lengths import lengths
-from kvtiers_packforcing.measures.measuring import SECONDS
+from kvtiers_packforcing.measures.lengths import seconds_option
 from kvtiers_packforcing.measures.results import Results
 from kvtiers_packforcing.measures.rows import codec, measure_rows
 from kvtiers_packforcing.measures.visits import MeasureError
@@ -32,13 +31,7 @@ Decoder = Literal["autoencoder", "codec"]
 @click.option("--policies", default=",".join(variants()), show_default=True, help="Memories, separated by commas.")
 @click.option("--walks", default=8, show_default=True, type=click.IntRange(min=1), help="Walks: prompts of a video.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Videos of each walk.")
-@click.option(
-    "--seconds",
-    default=",".join(map(str, SECONDS)),
-    show_default=True,
-    callback=lengths,
-    help="At what lengths; the longest is made.",
-)
+@seconds_option("At what lengths; the longest is made.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of a block.  [default: as the weights say]")
 @click.option("--top-k", default=2, show_default=True, type=click.IntRange(min=1), help="Compressed blocks attended.")
 @click.option(

@@ -1,6 +1,6 @@
 """Train the recogniser: `python -m kvtiers_packforcing.measures.recogniser_training FILE`.
 
-The shipped weights were made by this command with nothing changed, in about five minutes of one core. Each
+The shipped weights were made by this command with nothing changed. Each
 step renders frames of new houses, passes most of them through the linear codec, blurs some, adds noise to some, and
 shows a few in which there is nothing to name: noise, two pictures in one, curtains.
 """

@@ -146,8 +146,8 @@ class RunConfig:
 class OptimiserConfig:
     """AdamW, clipped by the norm of all gradients, and an exponential moving average of the weights (EMA).
 
-    matrices: what updates the matrices of layers. `muon` (torch's own, arXiv 2502.16982) took a tiny Wan
-    to the same loss in half of AdamW's steps. matrix_rate: what Muon's learning rate is, as a multiple of the others'.
+    matrices: what updates the matrices of layers. `muon` is torch's own (arXiv 2502.16982), which needs
+    fewer steps than AdamW in the tiny world. matrix_rate: what Muon's learning rate is, as a multiple of the others'.
     """
 
     betas: tuple[float, float] = pair(default=(0.9, 0.99))
