@@ -9,7 +9,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kvtiers_packforcing.training import Trainer, TrainingConfigError, config_of
+from kvtiers_packforcing.training import CheckpointError, Trainer, TrainingConfigError, config_of
 from kvtiers_packforcing.training.distill import DistillStage
 from tiny_student import distill_stage, distill_table, export_student
 
@@ -51,6 +51,18 @@ def test_a_run_that_was_stopped_between_critic_updates_is_the_run_that_was_not(s
     assert not any(name.startswith("critic.average") for name in checkpoint), "the critic is averaged"
     with safe_open(tmp_path / "whole" / "checkpoint.safetensors", "pt") as file:
         assert json.loads(file.metadata()["kvtiers"])["updates"] == {"model": 1, "critic": 2}
+
+
+def test_a_run_does_not_go_on_from_another_teacher(tmp_path):
+    """The folder has the name that the configuration says, but other weights than when the run began."""
+    start = export_student(tmp_path / "student")
+    changes = {"model": {"timesteps": [1000]}, "phase": {"steps": 2, "clips": 1}}
+    run(start, tmp_path / "run", 1, **changes)
+    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    export_student(tmp_path / "student", seed=1)
+    with pytest.raises(CheckpointError, match="when the folder of start held other files; put those back"):
+        run(start, tmp_path / "run", **changes)
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
 
 
 def test_both_optimisers_have_rates_and_betas_of_their_own(start):

@@ -123,6 +123,28 @@ def test_the_averaged_weights_of_a_run_can_be_had_before_it_ends(config, tmp_pat
     assert not torch.equal(ended.quant_conv.weight, exported.quant_conv.weight), "the end of a run exports nothing"
 
 
+def test_an_export_that_fails_leaves_the_one_before(config, tmp_path, monkeypatch):
+    trainer = trained(config("exported"), 1)
+    trainer.export()
+    folder = tmp_path / "exported"
+    before = {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
+    whole = type(trainer.stage).export
+
+    def fails(stage, into):
+        whole(stage, into)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(type(trainer.stage), "export", fails)
+    trainer.advance()
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.export()
+    assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} == before
+    monkeypatch.undo()
+    trainer.export()
+    assert {path.name: path.read_bytes() for path in (folder / "export").iterdir()} != before
+    assert not [path.name for path in folder.iterdir() if path.name.startswith("export.")]
+
+
 def test_the_rate_depends_on_the_step_alone(config):
     said = load_config(config())
     rates = [said.rate_at(step) for step in range(6)]

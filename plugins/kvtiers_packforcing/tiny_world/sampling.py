@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from kvtiers_diffusers.schedule import clean, noised
 
 _SHIFT = 5.0
+Sigma = TypeVar("Sigma", Tensor, float)
 
 
-def shifted(sigma: Tensor, shift: float = _SHIFT) -> Tensor:
+def shifted(sigma: Sigma, shift: float = _SHIFT) -> Sigma:
     """Wan's shift of noise levels: more of them are high."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

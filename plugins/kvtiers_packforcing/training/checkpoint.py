@@ -2,8 +2,9 @@
 
 The file holds the weights (`model.`), their average (`average.`) and the two moments of AdamW (`first.`, `second.`),
 all in their own dtype, and the same of a second network behind its name (`critic.model.`), except that it has no
-average. Its metadata is JSON: the step, the updates of each network if there are several, the configuration, and what
-wrote it. Nothing random is kept, since all that is random is drawn from the seed and the step.
+average. Its metadata is JSON: the step, the updates of each network if there are several, the configuration, what
+wrote it, and digests of the folders that the run started from. Nothing random is kept, since all that is random is
+drawn from the seed and the step.
 
 Tensors are whole, also those of a run whose weights are in shards; so a run can go on in another number of processes.
 """
@@ -34,11 +35,19 @@ class CheckpointError(KVTiersError, ValueError):
 
 
 def save_checkpoint(
-    path: Path, *, step: int, config: TrainingConfig, learners: Sequence[Learner], average: Average, writes: bool = True
+    path: Path,
+    *,
+    step: int,
+    config: TrainingConfig,
+    learners: Sequence[Learner],
+    average: Average,
+    writes: bool = True,
+    origins: Mapping[str, str] | None = None,
 ) -> None:
     """Write everything to `path`, in one move.
 
-    writes: whether this process is the one that writes; the others only give their shards.
+    writes: whether this process is the one that writes; the others only give their shards. origins: a digest of each
+    folder that the run started from, by field.
     """
     parts = {f"average.{name}": weight for name, weight in average.weights.items()}
     for learner in learners:
@@ -51,6 +60,8 @@ def save_checkpoint(
     if not writes:
         return
     said = {"format": _FORMAT, "step": step, "torch": torch.__version__, "config": described(config)}
+    if origins:
+        said["origins"] = dict(origins)
     if len(learners) > 1:
         said["updates"] = {learner.name: learner.updates for learner in learners}
     beside = path.with_name(f"{path.name}.part")
@@ -60,14 +71,31 @@ def save_checkpoint(
     _settle(path.parent)
 
 
-def load_checkpoint(path: Path, *, config: TrainingConfig, learners: Sequence[Learner], average: Average) -> int:
-    """Put everything back and return the step. The configuration must say the same, except where and when to write."""
+def load_checkpoint(
+    path: Path,
+    *,
+    config: TrainingConfig,
+    learners: Sequence[Learner],
+    average: Average,
+    origins: Mapping[str, str] | None = None,
+) -> int:
+    """Put everything back and return the step.
+
+    The configuration must say the same, except where and when to write, and the folders that the run started from must
+    hold the same.
+    """
     said, tensors = read_checkpoint(path)
     if (mine := _binding(described(config))) != (theirs := _binding(_now(said["config"], config, path))):
         other = [f"{table}.{key}" for table in mine for key in _other(mine[table], theirs.get(table))]
         raise CheckpointError(
             f"{path} was made with another configuration ({', '.join(other)}); choose another folder, or delete the "
             "file to begin anew"
+        )
+    was = said.get("origins", {})  # an older checkpoint says nothing of them
+    if changed := [name for name, digest in (origins or {}).items() if was.get(name, digest) != digest]:
+        raise CheckpointError(
+            f"{path} was made when the folder of {', '.join(changed)} held other files; put those back, choose another "
+            "folder for the run, or delete the file to begin anew"
         )
     step = int(said["step"])
     for learner in learners:

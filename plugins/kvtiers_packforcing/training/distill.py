@@ -76,6 +76,12 @@ class DistillStage(Distillation):
         write_sampler(folder, self.config.model.sampler)
 
     @property
+    def origins(self) -> Mapping[str, Path]:
+        settings = self.config.model
+        folders = {name: getattr(settings, name) for name in ("start", "teacher", "autoencoder")}
+        return {name: Path(folder) for name, folder in folders.items() if folder is not None}
+
+    @property
     def networks(self) -> Mapping[str, nn.Module]:
         found = {"model": self.model}
         if any(phase.loss == "dmd" for phase in self.config.phases):

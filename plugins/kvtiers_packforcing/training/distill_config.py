@@ -8,7 +8,7 @@ from attrs import validators as v
 
 from kvtiers import PolicyError
 from kvtiers_diffusers.schedule import TIMESTEPS, warped
-from kvtiers_packforcing.tiny_world.sampling import Sampler
+from kvtiers_packforcing.tiny_world.sampling import Sampler, shifted
 from kvtiers_packforcing.training.config import (
     Phase,
     TrainingConfigError,
@@ -61,7 +61,7 @@ class DistillConfig:
     def levels(self, parts: Sequence[float]) -> list[float]:
         """The noise levels at which scores look, for parts from 0 to 1 of the way from the lowest to the highest."""
         low, high = self.lowest_sigma, self.highest_sigma
-        return [self.shift * s / (1 + (self.shift - 1) * s) for s in (low + (high - low) * part for part in parts)]
+        return [shifted(low + (high - low) * part, self.shift) for part in parts]
 
     @property
     def layout(self) -> Layout:

@@ -1,5 +1,6 @@
 """Models that other stages exported, read from their folders. A folder without one is refused by name."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,13 @@ def frozen_autoencoder(folder: str | None, device: torch.device) -> Any:
     if folder is None:
         return None
     return AutoencoderKLWan.from_pretrained(folder).eval().requires_grad_(False).to(device)
+
+
+def digest_of(folder: Path) -> str:
+    """A SHA-256 of all files of a folder and their names."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()

@@ -37,6 +37,11 @@ class Stage(abc.ABC):
         return None
 
     @property
+    def origins(self) -> Mapping[str, Path]:
+        """The folders of models that the run starts from, by field. A run goes on only while they hold the same."""
+        return {}
+
+    @property
     def networks(self) -> Mapping[str, nn.Module]:
         """What is trained, each with an optimiser of its own. `model` is averaged, evaluated and exported."""
         return {"model": self.model}

@@ -95,6 +95,11 @@ class StudentStage(Stage):
         return nn.ModuleDict({"transformer": transformer, "compressor": compressor})
 
     @property
+    def origins(self) -> Mapping[str, Path]:
+        folder = self.config.model.autoencoder
+        return {} if folder is None else {"autoencoder": Path(folder)}
+
+    @property
     def transformer(self) -> Any:
         """The Wan transformer."""
         return self.model.get_submodule("transformer")

@@ -1,5 +1,6 @@
 """The loop: from a stage and its configuration to weights, one optimiser step at a time."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from kvtiers_packforcing.training.checkpoint import load_checkpoint, save_checkp
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.learner import Learner
 from kvtiers_packforcing.training.metrics import Metrics
+from kvtiers_packforcing.training.saved import digest_of
 from kvtiers_packforcing.training.sharding import whole
 from kvtiers_packforcing.training.sharing import Share
 from kvtiers_packforcing.training.stage import Stage
@@ -22,18 +24,23 @@ CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
 @attrs.define(eq=False)
 class Trainer:
-    """A run, or one process's share of it. `step` is the number of steps that were made."""
+    """A run, or one process's share of it. `step` is the number of steps that were made.
+
+    origins: a digest of every folder of `Stage.origins`, as it was when the run began or went on.
+    """
 
     stage: Stage
     share: Share = attrs.field(factory=Share)
     average: Average = attrs.field(init=False)
     learners: Mapping[str, Learner] = attrs.field(init=False)
+    origins: Mapping[str, str] = attrs.field(init=False)
     step: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         self.share.check(self.config)
         if self.sharded:
             self.stage.shard()
+        self.origins = {name: digest_of(folder) for name, folder in self.stage.origins.items()}
         settings = self.config.optimiser
         self.average = Average(self.stage.model, settings.ema_decay)
         self.learners = {
@@ -76,12 +83,17 @@ class Trainer:
             learners=list(self.learners.values()),
             average=self.average,
             writes=self.share.writes,
+            origins=self.origins,
         )
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint."""
         self.step = load_checkpoint(
-            path, config=self.config, learners=list(self.learners.values()), average=self.average
+            path,
+            config=self.config,
+            learners=list(self.learners.values()),
+            average=self.average,
+            origins=self.origins,
         )
 
     @property
@@ -90,10 +102,17 @@ class Trainer:
         return Path(self.config.run.folder) / "export"
 
     def export(self) -> None:
-        """Write the averaged weights for use."""
+        """Write the averaged weights for use: all of them, or what was there stays."""
         with self._averaged() as stage:
             if stage is not None:
-                stage.export(self.export_folder)
+                beside, old = (self.export_folder.with_name(f"export.{name}") for name in ("part", "old"))
+                shutil.rmtree(beside, ignore_errors=True)
+                stage.export(beside)
+                shutil.rmtree(old, ignore_errors=True)
+                if self.export_folder.exists():
+                    self.export_folder.rename(old)
+                beside.rename(self.export_folder)
+                shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def _averaged(self) -> Iterator[Stage | None]:
