@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import torch
 
+from kvtiers.about import about
 from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError, explain
 from kvtiers.planning import Shape, cost
 from kvtiers.plugins import Plugin, registry
@@ -109,8 +110,13 @@ def plugins(as_json: bool) -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def policies(as_json: bool) -> None:
-    """The presets with their settings, and what can be put in each slot."""
+@click.argument("name", required=False)
+def policies(as_json: bool, name: str | None) -> None:
+    """The presets with their settings, and what can be put in each slot; or everything about NAME."""
+    if name is not None:
+        told = about(name)
+        click.echo(json.dumps({"name": name, "about": told}, indent=2) if as_json else told)
+        return
     presets = [_preset(name) for name in registry().names("policy")]
     choices = [_choice(slot, name) for slot in SLOTS for name in registry().names(slot)]
     if as_json:

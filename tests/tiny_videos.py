@@ -1,12 +1,14 @@
 """Models of the tiny world's kind with random weights, which no layer swallows, the same ones every time."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from kvtiers_packforcing.network import HighResolution
-from kvtiers_packforcing.tiny_world.weights import Models, write_sums
+from kvtiers_packforcing.tiny_world.gather import gather
+from kvtiers_packforcing.tiny_world.weights import Models
 
 
 def tiny_models(seed: int = 0) -> Models:
@@ -43,7 +45,8 @@ def tiny_models(seed: int = 0) -> Models:
 
 def save_models(models: Models, folder: Path) -> Path:
     """Write them as they are shipped: float16, with sums."""
-    for name in ("transformer", "compressor", "autoencoder"):
-        getattr(models, name).half().save_pretrained(folder / name)
-    write_sums(folder)
+    with TemporaryDirectory() as runs:
+        for name in ("transformer", "compressor", "autoencoder"):
+            getattr(models, name).save_pretrained(Path(runs) / name)
+        gather(Path(runs) / "autoencoder", Path(runs), folder)
     return folder

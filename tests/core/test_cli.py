@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from kvtiers.__main__ import main as program
+from kvtiers.about import about
 from kvtiers.cli import main, parse
-from kvtiers.errors import PolicyError
+from kvtiers.errors import PolicyError, UnknownPolicyError
+from kvtiers.geometry import Geometry
 from kvtiers.hookspecs import hookimpl
 from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS
@@ -66,6 +68,26 @@ def test_policies_shows_tables_by_default():
     shown = run("policies")
     assert shown.exit_code == 0
     assert "page-bounds" in shown.output
+
+
+def test_policies_of_a_name_say_what_it_is_its_source_its_options_and_its_bound():
+    pooled = run("policies", "mean-pool").output
+    for said in ("a choice for compressor", "arXiv 1911.05507", "option ratio: int, default 8", "32 tokens to 4"):
+        assert said in pooled
+    preset = run("policies", "streaming").output
+    bound = policy("streaming").bound(Geometry(kv_heads=1, head_dim=64))
+    assert f"at most {bound:,} tokens" in preset
+    assert "recent = " in preset
+    assert run("policies", "none").output.count("a choice for") == 2
+    assert "attends everything" in run("policies", "full").output
+    with pytest.raises(UnknownPolicyError, match=r"called 'mean-pol'.* Did you mean 'mean-pool'"):
+        CliRunner().invoke(main, ["policies", "mean-pol"], catch_exceptions=False)
+
+
+def test_everything_that_is_installed_can_be_explained():
+    for kind in ("policy", *SLOTS):
+        for name in registry().names(kind):
+            assert f"{name}: a" in about(name)
 
 
 def test_a_preset_that_fails_does_not_hide_the_others():

@@ -8,9 +8,11 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import torch
+from click.testing import CliRunner
 
 from kvtiers import GeometryError, PolicyError, UnknownPolicyError, bytes_in
 from kvtiers_packforcing.tiny_world import LinearCodec, Walks, embed_walks, psnr
+from kvtiers_packforcing.tiny_world.gather import main as gather_command
 from kvtiers_packforcing.tiny_world.making import CodecDecoder, make_videos
 from kvtiers_packforcing.tiny_world.sampling import Sampler
 from kvtiers_packforcing.tiny_world.variants import choose_variants, variants
@@ -166,6 +168,31 @@ def test_the_codec_decodes_block_by_block_what_it_decodes_at_once():
 def test_what_cannot_be_made_is_refused_at_once(ask, error, message):
     with pytest.raises(error, match=message):
         ask()
+
+
+def test_weights_that_runs_wrote_are_gathered_in_half_the_bytes(tmp_path):
+    models, runs = tiny_models(), tmp_path / "runs"
+    for part in ("transformer", "compressor", "autoencoder"):
+        getattr(models, part).save_pretrained(runs / part)
+    given = ["--autoencoder", str(runs / "autoencoder"), "--student", str(runs), str(tmp_path / "weights")]
+    write_sampler(runs, Sampler(steps=2))
+    done = CliRunner().invoke(gather_command, given)
+    assert done.exit_code == 0, done.output
+    found = load_models(tmp_path / "weights")
+    assert found.sampler == Sampler(steps=2)
+    for part in ("transformer", "compressor", "autoencoder"):
+        for mine, theirs in zip(getattr(found, part).parameters(), getattr(models, part).parameters(), strict=True):
+            assert torch.equal(mine, theirs.half().float())
+        config = (tmp_path / "weights" / part / "config.json").read_text()
+        assert str(tmp_path) not in config, "a private folder is told"
+    weight = next(models.compressor.parameters())
+    weight.fill_(1e6)
+    models.compressor.save_pretrained(runs / "compressor")
+    done = CliRunner().invoke(gather_command, given)
+    assert "float16 cannot hold" in done.output
+    assert done.exit_code == 1
+    (runs / "transformer" / "config.json").unlink()
+    assert "transformer lacks config.json; give the export folders" in CliRunner().invoke(gather_command, given).output
 
 
 def test_weights_say_how_their_blocks_are_denoised(tmp_path):

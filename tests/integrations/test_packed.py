@@ -89,6 +89,27 @@ def test_only_the_distance_between_blocks_counts():
     assert torch.allclose(gaps, later, atol=2e-5)
 
 
+@torch.no_grad()
+def test_a_block_that_attends_itself_compressed_has_an_earlier_block_that_was_the_same():
+    model, network, latents, sigmas, text = parts()
+    latents, sigmas, text = latents[..., : 2 * FRAMES, :, :].clone(), sigmas[:, :, :2], text[:, :2].clone()
+    latents[:, 0, :, FRAMES:], text[:, 1] = latents[:, 0, :, :FRAMES], text[:, 0]
+    tokens = network(latents[:, 0, :, :FRAMES]).flatten(2).transpose(1, 2)[:, None]
+    starts = torch.tensor([[0, 3 * FRAMES]]).expand(2, -1)
+    twice = Layout(sink_blocks=0, recent_blocks=0)
+    with packed(model, twice) as wan:
+        wanted = wan(latents, sigmas, text, starts=starts, reduced=tokens, offsets=OFFSETS)
+    found = {}
+    for earlier in (3, 1):
+        offsets = OFFSETS - torch.tensor([earlier * FRAMES, 0, 0])
+        with packed(model, Layout(sink_blocks=0, recent_blocks=0, mid="none", itself=True)) as wan:
+            both = tokens.expand(-1, 2, -1, -1)
+            found[earlier] = wan(latents, sigmas, text, starts=starts, reduced=both, offsets=offsets)
+    off = {earlier: (flow - wanted)[:, :, :, FRAMES:].abs().max() for earlier, flow in found.items()}
+    assert off[3] < 2e-6
+    assert off[1] > 1e-4, "the distance makes no difference"
+
+
 def gradients(checkpointed):
     model, network, latents, sigmas, text = parts()
     if checkpointed:

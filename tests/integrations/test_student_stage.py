@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing.tiny_world import Clips
 from kvtiers_packforcing.training import Trainer, TrainingConfigError, config_of
-from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.layout import LAYOUTS, Layout
 from kvtiers_packforcing.training.noising import draw_sigmas, draw_starts
 from kvtiers_packforcing.training.packed import packed
 from kvtiers_packforcing.training.student import StudentStage
@@ -21,11 +21,13 @@ from kvtiers_packforcing.training.student_config import StudentConfig
 SMALL = {"width": 32, "layers": 2, "heads": 2, "ffn_width": 64}
 
 
-def stage(run=None, **model):
+def stage(run=None, layouts=None, **model):
     table = {
         "run": {"stage": "student", "folder": "nowhere", "seed": 1} | (run or {}),
         "model": SMALL | model,
-        "phases": [{"steps": 1, "peak_rate": 1e-3, "clips": 2, "noisy_streams": 2}],
+        "phases": [
+            {"steps": 1, "peak_rate": 1e-3, "clips": 2, "noisy_streams": 2, "layouts": layouts or {"packforcing": 1}}
+        ],
     }
     made = StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config))
     torch.manual_seed(0)
@@ -35,9 +37,7 @@ def stage(run=None, **model):
 
 
 def test_the_loss_of_a_step_is_the_same_every_time_and_reaches_everything():
-    made = stage(
-        packforcing_share=1.0, sink_window_share=0.0, compressed_past_share=0.0, no_sink_share=0.0, full_share=0.0
-    )
+    made = stage()
     phase = made.config.phases[0]
     loss, figures = made.loss(phase, 3, range(2))
     loss.backward()
@@ -139,10 +139,10 @@ def muon(folder, until=None):
     table = {
         "run": {"stage": "student", "folder": str(folder), "log_every": 1, "save_every": 1},
         "optimiser": {"matrices": "muon", "matrix_rate": 2.0},
-        "model": SMALL
-        | {"packforcing_share": 1.0, "sink_window_share": 0.0, "compressed_past_share": 0.0}
-        | {"no_sink_share": 0.0, "full_share": 0.0},
-        "phases": [{"steps": 3, "peak_rate": 1e-3, "clips": 1, "noisy_streams": 1}],
+        "model": SMALL,
+        "phases": [
+            {"steps": 3, "peak_rate": 1e-3, "clips": 1, "noisy_streams": 1, "layouts": {"packforcing": 1}},
+        ],
     }
     trainer = Trainer(StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config)))
     trainer.run(until=until)
@@ -182,15 +182,25 @@ def test_what_is_drawn_for_a_step_covers_what_it_says():
     assert 0.4 < (steps == 4).all(1).double().mean() < 0.6
 
 
+def test_layouts_are_drawn_as_often_as_the_phase_says():
+    made = stage(layouts={"packforcing": 3, "full": 1, "window": 0})
+    drawn = [made._layout(made.config.phases[0], step) for step in range(400)]
+    assert 0.7 < drawn.count(LAYOUTS["packforcing"]) / 400 < 0.8
+    assert drawn.count(LAYOUTS["full"]) + drawn.count(LAYOUTS["packforcing"]) == 400
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"width": 30, "heads": 4}, "width must be heads times an even number"),
-        ({"packforcing_share": 0.7, "sink_window_share": 0.2}, "must not be more than 1 together"),
+        ({"layouts": {"packforcin": 1}}, "'packforcin' is no layout.*Did you mean 'packforcing'"),
+        ({"layouts": {"full": 0}}, "give at least one layout a number above 0"),
+        ({"layouts": {"full": -1.0}}, "full must be a number of at least 0, got -1.0"),
+        ({"layouts": ["full"]}, "layouts must be a table of numbers by layout"),
         ({"autoencoder": "nowhere"}, "nowhere holds no autoencoder; train one"),
         ({"clean_noise": 1.5}, "clean_noise must be a number from 0 to 1"),
     ],
-    ids=["width", "shares", "autoencoder", "noise"],
+    ids=["width", "layout", "no share", "negative", "no table", "autoencoder", "noise"],
 )
 def test_a_student_that_cannot_be_is_refused(changes, says):
     with pytest.raises(TrainingConfigError, match=says):

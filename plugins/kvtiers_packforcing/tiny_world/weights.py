@@ -20,7 +20,7 @@ from kvtiers_packforcing.tiny_world.sampling import Sampler
 SHIPPED = Path(__file__).parent / "weights"
 PARTS = ("autoencoder", "transformer", "compressor")
 SUMS, SAMPLER = "sha256", "sampler.json"
-_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+CONFIG, TENSORS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 class WeightsError(KVTiersError, OSError):
@@ -47,7 +47,7 @@ def check_weights(folder: Path | str = SHIPPED) -> None:
         hint = "they are not part of this checkout" if folder == SHIPPED else "give a folder that training wrote"
         raise WeightsError(f"there are no weights in {folder}: {hint}")
     for part in PARTS:
-        for name in _FILES:
+        for name in (CONFIG, TENSORS):
             if not (folder / part / name).is_file():
                 others = sorted(path.name for path in (folder / part).glob("*.bin"))
                 hint = f"; {others[0]} is not read, since it can run code" if others else ""
@@ -131,7 +131,8 @@ def _compare(folder: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    return [*(f"{part}/{name}" for part in PARTS for name in _FILES), *(SAMPLER for _ in folder.glob(SAMPLER))]
+    found = [f"{part}/{name}" for part in PARTS for name in (CONFIG, TENSORS)]
+    return [*found, SAMPLER] if (folder / SAMPLER).exists() else found
 
 
 def _sum(path: Path) -> str:

@@ -1,10 +1,11 @@
 """Layouts: which blocks of a clip each block attends, and in which form, as the cache of a policy has it."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import attrs
 
-from kvtiers_packforcing.training.config import one_of, whole
+from kvtiers_packforcing.training.config import one_of, whole, yes_or_no
 
 Form = Literal["full", "compressed"]
 
@@ -14,11 +15,14 @@ class Layout:
     """Sink and recent blocks are attended in full; what lies between compressed, in full or not at all.
 
     PackForcing is `Layout()`. A full history is `mid="full"`, a window is `mid="none"`, a rolling one has no sink.
+    itself: noisy blocks attend their own clean block too, compressed. No cache does this. It teaches a compressor and
+    what reads its tokens, since every block then needs them.
     """
 
     sink_blocks: int = whole(0, default=1)
     recent_blocks: int = whole(0, default=1)
     mid: str = one_of("compressed", "full", "none", default="compressed")
+    itself: bool = yes_or_no(default=False)
 
     def history(self, block: int) -> list[tuple[int, Form]]:
         """The blocks that `block` attends besides itself, oldest first."""
@@ -31,5 +35,19 @@ class Layout:
         return found
 
     def compressed(self, blocks: int) -> list[int]:
-        """The blocks of a clip that some later block attends compressed."""
+        """The blocks of a clip that some block attends compressed."""
+        if self.itself:
+            return list(range(blocks))
         return sorted({past for block in range(blocks) for past, form in self.history(block) if form == "compressed"})
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "packforcing": Layout(),
+    "sink_window": Layout(mid="none"),
+    "window": Layout(sink_blocks=0, mid="none"),
+    "compressed_past": Layout(sink_blocks=0, recent_blocks=0),
+    "compressed_self": Layout(sink_blocks=0, recent_blocks=0, mid="none", itself=True),
+    "no_sink": Layout(sink_blocks=0),
+    "full": Layout(mid="full"),
+}
+"""What stage `student` trains with, by name. Of five blocks, a full history is what a window of five has."""

@@ -6,7 +6,7 @@ forward trains several noisy versions of a clip. Reduced tokens go along behind 
 values in every layer, as they do in the cache (PackForcing, arXiv 2603.25730, section 3.3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -152,7 +152,7 @@ class PackedAttention:
             )
             context = (
                 torch.cat([*(part[:, None].expand(-1, streams, -1, -1, -1) for part in before), parts[block]], 3)
-                for before, parts in zip(past, (keys, values), strict=True)
+                for before, parts in zip(self._shown(past, block, few_keys, few_values), (keys, values), strict=True)
             )
             full.append(_attention(queries[block], *context))
             if block in compressed:
@@ -169,6 +169,14 @@ class PackedAttention:
         beside = torch.stack(few, 1)[:, None]
         beside = torch.cat((beside, beside.new_zeros(1).expand(len(beside), streams - 1, *beside.shape[2:])), 1)
         return torch.cat((attended, beside), 4)
+
+    def _shown(
+        self, past: tuple[list[Tensor], ...], block: int, few_keys: Sequence[Tensor], few_values: Sequence[Tensor]
+    ) -> tuple[list[Tensor], ...]:
+        """What a block attends besides itself: its past, and in some layouts its own reduced tokens."""
+        if not self.packed_wan.layout.itself:
+            return past
+        return tuple([*before, few[block]] for before, few in zip(past, (few_keys, few_values), strict=True))
 
     def _past(self, full: Tensor) -> Tensor:
         """Keys or values of a clean block at full resolution, as later blocks attend them."""

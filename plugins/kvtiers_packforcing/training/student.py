@@ -1,17 +1,16 @@
 """Stage `student`: block-causal flow matching of a tiny Wan in the cache's own layout, its compressor trained with it.
 
-Every step draws clips, consecutive ones and ones with gaps in which a room returns, and a layout: PackForcing's, or one
-without a history between sink and recent blocks, or without a sink. A model that never trained without its first block
-falls apart without it. In a layout in which all of the past is compressed every block teaches the model to read
-compressed tokens; in the others only a room that returns does. In the last one all of the past is attended in full: of
-five blocks that is what a window of five has, with a sink or without, which PackForcing is compared with. The clean
-past is given with a little noise, since a rollout's own past is not perfect either.
+Every step draws clips, consecutive ones and ones with gaps in which a room returns, and a layout of the past. A model
+that never trained without its first block falls apart without it, so some layouts have no sink. Compressed tokens are
+needed only where a room returns that neither sink nor recent shows, which is too seldom to learn to write and to read
+them. So in some layouts all of the past is compressed, and in one each block is shown itself, compressed, as if an
+earlier block had been the same. The clean past is given with a little noise, since a rollout's own past is not perfect
+either.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import high_resolution
 from kvtiers_packforcing.training.config import TrainingConfig
 from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond_the_sink
-from kvtiers_packforcing.training.layout import Layout
+from kvtiers_packforcing.training.layout import LAYOUTS, Layout
 from kvtiers_packforcing.training.noising import by_frame, draw_clip
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
@@ -51,14 +50,8 @@ from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
 _GRID = (HEIGHT // 16, WIDTH // 16)
-_LAYOUTS = {
-    "packforcing": Layout(),
-    "sink_window": Layout(mid="none"),
-    "window": Layout(sink_blocks=0, mid="none"),
-    "compressed_past": Layout(sink_blocks=0, recent_blocks=0),
-    "no_sink": Layout(sink_blocks=0),
-    "full": Layout(mid="full"),
-}
+_EARLIER_BLOCKS = 6
+"""How many blocks before itself a block's own reduced tokens are placed at most, in layout `compressed_self`."""
 
 
 class StudentStage(Stage):
@@ -114,11 +107,11 @@ class StudentStage(Stage):
         shard(self.compressor, self.device)
 
     def loss(self, phase: StudentPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        with packed(self.transformer, self._layout(step)) as wan:
+        with packed(self.transformer, self._layout(phase, step)) as wan:
             return self._loss(wan, phase, step, numbers)
 
     def backward(self, phase: StudentPhase, step: int, numbers: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        with packed(self.transformer, self._layout(step)) as wan:  # layers may be run again for their gradients
+        with packed(self.transformer, self._layout(phase, step)) as wan:  # layers may be run again for their gradients
             loss, figures = self._loss(wan, phase, step, numbers)
             loss.backward()
         return loss.detach(), figures
@@ -135,8 +128,9 @@ class StudentStage(Stage):
         with gathered(self.transformer):
             low = self.low_resolution(clips, latents, wan.layout)
         clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
+        earlier = random.Random(f"earlier {self.config.run.seed}/{step}").randint(1, _EARLIER_BLOCKS)
         with mixed(self.config.run, latents.device):
-            flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low)
+            flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low, earlier=earlier)
         off = (flow - (noise - latents[:, None])).square()
         own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
         return off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
@@ -151,16 +145,21 @@ class StudentStage(Stage):
         *,
         starts: Tensor | None = None,
         low: Tensor | None = None,
+        earlier: int = 1,
     ) -> Tensor:
         """The flow of noisy streams, given a clean past. [batch, streams, channels, frames, height, width]
 
-        low: what `low_resolution` gave for the layout.
+        low: what `low_resolution` gave for the layout. earlier: how many blocks before itself a block attends its own
+        reduced tokens, in a layout in which it does: as if that block had shown the same.
         """
         blocks = wan.layout.compressed(CLIP_BLOCKS)
         more: dict[str, Tensor] = {}
         if blocks:
             tokens = high_resolution(self.compressor, clean, CLIP_BLOCKS, blocks)
-            more = {"reduced": tokens if low is None else tokens + low, "offsets": self.offsets}
+            offsets = self.offsets.clone()
+            if wan.layout.itself:
+                offsets[:, 0] -= earlier * BLOCK_FRAMES
+            more = {"reduced": tokens if low is None else tokens + low, "offsets": offsets}
         told = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
         return wan(torch.cat((clean[:, None], noisy), 1), told, text, starts=starts, **more)[:, 1:]
 
@@ -185,17 +184,9 @@ class StudentStage(Stage):
             found.append(reducer.reduce(cut, pixels).tokens)
         return torch.stack(found, 1)
 
-    def _layout(self, step: int) -> Layout:
-        settings, at = self.config.model, random.Random(f"layout {self.config.run.seed}/{step}").random()
-        shares = (
-            settings.packforcing_share,
-            settings.sink_window_share,
-            settings.compressed_past_share,
-            settings.no_sink_share,
-            settings.full_share,
-        )
-        names = ("packforcing", "sink_window", "compressed_past", "no_sink", "full", "window")
-        return _LAYOUTS[names[sum(at >= share for share in accumulate(shares))]]
+    def _layout(self, phase: StudentPhase, step: int) -> Layout:
+        draw = random.Random(f"layout {self.config.run.seed}/{step}")
+        return LAYOUTS[draw.choices(list(phase.layouts), list(phase.layouts.values()))[0]]
 
     @torch.no_grad()
     @uncompiled()
@@ -213,7 +204,7 @@ class StudentStage(Stage):
         noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
         at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
         found = {}
-        for name, layout in _LAYOUTS.items():
+        for name, layout in LAYOUTS.items():
             with packed(self.transformer, layout) as wan:
                 low = self.low_resolution(clips, latents, layout)
                 flow = self.predict(wan, latents, noisy, sigmas, text, low=low)

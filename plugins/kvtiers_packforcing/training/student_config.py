@@ -1,16 +1,22 @@
 """What stage `student` is told."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import attrs
 from attrs import validators as v
 
+from kvtiers.errors import suggest
 from kvtiers_packforcing.training.config import Phase, TrainingConfigError, number, whole
+from kvtiers_packforcing.training.layout import LAYOUTS
 
-_SHARES = ("packforcing_share", "sink_window_share", "compressed_past_share", "no_sink_share", "full_share")
+_SHARES = {"packforcing": 0.5, "sink_window": 0.1, "compressed_past": 0.25, "no_sink": 0.05, "full": 0.1}
 
 
 @attrs.frozen(kw_only=True)
 class StudentConfig:
-    """The size of the transformer and its compressor. Shares say how often a layout is drawn; the rest is a window.
+    """The size of the transformer and its compressor, and what clips are like.
 
     autoencoder: the folder of a trained one, for the compressor's low-resolution branch; none: its other branch alone.
     compressor_width: channels after the first convolution of the compressor's HR branch; each later one doubles them.
@@ -24,11 +30,6 @@ class StudentConfig:
     heads: int = whole(1, default=4)
     ffn_width: int = whole(1, default=384)
     compressor_width: int = whole(1, default=16)
-    packforcing_share: float = number(0.0, 1.0, default=0.5)
-    sink_window_share: float = number(0.0, 1.0, default=0.1)
-    compressed_past_share: float = number(0.0, 1.0, default=0.25)
-    no_sink_share: float = number(0.0, 1.0, default=0.05)
-    full_share: float = number(0.0, 1.0, default=0.1)
     clean_noise: float = number(0.0, 1.0, default=0.15)
     position_gap_share: float = number(0.0, 1.0, default=0.3)
     position_gap_blocks: int = whole(1, default=4)
@@ -38,12 +39,28 @@ class StudentConfig:
             raise TrainingConfigError(
                 f"width must be heads times an even number of at least 6, got {self.width} and {self.heads} heads"
             )
-        if sum(getattr(self, name) for name in _SHARES) > 1:
-            raise TrainingConfigError(f"{', '.join(_SHARES)} must not be more than 1 together")
 
 
 @attrs.frozen(kw_only=True)
 class StudentPhase(Phase):
-    """How many noisy versions of each clip a step has."""
+    """How many noisy versions of each clip a step has, and how often each layout of the past is drawn.
+
+    layouts: by name, see `LAYOUTS`; numbers in proportion to which a step's layout is drawn.
+    """
 
     noisy_streams: int = whole(1, default=3)
+    layouts: Mapping[str, float] = attrs.field(factory=_SHARES.copy)
+
+    @layouts.validator
+    def _check_layouts(self, _: object, shares: Any) -> None:
+        if not isinstance(shares, Mapping) or not shares:
+            raise TrainingConfigError(f"layouts must be a table of numbers by layout, got {shares!r}")
+        for name, share in shares.items():
+            if name not in LAYOUTS:
+                raise TrainingConfigError(
+                    f"layouts: {name!r} is no layout; choose from {', '.join(LAYOUTS)}.{suggest(name, LAYOUTS)}"
+                )
+            if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < math.inf:
+                raise TrainingConfigError(f"layouts: {name} must be a number of at least 0, got {share!r}")
+        if not sum(shares.values()):
+            raise TrainingConfigError("layouts: give at least one layout a number above 0")

@@ -1,0 +1,65 @@
+"""What is installed under a name, in full: `kvtiers policies NAME`."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from kvtiers.errors import KVTiersError, UnknownPolicyError, suggest
+from kvtiers.geometry import Geometry
+from kvtiers.plugins import HOOKS, registry
+from kvtiers.policy import SLOTS, Policy
+from kvtiers.presets import describe, policy
+from kvtiers.slots import Compressor
+
+_BLOCKS = (16, 32)
+"""Sizes of a block, in tokens, for which a compressor says what it leaves."""
+_TEXT = Geometry(kv_heads=1, head_dim=64)
+
+
+def about(name: str) -> str:
+    """Everything called `name`: what it does, its source, its options with their defaults, what it comes to hold.
+
+    Raises `UnknownPolicyError` if nothing is.
+    """
+    kinds = [kind for kind in ("policy", *SLOTS) if name in registry().names(kind)]
+    if not kinds:
+        known = sorted({known for kind in ("policy", *SLOTS) for known in registry().names(kind)})
+        raise UnknownPolicyError(f"nothing installed is called {name!r}; see `kvtiers policies`.{suggest(name, known)}")
+    return "\n\n".join("\n".join(_lines(kind, name)) for kind in kinds)
+
+
+def _lines(kind: str, name: str) -> Iterator[str]:
+    factory, plugin = registry().factory(kind, name), registry().provider(kind, name)
+    hook = HOOKS[kind].removeprefix("kvtiers_")
+    yield f"{name}: {'a preset' if kind == 'policy' else f'a choice for {kind}'}, by {plugin.origin} ({hook})"
+    module = inspect.getmodule(factory)
+    for text in (None if module is None or kind == "policy" else module.__doc__, factory.__doc__):
+        if text:
+            yield ""
+            yield inspect.cleandoc(text)
+    yield ""
+    yield from _settings(policy(name)) if kind == "policy" else _options(factory)
+
+
+def _settings(made: Policy) -> Iterator[str]:
+    yield from (f"  {key} = {value}" for key, value in describe(made).items())
+    if made.recent is None:
+        yield "  A query attends everything."
+    elif made.chunk_size is not None and (bound := made.bound(_TEXT)) is not None:  # else it is for video
+        yield f"  A query of text attends at most {bound:,} tokens."
+
+
+def _options(factory: Any) -> Iterator[str]:
+    for option in inspect.signature(factory).parameters.values():
+        default = "no default" if option.default is option.empty else f"default {option.default!r}"
+        kind = "" if option.annotation is option.empty else f": {inspect.formatannotation(option.annotation)}"
+        yield f"  option {option.name}{kind}, {default}"
+    try:
+        made = factory()
+    except TypeError:  # an option has no default
+        return
+    if isinstance(made, Compressor) and not (made.keeps or made.drops or made.rewrites):
+        with suppress(KVTiersError):  # it is for video
+            left = ", ".join(f"{size} tokens to {made.block_tokens(size, _TEXT)}" for size in _BLOCKS)
+            yield f"  It compresses a block of {left}."
