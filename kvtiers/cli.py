@@ -8,6 +8,7 @@ when it is asked for; one that fails to load is listed with the reason and break
 import json
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,6 +20,7 @@ from kvtiers.planning import Shape, cost
 from kvtiers.plugins import Plugin, registry
 from kvtiers.policy import SLOTS, Policy
 from kvtiers.presets import describe, policy
+from kvtiers.scaffold import KINDS, write_package
 
 try:
     import click
@@ -135,6 +137,16 @@ def policies(as_json: bool, name: str | None) -> None:
     for choice in choices:
         table.add_row(choice["slot"], choice["name"], choice["distribution"], choice["error"] or choice["about"])
     console.print(table)
+
+
+@main.command()
+@click.argument("slot", type=click.Choice(list(KINDS)))
+@click.argument("name")
+@click.option("--into", default=".", show_default=True, type=click.Path(path_type=Path, file_okay=False))
+def new(slot: str, name: str, into: Path) -> None:
+    """Write a package with a SLOT of your own, called NAME, whose tests pass, to begin with."""
+    folder = write_package(slot, name, into)
+    click.echo(f"{folder} is written. Next: pip install -e '{folder}[test]' and pytest {folder}")
 
 
 @main.command()
