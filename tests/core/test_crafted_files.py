@@ -20,34 +20,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import kvtiers
 from kvtiers import saving
 from kvtiers.blocks import Blocks
 from kvtiers.cache import TieredCache
 from kvtiers.errors import SavedCacheError
 from kvtiers.geometry import Geometry
-from kvtiers.plugins import registry
 from kvtiers.policy import Policy
 from kvtiers.presets import build, policy
 from kvtiers.rotary import Rotary
-from rewriting import H2O
 from strategies import rotary, stream
 
 TEXT = Geometry(kv_heads=2, query_heads=4, head_dim=4, batch=2)
 VIDEO = Geometry(kv_heads=1, head_dim=12, grid=(4, 4), steps_per_commit=4, causal=False)
 SMALL: dict[str, Any] = {"sink": 1, "recent": 3, "block_size": 2, "chunk_size": 4}
-
-
-class Rewriters:
-    @kvtiers.hookimpl
-    def kvtiers_compressors(self) -> dict[str, Callable[..., H2O]]:
-        return {"heaviest": H2O}
-
-
-@pytest.fixture(autouse=True)
-def _rewriters() -> Iterator[None]:
-    with registry().registered(Rewriters(), "rewriters"):
-        yield
 
 
 def watching() -> Policy:
@@ -62,7 +47,7 @@ POLICIES: Mapping[str, Callable[[], Policy]] = {
     "archive that rotates": lambda: policy("archive", **SMALL, top_k=2, realigner="incremental"),
     "compressed forms": lambda: policy("packforcing-lm", **SMALL, top_k=1, top_k_compressed=1),
     "watching, with a codec": watching,
-    "rewriting": lambda: policy("streaming", **SMALL, compressor=("heaviest", {"most": 5}), realigner="contiguous"),
+    "rewriting": lambda: policy("streaming", **SMALL, compressor=("h2o", {"most": 5}), realigner="contiguous"),
     "given": lambda: policy("packforcing", sink=4, recent=4, top_k=2, archive="device"),
 }
 

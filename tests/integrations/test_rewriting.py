@@ -3,7 +3,7 @@
 The references run the unmodified model with its own cache and a mask for every layer and KV head, or plain attention.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,16 @@ from torch.nn.functional import avg_pool1d
 from transformers import DynamicCache
 
 import kvtiers
+from kvtiers_methods.adakv import AdaKV
+from kvtiers_methods.duo_attention import DuoAttention
+from kvtiers_methods.h2o import H2O
+from kvtiers_methods.pyramidkv import PyramidKV
+from kvtiers_methods.snapkv import SnapKV
+from kvtiers_methods.token_merging import TokenMerging
+from kvtiers_methods.tova import TOVA
+from kvtiers_methods.whole_past import WholePast
 from kvtiers_transformers import tiered
 from kvtiers_transformers.versions import CACHE
-from rewriting import H2O, TOVA, AdaKV, Merge, Rewriting, SnapKV, Streaming
 from strategies import attend, rotary
 from tiny_models import attentions, build, distance, feed, given, masked, plain, tokens
 
@@ -100,10 +107,10 @@ def _evict(live: Tensor, mass: Tensor, old: int, kind: str) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("kind", "compressor"),
-    [("h2o", H2O(most=MOST)), ("tova", TOVA(most=MOST)), ("adakv", AdaKV(budget=24))],
+    [("h2o", H2O(most=MOST)), ("tova", TOVA(most=MOST)), ("adakv", AdaKV(mean=12, most=64))],
     ids=["H2O", "TOVA", "a budget shared by heads"],
 )
-def test_eviction_over_the_whole_past_is_that_of_a_reference(kind: str, compressor: Rewriting, attention: str) -> None:
+def test_eviction_over_the_whole_past_is_that_of_a_reference(kind: str, compressor: WholePast, attention: str) -> None:
     model, ids = build("llama"), tokens(TOKENS)
     wanted = evicting(model, ids, kind)
     got = ours(build("llama", attention=attention), ids, policy(compressor))
@@ -128,14 +135,28 @@ def test_snapkv_compresses_a_prompt_of_any_length_once_it_is_read(cut: int | Non
     assert distance(plain(model, ids), wanted) > 1e-3
 
 
-def _snapkv_masks(model: Any, ids: Tensor, window: int) -> dict[int, Tensor]:
+def test_pyramidkv_is_snapkv_with_a_budget_for_each_layer() -> None:
+    model, ids, window = build("llama"), tokens(TOKENS), 16
+    method = PyramidKV(most=MOST, window=window, layers=LAYERS, beta=3)
+    assert [method.budget(layer) for layer in range(LAYERS)] == [20, 4]
+    assert [PyramidKV(most=100, layers=5, beta=20).budget(layer) for layer in range(5)] == [195, 148, 100, 52, 5]
+    with tiered(model, policy(method, recent=None, chunk_size=None)) as cache:
+        first = feed(model, ids[:, :PROMPT], cache, ())
+        cache.compact(recent=window)
+        rest = feed(model, ids[:, PROMPT:], cache, range(1, TOKENS - PROMPT))
+    wanted = masked(model, ids, _snapkv_masks(model, ids, window, [20, 4]))
+    assert distance(torch.cat([first, rest], 1), wanted) < CLOSE
+    assert distance(masked(model, ids, _snapkv_masks(model, ids, window)), wanted) > 1e-3
+
+
+def _snapkv_masks(model: Any, ids: Tensor, window: int, budgets: Sequence[int] = (MOST,) * LAYERS) -> dict[int, Tensor]:
     order = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     masks = {}
     with torch.no_grad(), watched(model, lambda _, __, n: torch.ones(KV_HEADS, n, dtype=torch.bool)) as seen:
         model(ids[:, :PROMPT], **given(DynamicCache(config=model.config)))
     for layer, got in seen.items():
         mass = got[:, -window:, : PROMPT - window].sum(1)
-        best = avg_pool1d(mass[None], 5, 1, 2)[0].topk(MOST, -1).indices
+        best = avg_pool1d(mass[None], 5, 1, 2)[0].topk(budgets[layer], -1).indices
         keep = torch.zeros(KV_HEADS, TOKENS, dtype=torch.bool).scatter(-1, best, True)
         keep[:, PROMPT - window :] = True
         mask = order.expand(1, KV_HEADS * GROUP, -1, -1).clone()
@@ -151,7 +172,7 @@ def test_a_head_may_attend_no_mid_at_all(attention: str) -> None:
     recent = steps[None] >= torch.where(steps < PROMPT, 0, steps - RECENT)[:, None]
     order = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     mask = torch.stack([order, order & recent]).repeat_interleave(GROUP, 0)[None]
-    got = ours(build("llama", attention=attention), ids, policy(Streaming(retrieval_heads=(0,))))
+    got = ours(build("llama", attention=attention), ids, policy(DuoAttention(retrieval_heads=(0,))))
     assert distance(got, masked(model, ids, mask)) < CLOSE
     assert distance(got, plain(model, ids)) > 1e-3
 
@@ -210,7 +231,7 @@ def test_log_n_brings_merged_tokens_nearer_to_what_they_were() -> None:
         wanted = attend(query, keys, values, torch.ones(1, 36, dtype=torch.bool))
         errors = []
         for proportional in (True, False):
-            chosen = policy(Merge(ratio=4, proportional=proportional), recent=3, block_size=4, top_k=100)
+            chosen = policy(TokenMerging(ratio=4, proportional=proportional), recent=3, block_size=4, top_k=100)
             layer = kvtiers.Layer(policy=chosen, geometry=geometry)
             for step in range(36):
                 layer.write(keys[:, :, step : step + 1], values[:, :, step : step + 1])

@@ -1,0 +1,42 @@
+"""Published methods as plugins, one file each. Each names its paper's section, and where it deviates from it."""
+
+from collections.abc import Callable, Mapping
+
+from kvtiers.hookspecs import hookimpl
+from kvtiers.policy import Policy
+from kvtiers.slots import Compressor
+from kvtiers_methods import presets
+from kvtiers_methods.adakv import AdaKV
+from kvtiers_methods.duo_attention import DuoAttention
+from kvtiers_methods.h2o import H2O
+from kvtiers_methods.pyramidkv import PyramidKV
+from kvtiers_methods.snapkv import SnapKV
+from kvtiers_methods.token_merging import TokenMerging
+from kvtiers_methods.tova import TOVA
+
+
+@hookimpl
+def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
+    """What becomes of blocks that leave recent, or of the whole past."""
+    return {
+        "h2o": H2O,
+        "tova": TOVA,
+        "snapkv": SnapKV,
+        "pyramidkv": PyramidKV,
+        "adakv": AdaKV,
+        "duo-attention": DuoAttention,
+        "token-merging": TokenMerging,
+    }
+
+
+@hookimpl
+def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
+    """A preset for each."""
+    return {
+        "h2o": presets.h2o,
+        "tova": presets.tova,
+        "snapkv": presets.snapkv,
+        "pyramidkv": presets.pyramidkv,
+        "adakv": presets.adakv,
+        "token-merging": presets.token_merging,
+    }

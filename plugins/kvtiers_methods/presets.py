@@ -1,0 +1,47 @@
+"""A preset for each method, sized as the shipped ones: a query of text attends at most about 1,024 tokens."""
+
+from kvtiers.policy import Policy
+from kvtiers.presets import policy
+from kvtiers.slots import Compressor
+from kvtiers_methods.adakv import AdaKV
+from kvtiers_methods.h2o import H2O
+from kvtiers_methods.pyramidkv import PyramidKV
+from kvtiers_methods.snapkv import SnapKV
+from kvtiers_methods.token_merging import TokenMerging
+from kvtiers_methods.tova import TOVA
+
+
+def h2o() -> Policy:
+    """The heaviest hitters and as many of the newest tokens. Source: H2O (arXiv 2306.14048) section 5."""
+    return _half(H2O())
+
+
+def tova() -> Policy:
+    """What the newest query attends most, and the newest tokens. Source: TOVA (arXiv 2401.06104)."""
+    return _half(TOVA())
+
+
+def snapkv() -> Policy:
+    """What the latest queries attend most, chosen anew as tokens leave recent. Source: SnapKV (arXiv 2404.14469)."""
+    return _half(SnapKV())
+
+
+def pyramidkv() -> Policy:
+    """As `snapkv`, with more in lower layers: 508 in the mean of 32 layers. Source: PyramidKV (arXiv 2406.02069)."""
+    return _half(PyramidKV())
+
+
+def adakv() -> Policy:
+    """Heavy hitters, 508 a KV head in the mean, 1,016 at most. Source: Ada-KV (arXiv 2407.11550)."""
+    return _half(AdaKV())
+
+
+def token_merging() -> Policy:
+    """All of the past in a fourth of its tokens, merged, of which the newest are attended. Source: ToMe (arXiv 2210.09461)."""
+    return policy("archive", compressor=TokenMerging(), retriever="recency", attend="compressed", recent=508, top_k=128)
+
+
+def _half(compressor: Compressor) -> Policy:
+    return policy(
+        "archive", compressor=compressor, retriever="recency", attend="compressed", sink=4, recent=444, block_size=16
+    )

@@ -1,0 +1,118 @@
+"""What the methods that decide over the whole past share: all that ever left recent is one block, made anew each time.
+
+A token that was left out is gone. Each KV head may keep tokens of its own.
+"""
+
+from typing import ClassVar
+
+import attrs
+import torch
+from attrs import validators as v
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvtiers.blocks import Blocks
+from kvtiers.errors import PolicyError
+from kvtiers.geometry import Geometry
+from kvtiers.slots import Compressor, Moment
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Past:
+    """The tokens of mid and of what leaves recent, in order of origin. Offsets are counted from step 0.
+
+    attention: by query head, if the compressor asked for it. bias: what is added to a token's logits; minus infinity
+    for a token that a head does not have.
+    """
+
+    leaving: Blocks
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"]
+    values: Float[Tensor, "batch kv_heads tokens value_dim"]
+    offsets: Float[Tensor, "batch kv_heads tokens axes"]
+    bias: Float[Tensor, "batch kv_heads tokens"]
+    attention: Float[Tensor, "batch query_heads tokens"] | None
+
+    @classmethod
+    def of(cls, leaving: Blocks, mid: Blocks | None) -> "Past":
+        """What `Compressor.rewrite` is given."""
+        parts, lead = [part for part in (mid, leaving) if part is not None], leaving.keys.shape[:2]
+        offsets, biases = [], []
+        for part in parts:
+            at = part.offsets.double().expand(*lead, part.count, -1, -1).clone()
+            at[..., 0] += part.starts[:, None]
+            offsets.append(at.flatten(2, 3))
+            bias = part.keys.new_zeros(1, 1, 1, 1) if part.bias is None else part.bias
+            biases.append(bias.expand(*lead, part.count, part.tokens).flatten(2, 3))
+        masses = [part.attention.flatten(2, 3) for part in parts if part.attention is not None]
+        return cls(
+            leaving=leaving,
+            keys=torch.cat([part.keys.flatten(2, 3) for part in parts], 2),
+            values=torch.cat([part.values.flatten(2, 3) for part in parts], 2),
+            offsets=torch.cat(offsets, 2),
+            bias=torch.cat(biases, 2),
+            attention=torch.cat(masses, 2) if len(masses) == len(parts) else None,
+        )
+
+    def mass(self) -> Float[Tensor, "batch kv_heads tokens"]:
+        """The attention of all query heads of a KV head, with minus infinity where the head lacks the token."""
+        if self.attention is None:
+            raise PolicyError("no attention was noted; a compressor says in `attention` which one it needs")
+        return self.attention.unflatten(1, (self.keys.shape[1], -1)).sum(2) + self.bias
+
+    def block(
+        self,
+        at: Int[Tensor, "batch kv_heads kept"],
+        *,
+        close_up: bool,
+        bias: Float[Tensor, "batch kv_heads kept"] | None = None,
+    ) -> Blocks:
+        """Tokens `at` as one block from step 0 on. close_up: they are placed one step after the other."""
+        keys, values, offsets = (
+            part.take_along_dim(at[..., None], 2)[:, :, None] for part in (self.keys, self.values, self.offsets)
+        )
+        attention = None
+        if self.attention is not None:
+            group = self.attention.shape[1] // at.shape[1]
+            attention = self.attention.gather(2, at.repeat_interleave(group, 1))[:, :, None]
+        span = int(self.leaving.starts[-1]) + self.leaving.span
+        if close_up:
+            span, time = keys.shape[3], torch.arange(keys.shape[3], device=keys.device)
+            offsets = torch.cat([time[:, None].expand_as(offsets[..., :1]), offsets[..., 1:]], -1)
+        return attrs.evolve(
+            self.leaving,
+            keys=keys,
+            values=values,
+            offsets=offsets,
+            starts=self.leaving.starts[:1] * 0,
+            span=span,
+            offsets_differ=True,
+            rotated=None,
+            attention=attention,
+            bias=None if bias is None else bias[:, :, None],
+        )
+
+
+@attrs.frozen(kw_only=True)
+class WholePast(Compressor):
+    """Of all that ever left recent, at most `most` tokens of each KV head stay.
+
+    close_up: they are placed side by side, under a realigner that closes up; else where they were.
+    """
+
+    rewrites: ClassVar[bool] = True
+    most: int = attrs.field(default=508, validator=[v.instance_of(int), v.ge(1)])
+    close_up: bool = attrs.field(default=False, validator=v.instance_of(bool))
+
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
+        raise PolicyError(f"{type(self).__name__} rewrites all of mid; it does not age blocks")
+
+    def compressed_tokens(self, tokens: int) -> int:
+        return tokens
+
+    def mid_tokens(self, geometry: Geometry) -> int:
+        return self.most
+
+
+def best(scores: Float[Tensor, "batch kv_heads tokens"], count: int) -> Int[Tensor, "batch kv_heads kept"]:
+    """The `count` highest of each KV head, or all if there are fewer, in order of origin."""
+    return scores.topk(min(count, scores.shape[-1]), -1).indices.sort(-1).values
