@@ -37,7 +37,7 @@ def adakv() -> Policy:
 
 
 def token_merging() -> Policy:
-    """All of the past in a fourth of its tokens, merged, of which the newest are attended. Source: ToMe (arXiv 2210.09461)."""
+    """The past in a fourth of its tokens, merged; the newest are attended. Source: ToMe (arXiv 2210.09461)."""
     return policy("archive", compressor=TokenMerging(), retriever="recency", attend="compressed", recent=508, top_k=128)
 
 

@@ -57,7 +57,8 @@ class Past:
         """The attention of all query heads of a KV head, with minus infinity where the head lacks the token."""
         if self.attention is None:
             raise PolicyError("no attention was noted; a compressor says in `attention` which one it needs")
-        return self.attention.unflatten(1, (self.keys.shape[1], -1)).sum(2) + self.bias
+        mass: Tensor = self.attention.unflatten(1, (self.keys.shape[1], -1)).sum(2) + self.bias
+        return mass
 
     def block(
         self,
