@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from kvtiers.archive import Codec
 from kvtiers.hookspecs import hookimpl
 from kvtiers.policy import Policy
 from kvtiers.slots import Compressor
@@ -9,6 +10,7 @@ from kvtiers_methods import presets
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.kivi import Kivi
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
@@ -30,10 +32,17 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
 
 
 @hookimpl
+def kvtiers_codecs() -> Mapping[str, Callable[..., Codec]]:
+    """How archived blocks are written."""
+    return {"kivi": Kivi}
+
+
+@hookimpl
 def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
     """A preset for each."""
     return {
         "h2o": presets.h2o,
+        "kivi": presets.kivi,
         "tova": presets.tova,
         "snapkv": presets.snapkv,
         "pyramidkv": presets.pyramidkv,

@@ -5,6 +5,7 @@ from kvtiers.presets import policy
 from kvtiers.slots import Compressor
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.kivi import Kivi
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
@@ -39,6 +40,11 @@ def adakv() -> Policy:
 def token_merging() -> Policy:
     """The past in a fourth of its tokens, merged; the newest are attended. Source: ToMe (arXiv 2210.09461)."""
     return policy("archive", compressor=TokenMerging(), retriever="recency", attend="compressed", recent=508, top_k=128)
+
+
+def kivi() -> Policy:
+    """Everything is attended, the newest 128 tokens exactly, older ones in 2 bits. Source: KIVI (arXiv 2402.02750)."""
+    return policy("archive", codec=Kivi(), retriever="all", sink=0, recent=128, block_size=32)
 
 
 def _half(compressor: Compressor) -> Policy:

@@ -11,10 +11,14 @@ import attrs
 import torch
 from attrs import validators as v
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvtiers.archive import Codec, Parts
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
+
+_VALUES = ("values", "odd_values", "values_less_2", "values_less_3")
+"""What packed values are called, by how many numbers of the last byte do not count."""
 
 
 @attrs.frozen(kw_only=True)
@@ -46,15 +50,14 @@ class Quantised(Codec):
     def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         low, scale = (parts[name].float()[..., None, :, None] for name in ("key_low", "key_scale"))
         width = parts["key_low"].shape[-1] * self.group
-        keys = self._unpacked(parts["keys"], odd=width % 2 == 1).unflatten(-1, (-1, self.group)) * scale + low
+        keys = self._unpacked(parts["keys"], width).unflatten(-1, (-1, self.group)) * scale + low
         low, scale = (parts[name].float()[..., None] for name in ("value_low", "value_scale"))
-        odd = "odd_values" in parts
-        values = self._unpacked(parts["odd_values" if odd else "values"], odd=odd) * scale + low
+        spare, packed = next((spare, parts[name]) for spare, name in enumerate(_VALUES) if name in parts)
+        values = self._unpacked(packed, packed.shape[-1] * self._per_byte - spare) * scale + low
         return _cast(keys.flatten(-2), dtype), _cast(values, dtype)
 
     def block_bytes(self, tokens: int, geometry: Geometry) -> int:
-        per_byte = 8 // self.bits
-        numbers = tokens * (-(-geometry.head_dim // per_byte) + -(-geometry.value_dim // per_byte))
+        numbers = tokens * (-(-geometry.head_dim // self._per_byte) + -(-geometry.value_dim // self._per_byte))
         scales = 4 * (geometry.head_dim // self.group + tokens)
         return geometry.batch * geometry.kv_heads * (numbers + scales)
 
@@ -80,26 +83,34 @@ class Quantised(Codec):
     def _grouped(self, keys: Tensor) -> Tensor:
         return keys.reshape(*keys.shape[:-1], -1, self.group)
 
+    @property
+    def _per_byte(self) -> int:
+        """How many numbers fill a byte."""
+        return 8 // self.bits
+
     def _name(self, width: int) -> str:
-        """What packed values are called, which says whether the last half of a byte counts."""
-        return "odd_values" if self.bits == 4 and width % 2 else "values"
+        """What packed values are called, which says how many numbers of the last byte do not count."""
+        return _VALUES[-width % self._per_byte]
 
     def _whole(self, x: Tensor, low: Tensor, scale: Tensor) -> Tensor:
         step = torch.where(scale > 0, scale, 1).float()  # where all values are one, they are the least one
         return ((x.float() - low.float()) / step).round().clamp(0, 2**self.bits - 1).to(torch.uint8)
 
     def _packed(self, whole: Tensor) -> Tensor:
-        if self.bits == 8:
+        if self._per_byte == 1:
             return whole
-        if whole.shape[-1] % 2:
-            whole = torch.nn.functional.pad(whole, (0, 1))
-        return whole[..., ::2] << 4 | whole[..., 1::2]
+        parts = pad(whole, (0, -whole.shape[-1] % self._per_byte)).unflatten(-1, (-1, self._per_byte)).unbind(-1)
+        packed = parts[0]
+        for part in parts[1:]:
+            packed = packed << self.bits | part
+        return packed
 
-    def _unpacked(self, packed: Tensor, *, odd: bool) -> Tensor:
-        if self.bits == 8:
+    def _unpacked(self, packed: Tensor, width: int) -> Tensor:
+        if self._per_byte == 1:
             return packed.float()
-        both = torch.stack([packed >> 4, packed & 15], -1).flatten(-2).float()
-        return both[..., :-1] if odd else both
+        shifts = range(8 - self.bits, -1, -self.bits)
+        parts = [packed >> shift & 2**self.bits - 1 for shift in shifts]
+        return torch.stack(parts, -1).flatten(-2)[..., :width].float()
 
 
 def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Codecs `exact`, `int8` and `int4`: what is read back is as near as they declare, and blocks stay apart."""
+"""Codecs `exact`, `int8`, `int4` and `kivi`: what is read back is as near as they declare, and blocks stay apart."""
 
 import attrs
 import pytest
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
+from kvtiers_methods.kivi import Kivi
 from kvtiers_policies.exact import Exact
 from kvtiers_policies.int4 import Int4
 from kvtiers_policies.int8 import Int8
@@ -17,6 +18,7 @@ CODECS = {
     "exact": Exact(),
     "int8": Int8(),
     "int4": Int4(),
+    "kivi": Kivi(),
     "int8 in groups of 3": Int8(group=3),
     "int4 in groups of 2": Int4(group=2),
 }

@@ -3,8 +3,8 @@
 A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. The model was trained on clips of five blocks, of
 which one is the sink, one recent and one the current block. `packforcing` attends those three and `top_k` compressed
 ones: 392 tokens with 2. The windows are not to lose for want of room: they attend five whole blocks, 640 tokens.
-In training four in ten steps have PackForcing's layout, and two in ten that of the windows and of `full`: five blocks,
-all attended in full. One in twenty has no sink. No layout has what `recency`, `original-positions`, `mean-pool`,
+In the last phase of training four in ten steps have PackForcing's layout, and a fourth those of the windows and of
+`full`, with up to five blocks in full. One in twenty has no sink. No layout has what `recency`, `original-positions`, `mean-pool`,
 `random-compressor`, `hr-only` and `lr-only` show a model: those take a part away from the trained one.
 """
 
