@@ -1,8 +1,9 @@
 """The command `kvtiers`: what is installed, and the commands that integrations add.
 
 A package adds a command with an entry point of group `kvtiers.commands` that names a click command, one beneath
-`kvtiers bench` with group `kvtiers.benchmarks`, and one beneath `kvtiers demo` with group `kvtiers.demos`. It is loaded
-when it is asked for; one that fails to load is listed with the reason and breaks nothing else.
+`kvtiers bench` with group `kvtiers.benchmarks`, one beneath `kvtiers demo` with group `kvtiers.demos`, and one beneath
+`kvtiers compare` with group `kvtiers.comparisons`. It is loaded when it is asked for; one that fails to load is listed
+with the reason and breaks nothing else.
 """
 
 import json
@@ -31,7 +32,8 @@ except ImportError as error:
     raise MissingExtraError(f"the command line needs {error.name}; pip install 'kvtiers[cli]'") from error
 
 COMMANDS, BENCHMARKS, DEMOS = "kvtiers.commands", "kvtiers.benchmarks", "kvtiers.demos"
-"""Entry-point groups: commands, and commands of `bench` and of `demo`."""
+COMPARISONS = "kvtiers.comparisons"
+"""Entry-point groups: commands, and commands of `bench`, of `demo` and of `compare`."""
 
 
 class Commands(click.Group):
@@ -92,6 +94,11 @@ def bench() -> None:
 @main.group(cls=Commands, added=DEMOS)
 def demo() -> None:
     """See tiered memory at work."""
+
+
+@main.group(cls=Commands, added=COMPARISONS)
+def compare() -> None:
+    """Policies side by side: what they remember, what they hold, how fast they are."""
 
 
 @main.command()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvtiers import Policy, bytes_in
 from kvtiers_transformers.cache import TransformersCache
 from kvtiers_transformers.document import DOCUMENTS, read_document
+from kvtiers_transformers.plain_cache import PlainCache
 from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
 
@@ -75,7 +76,7 @@ class Reading:
 def read(
     model: PreTrainedModel,
     ids: Sequence[int],
-    cache: TransformersCache,
+    cache: TransformersCache | PlainCache,
     *,
     stride: int = STRIDE,
     advance: Callable[[int], object] = lambda tokens: None,
@@ -106,7 +107,7 @@ def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     question: Sequence[int],
-    cache: TransformersCache,
+    cache: TransformersCache | PlainCache,
     *,
     tokens: int = 8,
 ) -> tuple[str, float]:

@@ -100,7 +100,7 @@ class Quantised(Codec):
         if self._per_byte == 1:
             return whole
         parts = pad(whole, (0, -whole.shape[-1] % self._per_byte)).unflatten(-1, (-1, self._per_byte)).unbind(-1)
-        packed = parts[0]
+        packed: Tensor = parts[0]
         for part in parts[1:]:
             packed = packed << self.bits | part
         return packed

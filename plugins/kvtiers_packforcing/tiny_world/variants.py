@@ -4,8 +4,8 @@ A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. The model wa
 which one is the sink, one recent and one the current block. `packforcing` attends those three and `top_k` compressed
 ones: 392 tokens with 2. The windows are not to lose for want of room: they attend five whole blocks, 640 tokens.
 In the last phase of training four in ten steps have PackForcing's layout, and a fourth those of the windows and of
-`full`, with up to five blocks in full. One in twenty has no sink. No layout has what `recency`, `original-positions`, `mean-pool`,
-`random-compressor`, `hr-only` and `lr-only` show a model: those take a part away from the trained one.
+`full`, with up to five blocks in full. One in twenty has no sink. No layout has what `recency`, `original-positions`,
+`mean-pool`, `random-compressor`, `hr-only` and `lr-only` show a model: those take a part away from the trained one.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,120 @@
+"""What `kvtiers compare` found, as Markdown, CSV and a picture."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+from kvtiers.errors import MissingExtraError
+
+PERPLEXITIES = ("prose", "again")
+"""Tasks without a question: the perplexity of a stretch of the document, and of its beginning when it comes again."""
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+"""Student's t for a two-sided 95% interval, by degrees of freedom from 1 on."""
+
+
+@attrs.frozen(kw_only=True)
+class Row:
+    """One policy on one task with one seed.
+
+    score: the share of answers that were given, or a perplexity. attended: the most tokens of a layer's last step.
+    read_per_second: tokens of the text. seconds_per_token: of an answer; None where nothing was asked.
+    """
+
+    policy: str
+    task: str
+    seed: int
+    score: float
+    attended: int
+    device_bytes: int
+    host_bytes: int
+    read_per_second: float
+    seconds_per_token: float | None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half of its 95% interval by Student's t; None for fewer than two values."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    t = _T[min(len(values) - 1, len(_T)) - 1]
+    return mean, t * statistics.stdev(values) / len(values) ** 0.5
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """A line for each policy: its scores by task, and what it cost in the mean over tasks."""
+    tasks, policies = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("task", "policy"))
+    header = ["policy", *(f"{task} (ppl)" if task in PERPLEXITIES else task for task in tasks)]
+    header += ["tokens attended", "device MB", "host MB", "read tokens/s", "ms a token"]
+    lines = []
+    for policy in policies:
+        mine = [row for row in rows if row.policy == policy]
+        cells = [_score(task, [row.score for row in mine if row.task == task]) for task in tasks]
+        spoken = [row.seconds_per_token for row in mine if row.seconds_per_token is not None]
+        costs = [
+            f"{max(row.attended for row in mine):,}",
+            f"{statistics.fmean(row.device_bytes for row in mine) / 1e6:.1f}",
+            f"{statistics.fmean(row.host_bytes for row in mine) / 1e6:.1f}",
+            f"{statistics.median(row.read_per_second for row in mine):,.0f}",
+            f"{1000 * statistics.median(spoken):.1f}" if spoken else "",
+        ]
+        lines.append([policy, *cells, *costs])
+    return header, lines
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    header, lines = table(rows)
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def write_report(folder: Path, rows: Sequence[Row], title: str) -> None:
+    """Write `table.md`, `table.csv` and `picture.png`."""
+    header, lines = table(rows)
+    about = "Scores are the share of answers given, in percent, or perplexities (ppl), with 95% intervals over texts."
+    (folder / "table.md").write_text(f"{title}. {about}\n\n{markdown(rows)}\n", encoding="utf-8")
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *lines])
+    _draw(rows, title, folder / "picture.png")
+
+
+def _score(task: str, scores: Sequence[float]) -> str:
+    if not scores:
+        return ""
+    scale, digits = (1, 2) if task in PERPLEXITIES else (100, 0)
+    mean, half = interval([scale * score for score in scores])
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def _draw(rows: Sequence[Row], title: str, out: Path) -> None:
+    """One square for each policy and task with questions: how many answers were given."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("the picture needs matplotlib; pip install 'kvtiers[cli]'") from error
+    tasks = [task for task in dict.fromkeys(row.task for row in rows) if task not in PERPLEXITIES]
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    if not tasks:
+        return
+    means = [
+        [_mean([row.score for row in rows if (row.policy, row.task) == (policy, task)]) for task in tasks]
+        for policy in policies
+    ]
+    figure = Figure(figsize=(2.5 + 1.1 * len(tasks), 1.5 + 0.4 * len(policies)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(means, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axes.set_yticks(range(len(policies)), policies)
+    for y, line in enumerate(means):
+        for x, mean in enumerate(line):
+            axes.text(x, y, f"{mean:.0%}", ha="center", va="center")
+    axes.set_title(f"Answers given\n{title}", fontsize="medium")
+    figure.savefig(out, dpi=120)
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return statistics.fmean(scores) if scores else float("nan")
