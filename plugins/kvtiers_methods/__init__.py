@@ -11,6 +11,7 @@ from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
@@ -28,6 +29,7 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
         "adakv": AdaKV,
         "duo-attention": DuoAttention,
         "token-merging": TokenMerging,
+        "memrope": MemRoPE,
     }
 
 
@@ -48,4 +50,6 @@ def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
         "pyramidkv": presets.pyramidkv,
         "adakv": presets.adakv,
         "token-merging": presets.token_merging,
+        "memrope": presets.memrope,
+        "longlive": presets.longlive,
     }

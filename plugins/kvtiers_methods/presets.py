@@ -1,4 +1,4 @@
-"""A preset for each method, sized as the shipped ones: a query of text attends at most about 1,024 tokens."""
+"""A preset for each method. Those for text are sized as the shipped ones: a query attends about 1,024 tokens."""
 
 from kvtiers.policy import Policy
 from kvtiers.presets import policy
@@ -6,6 +6,7 @@ from kvtiers.slots import Compressor
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
@@ -45,6 +46,27 @@ def token_merging() -> Policy:
 def kivi() -> Policy:
     """Everything is attended, the newest 128 tokens exactly, older ones in 2 bits. Source: KIVI (arXiv 2402.02750)."""
     return policy("archive", codec=Kivi(), retriever="all", sink=0, recent=128, block_size=32)
+
+
+def memrope() -> Policy:
+    """Video: three anchor frames, two frames of running means, the newest four. Source: MemRoPE (arXiv 2603.12513)."""
+    return policy(
+        "streaming",
+        compressor=MemRoPE(),
+        attend="compressed",
+        sink=3,
+        recent=4,
+        realigner="contiguous",
+        chunk_size=None,
+    )
+
+
+def longlive() -> Policy:
+    """Video: three anchor frames and a window of twelve, three of them current. Source: LongLive (arXiv 2509.22622).
+
+    Where the prompt changes, call `rewind_recent()` and commit those frames again under the new one (its KV recache).
+    """
+    return policy("streaming", sink=3, recent=9, realigner="original", chunk_size=None)
 
 
 def _half(compressor: Compressor) -> Policy:

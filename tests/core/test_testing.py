@@ -124,7 +124,7 @@ def test_where_the_compressed_form_is_given_the_full_one_is_archived_unrotated(r
     assert trial.layer.history.count > 2
 
 
-@pytest.mark.parametrize("name", ["packforcing", "rolling-window", "sink-rolling-window"])
+@pytest.mark.parametrize("name", ["packforcing", "rolling-window", "sink-rolling-window", "memrope", "longlive"])
 def test_presets_for_video_keep_the_invariants(name):
     check_policy(policy(name), examples=EXAMPLES)
 
