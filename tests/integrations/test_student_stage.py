@@ -21,7 +21,7 @@ from kvtiers_packforcing.training.student_config import StudentConfig
 SMALL = {"width": 32, "layers": 2, "heads": 2, "ffn_width": 64}
 
 
-def stage(run=None, layouts=None, **model):
+def stage(run=None, layouts=None, random_ends=True, **model):
     table = {
         "run": {"stage": "student", "folder": "nowhere", "seed": 1} | (run or {}),
         "model": SMALL | model,
@@ -31,7 +31,7 @@ def stage(run=None, layouts=None, **model):
     }
     made = StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config))
     torch.manual_seed(0)
-    for last in (made.transformer.proj_out, made.compressor.layers[-1]):
+    for last in () if not random_ends else (made.transformer.proj_out, made.compressor.layers[-1]):
         torch.nn.init.normal_(last.weight, std=0.1)  # both begin at zero, which lets nothing through
     return made
 
@@ -180,6 +180,19 @@ def test_what_is_drawn_for_a_step_covers_what_it_says():
     steps = torch.stack([draw_starts(random.Random(seed), settings) for seed in range(400)]).diff(dim=1)
     assert set(steps.flatten().tolist()) == {4, 8, 12, 16, 20}
     assert 0.4 < (steps == 4).all(1).double().mean() < 0.6
+
+
+def test_a_run_can_begin_with_what_another_one_exported(tmp_path):
+    first = stage()
+    first.export(tmp_path / "export")
+    phase = first.config.phases[0]
+    second = stage(start=str(tmp_path / "export"), random_ends=False)
+    assert torch.equal(second.loss(phase, 3, range(2))[0], first.loss(phase, 3, range(2))[0])
+    assert second.origins == {"start": tmp_path / "export"}
+    with pytest.raises(TrainingConfigError, match="is of another size than"):
+        stage(start=str(tmp_path / "export"), layers=3)
+    with pytest.raises(TrainingConfigError, match=r"start: .*nowhere holds no transformer"):
+        stage(start=str(tmp_path / "nowhere"))
 
 
 def test_layouts_are_drawn_as_often_as_the_phase_says():

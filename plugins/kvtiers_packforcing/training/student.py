@@ -37,13 +37,13 @@ from kvtiers_packforcing.tiny_world import (
 from kvtiers_packforcing.tiny_world.sampling import Sampler
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import high_resolution
-from kvtiers_packforcing.training.config import TrainingConfig
+from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond_the_sink
 from kvtiers_packforcing.training.layout import LAYOUTS, Layout
 from kvtiers_packforcing.training.noising import by_frame, draw_clip
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
-from kvtiers_packforcing.training.saved import frozen_autoencoder
+from kvtiers_packforcing.training.saved import check_student, frozen_autoencoder, load_student
 from kvtiers_packforcing.training.seeding import seed_of
 from kvtiers_packforcing.training.sharding import gathered, shard
 from kvtiers_packforcing.training.stage import Stage
@@ -69,6 +69,21 @@ class StudentStage(Stage):
         self.vae: Any = frozen_autoencoder(config.model.autoencoder, self.device)
 
     def make_model(self, settings: StudentConfig) -> nn.Module:
+        if settings.start is not None:
+            check_student("start", settings.start)
+        made = self._made(settings)
+        if settings.start is not None:
+            theirs, ours = load_student(settings.start).state_dict(), made.state_dict()
+            if [(name, part.shape) for name, part in theirs.items()] != [(n, part.shape) for n, part in ours.items()]:
+                raise TrainingConfigError(
+                    f"[model]: start: the model in {settings.start} is of another size than [model] says; give the "
+                    "width, layers, heads, ffn_width and compressor_width that it was trained with"
+                )
+            made.load_state_dict(theirs)
+        return made
+
+    def _made(self, settings: StudentConfig) -> nn.ModuleDict:
+        """A model with random weights."""
         transformer: Any = WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=settings.heads,
@@ -89,8 +104,9 @@ class StudentStage(Stage):
 
     @property
     def origins(self) -> Mapping[str, Path]:
-        folder = self.config.model.autoencoder
-        return {} if folder is None else {"autoencoder": Path(folder)}
+        settings = self.config.model
+        folders = {name: getattr(settings, name) for name in ("start", "autoencoder")}
+        return {name: Path(folder) for name, folder in folders.items() if folder is not None}
 
     @property
     def transformer(self) -> Any:

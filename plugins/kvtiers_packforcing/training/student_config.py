@@ -18,12 +18,14 @@ _SHARES = {"packforcing": 0.5, "sink_window": 0.1, "compressed_past": 0.25, "no_
 class StudentConfig:
     """The size of the transformer and its compressor, and what clips are like.
 
+    start: what another run of this stage exported, with whose weights this one begins; none: random ones.
     autoencoder: the folder of a trained one, for the compressor's low-resolution branch; none: its other branch alone.
     compressor_width: channels after the first convolution of the compressor's HR branch; each later one doubles them.
     clean_noise: the most noise that the clean past is given, as a share. position_gap_share: how often a clip's blocks
     are placed with gaps of up to `position_gap_blocks` blocks, so that positions beyond a clip's length are trained.
     """
 
+    start: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     autoencoder: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     width: int = whole(12, default=128)
     layers: int = whole(1, default=4)
