@@ -17,7 +17,7 @@ from rich.table import Table
 from kvtiers.errors import KVTiersError, MissingExtraError
 from kvtiers_packforcing.demo.output import filled_whole
 from kvtiers_packforcing.demo.walk_text import DEFAULT_WALK, read_walk
-from kvtiers_packforcing.tiny_world.variants import choose_variants
+from kvtiers_packforcing.tiny_world.variants import TOP_K, choose_variants
 from kvtiers_packforcing.tiny_world.weights import SHIPPED, check_weights, load_models, read_sampler
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ T = TypeVar("T")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the noise.")
 @click.option("--policies", default=POLICIES, show_default=True, help="Memories to compare, separated by commas.")
 @click.option(
-    "--top-k", default=2, show_default=True, type=click.IntRange(min=1), help="Compressed blocks that are attended."
+    "--top-k", default=TOP_K, show_default=True, type=click.IntRange(min=1), help="Compressed blocks that are attended."
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of a block.  [default: as the weights say]")
 @click.option(

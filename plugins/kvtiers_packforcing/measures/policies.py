@@ -20,7 +20,7 @@ from kvtiers_packforcing.measures.rows import codec, measure_rows
 from kvtiers_packforcing.measures.visits import MeasureError
 from kvtiers_packforcing.tiny_world import Walks
 from kvtiers_packforcing.tiny_world.sampling import Sampler
-from kvtiers_packforcing.tiny_world.variants import Variant, choose_variants, variants
+from kvtiers_packforcing.tiny_world.variants import TOP_K, Variant, choose_variants, variants
 from kvtiers_packforcing.tiny_world.weights import SHIPPED, Models, check_weights, load_models
 
 _WALK = "evaluation walk"
@@ -33,7 +33,9 @@ Decoder = Literal["autoencoder", "codec"]
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Videos of each walk.")
 @seconds_option("At what lengths; the longest is made.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of a block.  [default: as the weights say]")
-@click.option("--top-k", default=2, show_default=True, type=click.IntRange(min=1), help="Compressed blocks attended.")
+@click.option(
+    "--top-k", default=TOP_K, show_default=True, type=click.IntRange(min=1), help="Compressed blocks attended."
+)
 @click.option(
     "--window-blocks",
     default=5,

@@ -2,10 +2,11 @@
 
 A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. The model was trained on clips of five blocks, of
 which one is the sink, one recent and one the current block. `packforcing` attends those three and `top_k` compressed
-ones: 392 tokens with 2. The windows are not to lose for want of room: they attend five whole blocks, 640 tokens.
-In the last phase of training four in ten steps have PackForcing's layout, and a fourth those of the windows and of
-`full`, with up to five blocks in full. One in twenty has no sink. No layout has what `recency`, `original-positions`,
-`mean-pool`, `random-compressor`, `hr-only` and `lr-only` show a model: those take a part away from the trained one.
+ones, 448 tokens with the paper's 16. The windows are not to lose for want of room: they attend five whole blocks, 640
+tokens. In the last phase of training four in ten steps have PackForcing's layout, and a fourth those of the windows
+and of `full`, with up to five blocks in full. One in twenty has no sink. No layout has what `recency`,
+`original-positions`, `mean-pool`, `random-compressor`, `hr-only` and `lr-only` show a model: those take a part away
+from the trained one.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS, COMPRESSED_TOKENS = 128, 4
 """Tokens of a block, whole and compressed."""
+TOP_K = 16
+"""Compressed blocks that are attended, as in the paper. A clip that is trained on has at most 3 of them."""
 
 
 @attrs.frozen(kw_only=True)
@@ -55,7 +58,7 @@ class Variant:
         )
 
 
-def variants(*, top_k: int = 2, window_blocks: int = 5) -> dict[str, Variant]:
+def variants(*, top_k: int = TOP_K, window_blocks: int = 5) -> dict[str, Variant]:
     """All of them, by name.
 
     top_k: compressed blocks that are attended. window_blocks: blocks that the windows attend, the current one (and the
