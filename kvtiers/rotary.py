@@ -66,9 +66,11 @@ class Rotary:
         dtype: of what will be rotated: float64 is rotated in float64, everything else in float32.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self._axes = self._axes.to(positions.device)
+        axes = self._axes.to(positions.device)
+        if not axes.is_meta:  # from there nothing comes back
+            self._axes = axes
         frequencies = torch.cat(self.frequencies).to(positions.device)
-        angles = positions.to(self.angle_dtype).index_select(-1, self._axes) * frequencies
+        angles = positions.to(self.angle_dtype).index_select(-1, axes) * frequencies
         cos, sin = angles.cos(), angles.sin()
         if self.scaling != 1:
             cos, sin = cos * self.scaling, sin * self.scaling

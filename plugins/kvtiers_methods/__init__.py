@@ -9,6 +9,7 @@ from kvtiers.slots import Compressor
 from kvtiers_methods import presets
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
+from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.kivi import Kivi
 from kvtiers_methods.memrope import MemRoPE
@@ -27,6 +28,7 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
         "snapkv": SnapKV,
         "pyramidkv": PyramidKV,
         "adakv": AdaKV,
+        "expected-attention": ExpectedAttention,
         "duo-attention": DuoAttention,
         "token-merging": TokenMerging,
         "memrope": MemRoPE,
@@ -49,6 +51,7 @@ def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
         "snapkv": presets.snapkv,
         "pyramidkv": presets.pyramidkv,
         "adakv": presets.adakv,
+        "expected-attention": presets.expected_attention,
         "token-merging": presets.token_merging,
         "memrope": presets.memrope,
         "longlive": presets.longlive,

@@ -1,9 +1,10 @@
 """Compressor `memrope`: all that left recent is two frames of running means, one that forgets slowly and one fast.
 
-Source: MemRoPE (arXiv 2603.12513), memory tokens and online RoPE indexing: keys are averaged unrotated and rotated to
-where the two frames are placed, so a realigner is needed that closes up. As in the authors' code, a mean is taken over
-all tokens that leave, so the tokens of a frame differ by their places alone. Deviation: the means are kept in the
-dtype of the keys; in bfloat16 the slow one takes up no change below a few thousandths.
+Source: MemRoPE (arXiv 2603.12513), memory tokens and online RoPE indexing: keys are averaged unrotated, then rotated to
+where the two frames are placed by a realigner that closes up. Under `original` they lie where the last steps were that
+left. As in the authors' code, a mean is taken over all tokens that leave, so the tokens of a frame differ by their
+places alone. Deviation: the means are kept in the dtype of the keys; in bfloat16 the slow one takes up no change below
+a few thousandths.
 """
 
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from kvtiers.blocks import Blocks
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
 from kvtiers.slots import Compressor, Moment
+from kvtiers_methods.whole_past import positions_of, turned, unturned
 
 
 def _rate(default: float) -> Any:
@@ -38,19 +40,19 @@ class MemRoPE(Compressor):
         raise PolicyError("memrope rewrites all of mid; it does not age blocks")
 
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
-        if moment.keys_rotated:
-            raise PolicyError("memrope averages unrotated keys; choose realigner='contiguous', which keeps them")
         geometry = moment.geometry
         frame = geometry.tokens_per_step
         span = 2 if mid is not None else min(2, leaving.count * leaving.span)  # one step has room for one mean
+        old_keys = old_values = None
+        if mid is not None:
+            old_keys = unturned(mid.keys, positions_of(mid), moment)[:, :, 0, ::frame]
+            old_values = mid.values[:, :, 0, ::frame]
+        new_keys = unturned(leaving.keys, positions_of(leaving), moment)
         keys, values = (
             self._averaged(new, old)[:, :, :span].repeat_interleave(frame, 2)[:, :, None].to(new.dtype)
-            for new, old in (
-                (leaving.keys, None if mid is None else mid.keys[:, :, 0, ::frame]),
-                (leaving.values, None if mid is None else mid.values[:, :, 0, ::frame]),
-            )
+            for new, old in ((new_keys, old_keys), (leaving.values, old_values))
         )
-        return attrs.evolve(
+        made = attrs.evolve(
             leaving,
             keys=keys,
             values=values,
@@ -62,6 +64,7 @@ class MemRoPE(Compressor):
             attention=None,
             bias=None,
         )
+        return attrs.evolve(made, keys=turned(keys, positions_of(made), moment))
 
     def compressed_tokens(self, tokens: int) -> int:
         return tokens

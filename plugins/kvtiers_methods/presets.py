@@ -1,9 +1,12 @@
 """A preset for each method. Those for text are sized as the shipped ones: a query attends about 1,024 tokens."""
 
+import attrs
+
 from kvtiers.policy import Policy
 from kvtiers.presets import policy
 from kvtiers.slots import Compressor
 from kvtiers_methods.adakv import AdaKV
+from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.kivi import Kivi
 from kvtiers_methods.memrope import MemRoPE
@@ -11,6 +14,7 @@ from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
+from kvtiers_policies.contiguous import Contiguous
 
 
 def h2o() -> Policy:
@@ -36,6 +40,11 @@ def pyramidkv() -> Policy:
 def adakv() -> Policy:
     """Heavy hitters, 508 a KV head in the mean, 1,016 at most. Source: Ada-KV (arXiv 2407.11550)."""
     return _half(AdaKV())
+
+
+def expected_attention() -> Policy:
+    """What queries to come are expected to attend, and the newest. Source: Expected Attention (arXiv 2510.00636)."""
+    return attrs.evolve(_half(ExpectedAttention()), realigner=Contiguous())
 
 
 def token_merging() -> Policy:

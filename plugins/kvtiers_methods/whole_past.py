@@ -114,6 +114,35 @@ class WholePast(Compressor):
         return self.most
 
 
+def positions_of(blocks: Blocks) -> Float[Tensor, "*blocks tokens axes"]:
+    """Where the tokens of blocks were, [batch or 1, kv_heads or 1, blocks, tokens, axes]."""
+    found = blocks.offsets.double().expand(*blocks.offsets.shape[:2], blocks.count, -1, -1).clone()
+    found[..., 0] += blocks.starts[:, None]
+    return found
+
+
+def turned(
+    x: Float[Tensor, "*batch tokens head_dim"], positions: Float[Tensor, "*batch_or_1 tokens axes"], moment: Moment
+) -> Float[Tensor, "*batch tokens head_dim"]:
+    """`x` rotated to `positions`, if the stored keys are rotated and the model rotates; else as it is."""
+    if not moment.keys_rotated or moment.rotary is None:
+        return x
+    rotated: Tensor = moment.rotary.rotate(x, positions)
+    return rotated
+
+
+def unturned(
+    x: Float[Tensor, "*batch tokens head_dim"], positions: Float[Tensor, "*batch_or_1 tokens axes"], moment: Moment
+) -> Float[Tensor, "*batch tokens head_dim"]:
+    """`x` as it was before `turned` rotated it to these positions."""
+    rotary = moment.rotary
+    if not moment.keys_rotated or rotary is None:
+        return x
+    cos, sin = (part / rotary.scaling**2 for part in rotary.table(-positions, x.dtype))
+    plain: Tensor = rotary.apply(x, (cos, sin))
+    return plain
+
+
 def best(scores: Float[Tensor, "batch kv_heads tokens"], count: int) -> Int[Tensor, "batch kv_heads kept"]:
     """The `count` highest of each KV head, or all if there are fewer, in order of origin."""
     return scores.topk(min(count, scores.shape[-1]), -1).indices.sort(-1).values

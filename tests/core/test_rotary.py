@@ -110,6 +110,13 @@ def test_a_run_of_steps_equals_the_table_of_their_positions(layout, start, steps
         assert torch.equal(rotary.apply(x, rotary.run(start, steps, (), x.device)), rotary.rotate(x, at))
 
 
+def test_a_table_of_shapes_alone_spoils_no_later_one():
+    turn = Rotary([torch.tensor([1.0, 0.1])])
+    wanted = turn.table(torch.zeros(3, 1, dtype=torch.float64))
+    assert turn.table(torch.zeros(3, 1, dtype=torch.float64, device="meta"))[0].is_meta
+    assert torch.equal(turn.table(torch.zeros(3, 1, dtype=torch.float64))[0], wanted[0])
+
+
 def test_a_low_precision_key_is_rotated_in_float32_and_rounded_once():
     rotary = Rotary([torch.tensor([0.7, 0.05])])
     x = random(0, 1, 6, 4, dtype=torch.bfloat16)

@@ -138,6 +138,10 @@ def test_published_methods_keep_the_invariants(method):
     check_compressor(lambda: method, examples=EXAMPLES)
 
 
+def test_expected_attention_keeps_the_invariants():
+    check_policy(policy("expected-attention", most=5, window=4, future=8), examples=EXAMPLES)
+
+
 def test_a_method_for_text_and_one_whose_rows_share_a_width_say_so():
     check_policy(
         policy("archive", compressor=H2O(most=5, close_up=True), sink=0, attend="compressed"),

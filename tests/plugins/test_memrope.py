@@ -1,9 +1,8 @@
 """Compressor `memrope` against running means by hand."""
 
-import pytest
 import torch
 
-from kvtiers import Geometry, Layer, PolicyError, policy
+from kvtiers import Geometry, Layer, policy
 from strategies import attend, rotary
 
 FRAME, BLOCK = 4, 3
@@ -49,11 +48,18 @@ def test_mid_is_two_frames_of_running_means_that_are_placed_behind_the_sink():
     )
 
 
-def test_keys_that_are_rotated_already_are_refused():
-    layer = Layer(policy=policy("memrope", realigner="original", recent=BLOCK), geometry=GEOMETRY, rotary=rotary(12))
-    for keys, values in blocks(2):
-        layer.write(keys, values, replace=True)
-        layer.commit()
-    layer.write(*blocks(3)[2], replace=True)
-    with pytest.raises(PolicyError, match="choose realigner='contiguous'"):
-        layer.commit()
+def test_where_keys_are_rotated_already_they_are_averaged_as_they_were_before():
+    """Under `original` the layer is given rotated keys, and the two frames lie where the last steps were that left."""
+    turn, found = rotary(12), {}
+    for realigner in ("original", "contiguous"):
+        chosen = policy("memrope", realigner=realigner, recent=BLOCK, slow=0.2, fast=0.5)
+        layer = Layer(policy=chosen, geometry=GEOMETRY, rotary=turn)
+        for nth, (keys, values) in enumerate(blocks(6)):
+            at = GEOMETRY.positions(nth * BLOCK, (nth + 1) * BLOCK)
+            layer.write(turn.rotate(keys, at) if realigner == "original" else keys, values, replace=True)
+            layer.commit()
+        found[realigner] = layer.history.rewritten
+    assert torch.equal(found["original"].values, found["contiguous"].values)
+    places = GEOMETRY.positions(5 * BLOCK - 2, 5 * BLOCK)
+    wanted = turn.rotate(found["contiguous"].keys[:, :, 0], places)
+    assert (found["original"].keys[:, :, 0] - wanted).abs().max() < 1e-5
