@@ -12,9 +12,6 @@ CHECKOUT  := $(firstword $(shell printf %s '$(CURDIR)' | cksum))
 INSTALLED := $(VENV)/.kvtiers-$(CHECKOUT)-installed
 MODEL     := $(VENV)/.kvtiers-$(CHECKOUT)-model
 
-# Of the model that `kvtiers demo video` runs.
-WEIGHTS := plugins/kvtiers_packforcing/tiny_world/weights
-
 # Tests run in $(JOBS) processes of one thread each; the plugin that times things is for `make bench` only.
 PARALLEL := -n $(JOBS) --dist worksteal --benchmark-disable
 
@@ -30,10 +27,9 @@ help: ## say what there is
 
 install: $(INSTALLED) ## install kvtiers, its extras and the tools for developing it
 
-demo: $(MODEL) ## read a long document with a real model under every policy, then make two minutes of video if its weights are here
+demo: $(MODEL) ## read a long document with a real model under every policy, then make two minutes of video
 	@$(BIN)/kvtiers demo text $(ARGS)
-	@if [ -d $(WEIGHTS) ]; then $(BIN)/kvtiers demo video; \
-	else echo "kvtiers: no video is made: its model's weights are not part of this checkout ($(WEIGHTS))"; fi
+	@$(BIN)/kvtiers demo video
 
 bench: $(MODEL) ## measure decoding speed, recall, codecs, digests, video and drift
 	@$(BIN)/kvtiers bench text $(ARGS)

@@ -207,9 +207,11 @@ def test_no_weights_are_no_folder(tmp_path, monkeypatch):
         check_weights(tmp_path / "nowhere")
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the weights are not part of this checkout")
-def test_the_shipped_weights_are_whole():
+def test_the_shipped_weights_are_whole_and_small():
     check_weights()
+    models = load_models()
+    assert models.sampler.steps == 8
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 15e6
 
 
 # ---------------------------------------------------------------------- what comes back

@@ -31,14 +31,15 @@ def gather(autoencoder: Path, student: Path, into: Path) -> None:
         for name in (CONFIG, TENSORS):
             if not (folder / name).is_file():
                 raise WeightsError(f"{folder} lacks {name}; give the export folders of two runs")
-        halves = {name: tensor.half() for name, tensor in load_file(folder / TENSORS).items()}
+        halves = {name: tensor.half().clone() for name, tensor in load_file(folder / TENSORS).items()}
         if unfit := [name for name, tensor in halves.items() if not torch.isfinite(tensor).all()]:
             raise WeightsError(f"{folder}: float16 cannot hold {', '.join(unfit[:3])}")
         said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         said.pop("_name_or_path", None)
         (into / part).mkdir(parents=True, exist_ok=True)
         (into / part / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-        save_file(halves, into / part / TENSORS)
+        save_file(halves, into / part / TENSORS, {"format": "pt"})
+        (into / part / TENSORS).chmod(0o644)  # safetensors lets nobody else read what it writes
     (into / SAMPLER).unlink(missing_ok=True)
     if (student / SAMPLER).is_file():
         shutil.copyfile(student / SAMPLER, into / SAMPLER)

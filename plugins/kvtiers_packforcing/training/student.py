@@ -36,6 +36,7 @@ from kvtiers_packforcing.tiny_world import (
 )
 from kvtiers_packforcing.tiny_world.sampling import Sampler
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
+from kvtiers_packforcing.tiny_world.weights import write_sampler
 from kvtiers_packforcing.training.causal_clips import high_resolution
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond_the_sink
@@ -50,6 +51,8 @@ from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
 _GRID = (HEIGHT // 16, WIDTH // 16)
+_STEPS = 8
+"""Denoising steps of a block in an evaluation, and where the weights are used."""
 _EARLIER_BLOCKS = 6
 """How many blocks before itself a block's own reduced tokens are placed at most, in layout `compressed_self`."""
 
@@ -228,7 +231,7 @@ class StudentStage(Stage):
             by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6)).cpu()
             found[f"return_{name}"] = float(by_block[torch.arange(len(at)), at].mean())
             found[f"all_{name}"] = float(by_block.mean())
-        draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=8))
+        draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=_STEPS))
         return found
 
     @torch.no_grad()
@@ -253,6 +256,7 @@ class StudentStage(Stage):
         return torch.cat(made, 2).cpu()
 
     def export(self, folder: Path) -> None:
-        """Write the transformer and the compressor as diffusers does."""
+        """Write the transformer and the compressor as diffusers does, and how blocks are to be denoised."""
         self.transformer.save_pretrained(folder / "transformer")
         self.compressor.save_pretrained(folder / "compressor")
+        write_sampler(folder, Sampler(steps=_STEPS))
