@@ -228,11 +228,17 @@ def _shape(model: str, **wanted: Any) -> Shape:
     raise PolicyError(f"no installed plugin knows a model {model!r}; known are: {known} {' '.join(reasons)}".rstrip())
 
 
-_WHOLE = re.compile("-?[0-9]+")
+_WHOLE, _FRACTION = re.compile("-?[0-9]+"), re.compile(r"-?[0-9]{1,40}\.[0-9]{1,40}")
 
 
-def _number(value: str, spec: str) -> int:
-    """A whole number in digits."""
+def _meant(value: str, spec: str) -> Any:
+    """A number, true or false; else the text itself."""
+    if _FRACTION.fullmatch(value):
+        return float(value)
+    if value in ("true", "false"):
+        return value == "true"
+    if not _WHOLE.fullmatch(value):
+        return value
     try:
         return int(value)
     except ValueError as error:  # Python reads no number of more than 4,300 digits
@@ -249,7 +255,7 @@ def parse(spec: str) -> Policy:
         if not equals:
             raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
         slot, dot, option = key.partition(".")
-        meant = _number(value, spec) if _WHOLE.fullmatch(value) else value
+        meant = _meant(value, spec)
         if dot:
             options.setdefault(slot, {})[option] = meant
         else:

@@ -4,14 +4,18 @@ import keyword
 import re
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 
 from kvtiers.errors import PolicyError
+from kvtiers.plugins import HOOKS, registry
 
 KINDS = {"sink": "sinks"} | {kind: kind for kind in ("compressor", "retriever", "realigner", "archive", "codec")}
 """What can be made, and the field of `kvtiers.Policy` that takes it."""
 _TEMPLATES = Path(__file__).parent / "templates"
+_LONGEST = 60
 _NAME = re.compile("[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -20,8 +24,15 @@ def write_package(slot: str, name: str, into: Path) -> Path:
 
     Raises `PolicyError` for a name that cannot be one, or whose folder is there already. Nothing is overwritten.
     """
-    if not _NAME.fullmatch(name) or keyword.iskeyword(name):
-        raise PolicyError(f"a name is small letters, digits and single dashes, as in my-{slot}, got {name!r}")
+    class_name, module = "".join(part.capitalize() for part in name.split("-")), f"kvtiers_{name.replace('-', '_')}"
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST:
+        raise PolicyError(f"a name is small letters, digits and single dashes, as in my-{slot}, got {name[:80]!r}")
+    if any(name in registry().names(kind) for kind in HOOKS) or find_spec(module) is not None:
+        raise PolicyError(f"{name!r} is the name of something that is installed already; choose another")
+    if keyword.iskeyword(class_name) or class_name == "Store":
+        raise PolicyError(
+            f"{name!r} cannot be the name of a class in Python, which would be {class_name}; choose another"
+        )
     folder = into / f"kvtiers-{name}"
     if folder.exists():
         raise PolicyError(f"{folder} is there already; choose another name, or remove it")
@@ -31,21 +42,28 @@ def write_package(slot: str, name: str, into: Path) -> Path:
         "kind": KINDS[slot],
         "name": name,
         "distribution": f"kvtiers-{name}",
-        "module": f"kvtiers_{name.replace('-', '_')}",
-        "class_name": "".join(part.capitalize() for part in name.split("-")),
+        "module": module,
+        "class_name": class_name,
     }
 
     filled = partial(_filled, words)
     words |= {"usage": filled(usage.removeprefix("usage: ").strip()), "own_test": filled(own_test)}
     words["torch"] = "import torch\n" if "torch." in own_test else ""
-    module, test = f"{words['module']}.py", f"tests/test_{words['module'].removeprefix('kvtiers_')}.py"
-    files = {module: filled(code)} | {
+    test = f"tests/test_{module.removeprefix('kvtiers_')}.py"
+    files = {f"{module}.py": filled(code)} | {
         path: filled((_TEMPLATES / f"{template}.txt").read_text(encoding="utf-8"))
         for path, template in ((test, "test.py"), ("pyproject.toml", "pyproject.toml"), ("README.md", "README.md"))
     }
-    for path, text in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=into) as beside:  # a package is there whole or not at all
+            whole = Path(beside) / folder.name
+            for path, text in files.items():
+                (whole / path).parent.mkdir(parents=True, exist_ok=True)
+                (whole / path).write_text(text, encoding="utf-8")
+            whole.rename(folder)
+    except OSError as error:
+        raise PolicyError(f"{folder} cannot be written: {error.strerror}") from error
     return folder
 
 

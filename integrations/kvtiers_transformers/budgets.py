@@ -10,12 +10,12 @@ _LEAST_RECENT = 16
 def fitted(
     policy: Policy, geometry: Geometry, *, tokens: int | None = None, layer_bytes: int | None = None, length: int = 0
 ) -> Policy:
-    """`policy` with the largest `recent` for which both limits hold; a policy that forgets nothing stays as it is.
+    """`policy` with the largest `recent` for which both limits hold; one that always attends everything stays as it is.
 
     tokens: the most that a query may attend (`Policy.bound`). layer_bytes: the most that a layer may hold on the device
     (`Policy.bound_bytes`) when it has read `length` tokens. Raises `PolicyError` if 16 steps of `recent` are too many.
     """
-    if policy.recent is None or (tokens is None and layer_bytes is None):
+    if policy.bound(geometry) is None or (tokens is None and layer_bytes is None):
         return policy
 
     def fits(recent: int) -> bool:

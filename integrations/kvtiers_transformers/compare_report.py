@@ -7,7 +7,7 @@ from pathlib import Path
 
 import attrs
 
-from kvtiers.errors import MissingExtraError
+from kvtiers_transformers.recall_picture import figure_class
 
 PERPLEXITIES = ("prose", "again")
 """Tasks without a question: the perplexity of a stretch of the document, and of its beginning when it comes again."""
@@ -91,20 +91,17 @@ def _score(task: str, scores: Sequence[float]) -> str:
 
 
 def _draw(rows: Sequence[Row], title: str, out: Path) -> None:
-    """One square for each policy and task with questions: how many answers were given."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("the picture needs matplotlib; pip install 'kvtiers[cli]'") from error
+    """One square for each policy and task with questions: how many answers were given. Nothing without such tasks."""
     tasks = [task for task in dict.fromkeys(row.task for row in rows) if task not in PERPLEXITIES]
     policies = list(dict.fromkeys(row.policy for row in rows))
     if not tasks:
+        out.unlink(missing_ok=True)  # of another set of tasks
         return
     means = [
         [_mean([row.score for row in rows if (row.policy, row.task) == (policy, task)]) for task in tasks]
         for policy in policies
     ]
-    figure = Figure(figsize=(2.5 + 1.1 * len(tasks), 1.5 + 0.4 * len(policies)), layout="constrained")
+    figure = figure_class()(figsize=(2.5 + 1.1 * len(tasks), 1.5 + 0.4 * len(policies)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(means, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")

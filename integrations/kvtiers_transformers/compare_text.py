@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvtiers_transformers.decoders import attentions_of, decoder_of
 from kvtiers_transformers.geometries import geometry_of
 from kvtiers_transformers.plain_cache import PlainCache
 from kvtiers_transformers.reading import answer, document_option, encoded, encoder, model_option, read, tokens_option
+from kvtiers_transformers.recall_picture import figure_class
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.tasks import TASKS, Task, make_task
 from kvtiers_transformers.wrap import tiered
@@ -33,9 +35,10 @@ ALL_TASKS = (*TASKS, *PERPLEXITIES)
 
 @attrs.frozen(kw_only=True)
 class _Job:
-    """One policy on one task with one seed; what it was run on is in `on`."""
+    """One policy on one task with one seed. settings: what its name stood for. on: what it was run on."""
 
     policy: str
+    settings: str
     task: str
     seed: int
     on: str
@@ -74,14 +77,18 @@ def text(
     wanted, specs = _tasks(tasks), tuple(dict.fromkeys(policies or POLICIES))
     chosen = {spec: None if spec == DYNAMIC else parse(spec) for spec in specs}
     limits = _limits(budget)
+    figure_class()
     console, results = Console(), _Results(out)
     loaded, tokenizer = load_model(model)
     if limits:
-        chosen = {spec: _fitted(spec, policy, loaded, limits, tokens, console) for spec, policy in chosen.items()}
+        chosen = _all_fitted(chosen, loaded, limits, tokens, console)
     ids, encode = encoded(document, tokenizer, least=tokens), encoder(tokenizer)
-    on = f"{model} {document} {tokens} {budget or 'own sizes'}"
+    on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens} {budget or 'own sizes'}"
     jobs = [
-        _Job(policy=spec, task=task, seed=seed, on=on) for task in wanted for seed in range(seeds) for spec in chosen
+        _Job(policy=spec, settings=repr(policy), task=task, seed=seed, on=on)
+        for task in wanted
+        for seed in range(seeds)
+        for spec, policy in chosen.items()
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -92,11 +99,11 @@ def text(
                 measured = _measure(loaded, tokenizer, chosen[job.policy], job, ids, encode, tokens)
                 results.add(job, measured)
             progress.advance(bar)
-    rows = [row for job in jobs if (row := results.row(job)) is not None]
+    rows = results.rows(jobs)
     title = f"{model}, {tokens:,} tokens of {document}, {budget or 'each policy at its own size'}"
     write_report(out, rows, title)
     console.print(markdown(rows), markup=False, soft_wrap=True)
-    console.print(f"The table and the picture are in {out}.")
+    console.print(f"All of this is in {out}.")
 
 
 def _tasks(listed: str) -> list[str]:
@@ -114,25 +121,38 @@ def _limits(budget: str | None) -> dict[str, int]:
     if budget is None:
         return {}
     number, unit = budget.removesuffix("MB"), budget[len(budget.removesuffix("MB")) :]
-    if not number.isdigit() or not 0 < int(number) < 2**31:
+    if not (number.isascii() and number.isdigit()) or len(number) > 9 or int(number) == 0:
         raise PolicyError(f"--budget is a number of tokens, as 1024, or of megabytes, as 20MB, got {budget!r}")
     return {"all_bytes": int(number) * 10**6} if unit else {"tokens": int(number)}
 
 
-def _fitted(
-    spec: str, policy: Policy | None, model: PreTrainedModel, limits: Mapping[str, int], length: int, console: Console
-) -> Policy | None:
-    if policy is None:
-        return None
+def _all_fitted(
+    chosen: Mapping[str, Policy | None],
+    model: PreTrainedModel,
+    limits: Mapping[str, int],
+    length: int,
+    console: Console,
+) -> dict[str, Policy | None]:
+    """Policies at the size of the budget. Those that cannot be brought to it are named and left out."""
     decoder = decoder_of(model)
     attentions = attentions_of(decoder)
     layer_bytes = limits["all_bytes"] // len(attentions) if "all_bytes" in limits else None
     geometry = geometry_of(decoder, attentions[0])
-    try:
-        found = fitted(policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length)
-    except PolicyError as error:
-        raise PolicyError(f"{spec} does not fit into the budget: {error}") from error
-    console.print(f"{spec}: recent = {found.recent}", markup=False)
+    found: dict[str, Policy | None] = {}
+    for spec, policy in chosen.items():
+        if policy is None or policy.bound(geometry) is None:
+            found[spec] = policy
+            console.print(f"{spec}: attends everything, whatever the budget is", markup=False)
+            continue
+        try:
+            made = fitted(policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length)
+        except PolicyError as error:
+            console.print(f"{spec} is left out: {error}", markup=False)
+            continue
+        found[spec] = made
+        console.print(f"{spec}: recent = {made.recent}", markup=False)
+    if not found:
+        raise PolicyError("none of these policies fits into the budget; raise it, or lower their top_k, most or sink")
     return found
 
 
@@ -141,7 +161,10 @@ class _Results:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "results.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PolicyError(f"--out {folder} cannot be made: {error.strerror}; give another folder") from error
         self._rows: dict[_Job, Row] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
@@ -153,14 +176,23 @@ class _Results:
     def __contains__(self, job: _Job) -> bool:
         return job in self._rows
 
-    def row(self, job: _Job) -> Row | None:
-        """What was measured of a job."""
-        return self._rows.get(job)
+    def rows(self, jobs: Sequence[_Job]) -> list[Row]:
+        """What was measured of jobs, and of other policies on the same: of each what its name stood for at last."""
+        latest = {job.policy: job.settings for job in self._rows} | {job.policy: job.settings for job in jobs}
+        asked = {(job.task, job.seed, job.on) for job in jobs}
+        others = [
+            job
+            for job in self._rows
+            if (job.task, job.seed, job.on) in asked and job.settings == latest[job.policy] and job not in jobs
+        ]
+        return [self._rows[job] for job in (*jobs, *others) if job in self._rows]
 
     def add(self, job: _Job, row: Row) -> None:
         """Keep a result for good."""
         self._rows[job] = row
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * torn)
             file.write(json.dumps({"job": attrs.asdict(job), "row": attrs.asdict(row)}) + "\n")
 
 

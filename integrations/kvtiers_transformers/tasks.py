@@ -10,13 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
+from kvtiers import PolicyError
+
 Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
 _THINGS = (
     "apple", "bridge", "candle", "desert", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle",
     "ladder", "mirror", "needle", "orange", "pencil", "ribbon", "saddle", "temple", "violin", "window", "wallet",
 )  # fmt: skip
-_TURNS = 20
+_SHOWN = 18
+"""Passages that the user shows in a chat: with what was told before and what is asked after it has twenty turns."""
+_LEAST_ROOM = 100
+"""Tokens of the document, so that there is something to look through."""
 
 
 @attrs.frozen(kw_only=True)
@@ -53,11 +58,17 @@ def make_task(name: str, prose: Sequence[int], encode: Encode, *, tokens: int, s
     plants, questions = TASKS[name](random.Random(f"{name} {seed}"), encode)
     dice = random.Random(f"passage {seed}")
     planted = [encode(text) for text in plants]
+    if name == "chat":
+        planted += [encode("\nUser: Here is a passage. "), encode("\nAssistant: I have read it.\n")] * _SHOWN
     room = tokens - sum(map(len, planted)) - max(len(question.ids) + question.tokens for question in questions)
+    if room < _LEAST_ROOM:
+        raise PolicyError(
+            f"{tokens} tokens have no room for the task {name!r}; give at least {tokens + _LEAST_ROOM - room}"
+        )
     first = dice.randrange(max(1, len(prose) - room))
     passage = list(prose[first : first + room])
     if name == "chat":
-        return Task(name=name, document=_chat(planted, passage, encode), questions=questions)
+        return Task(name=name, document=_chat(planted, passage), questions=questions)
     depths = sorted(dice.uniform(0.02, 0.98) for _ in planted)
     document: list[int] = []
     for before, depth, plant in zip((0.0, *depths), depths, planted, strict=False):
@@ -144,13 +155,12 @@ def _first_turn(dice: random.Random, encode: Encode) -> Made:
     return [told], (Question(ids=ids, answers=(number,)),)
 
 
-def _chat(told: Sequence[list[int]], passage: Sequence[int], encode: Encode) -> list[int]:
-    """Turns of a chat: what was told, then passages that the user shows."""
-    shown, thanks = encode("\nUser: Here is a passage. "), encode("\nAssistant: I have read it.\n")
-    each = len(passage) // (_TURNS - 1) - len(shown) - len(thanks)
-    document = [token for turn in told for token in turn]
-    for turn in range(_TURNS - 2):
-        document += [*shown, *passage[turn * each : (turn + 1) * each], *thanks]
+def _chat(said: Sequence[list[int]], passage: Sequence[int]) -> list[int]:
+    """Turns of a chat: what was told, then passages that the user shows. said: the words around these, in turn."""
+    (told, *around), each = said, len(passage) // _SHOWN
+    document = list(told)
+    for turn in range(_SHOWN):
+        document += [*around[2 * turn], *passage[turn * each : (turn + 1) * each], *around[2 * turn + 1]]
     return document
 
 

@@ -43,7 +43,7 @@ def kvtiers_codecs() -> Mapping[str, Callable[..., Codec]]:
 
 @hookimpl
 def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
-    """A preset for each."""
+    """Methods with sizes. DuoAttention has none: its heads are a matter of the model."""
     return {
         "h2o": presets.h2o,
         "kivi": presets.kivi,

@@ -17,7 +17,7 @@ from kvtiers_methods.whole_past import Past, WholePast
 
 @attrs.frozen(kw_only=True)
 class AdaKV(WholePast):
-    """The KV heads of a layer keep the tokens with the most attention: `mean` a head in the mean, `most` at most."""
+    """The KV heads of a layer keep the tokens with the most attention: `mean` a head on average, never above `most`."""
 
     attention: ClassVar[Attention | None] = "sum"
     mean: int = attrs.field(default=508, validator=[v.instance_of(int), v.ge(1)])

@@ -17,21 +17,20 @@ from torch import Tensor
 from kvtiers.blocks import Blocks
 from kvtiers.errors import PolicyError
 from kvtiers.slots import Moment
-from kvtiers_methods.whole_past import Past, WholePast, best, unturned
+from kvtiers_methods.whole_past import Past, WholePast, best, fraction, unturned
 
 
 @attrs.frozen(kw_only=True)
 class ExpectedAttention(WholePast):
     """Each KV head keeps the `most` tokens with the largest expected attention times norm of value.
 
-    window: how many of the latest
-    queries say how later ones are distributed. future: positions that these may have. epsilon: what is added to an
-    expected attention before it is weighed.
+    window: how many of the latest queries say how later ones are distributed. future: how many positions these may
+    have. epsilon: what is added to an expected attention before it is weighed.
     """
 
     window: int = attrs.field(default=128, validator=[v.instance_of(int), v.ge(2)])
     future: int = attrs.field(default=512, validator=[v.instance_of(int), v.ge(1)])
-    epsilon: float = attrs.field(default=0.0, validator=[v.instance_of(float), v.ge(0)])
+    epsilon: float = fraction(0.0, v.ge(0))
     attention: ClassVar[None] = None
 
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:

@@ -1,7 +1,7 @@
 """Compressor `h2o`: the heaviest hitters stay, the tokens that got most attention since they came.
 
 Source: H2O (arXiv 2306.14048) section 4.2. Deviations: the query heads of a KV head choose together, by the sum of
-their attention, and a token that leaves recent competes with those that stayed, so at most one batch is over.
+their attention, and it is chosen anew when a block leaves recent, not with every token (with `block_size=1` it is).
 """
 
 from typing import ClassVar

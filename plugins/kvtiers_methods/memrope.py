@@ -7,7 +7,7 @@ places alone. Deviation: the means are kept in the dtype of the keys; in bfloat1
 a few thousandths.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 import torch
@@ -18,11 +18,7 @@ from kvtiers.blocks import Blocks
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
 from kvtiers.slots import Compressor, Moment
-from kvtiers_methods.whole_past import positions_of, turned, unturned
-
-
-def _rate(default: float) -> Any:
-    return attrs.field(default=default, validator=[v.instance_of(float), v.gt(0), v.le(1)])
+from kvtiers_methods.whole_past import fraction, positions_of, turned, unturned
 
 
 @attrs.frozen(kw_only=True)
@@ -33,8 +29,8 @@ class MemRoPE(Compressor):
     """
 
     rewrites: ClassVar[bool] = True
-    slow: float = _rate(0.01)
-    fast: float = _rate(0.1)
+    slow: float = fraction(0.01, v.gt(0), v.le(1))
+    fast: float = fraction(0.1, v.gt(0), v.le(1))
 
     def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
         raise PolicyError("memrope rewrites all of mid; it does not age blocks")

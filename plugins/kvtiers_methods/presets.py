@@ -1,4 +1,4 @@
-"""A preset for each method. Those for text are sized as the shipped ones: a query attends about 1,024 tokens."""
+"""Presets. A query of text attends at most 1,024 tokens, or as many in the mean where layers or heads differ."""
 
 import attrs
 
@@ -33,7 +33,7 @@ def snapkv() -> Policy:
 
 
 def pyramidkv() -> Policy:
-    """As `snapkv`, with more in lower layers: 508 in the mean of 32 layers. Source: PyramidKV (arXiv 2406.02069)."""
+    """As `snapkv`, with more in lower layers: 508 in the mean of `layers`. Source: PyramidKV (arXiv 2406.02069)."""
     return _half(PyramidKV())
 
 

@@ -2,7 +2,8 @@
 
 Source: SnapKV (arXiv 2404.14469) section 4. The paper compresses a prompt once, when it was read: `recent=None`, then
 `cache.compact(recent=window)`. With a number for `recent`, tokens are chosen anew whenever some leave it, by the
-queries of that moment. Deviations: the query heads of a KV head choose together, and pooling takes the mean.
+queries of that moment. Deviations: the query heads of a KV head choose together, pooling takes the mean, and the
+neighbours of a token are those that are left.
 """
 
 from typing import ClassVar

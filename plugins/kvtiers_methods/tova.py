@@ -1,6 +1,7 @@
 """Compressor `tova`: what the newest query attends most stays; all heads of a layer keep the same tokens.
 
-Source: TOVA (arXiv 2401.06104) section 3.2. Deviation: only what left recent competes; with `recent=0` all does.
+Source: TOVA (arXiv 2401.06104) section 3.2. Deviations: only what left recent competes (with `recent=0` all does), and
+it is chosen anew when a block leaves, not with every token (with `block_size=1` it is).
 """
 
 from typing import ClassVar

@@ -3,7 +3,7 @@
 A token that was left out is gone. Each KV head may keep tokens of its own.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -38,9 +38,7 @@ class Past:
         parts, lead = [part for part in (mid, leaving) if part is not None], leaving.keys.shape[:2]
         offsets, biases = [], []
         for part in parts:
-            at = part.offsets.double().expand(*lead, part.count, -1, -1).clone()
-            at[..., 0] += part.starts[:, None]
-            offsets.append(at.flatten(2, 3))
+            offsets.append(positions_of(part).expand(*lead, -1, -1, -1).flatten(2, 3))
             bias = part.keys.new_zeros(1, 1, 1, 1) if part.bias is None else part.bias
             biases.append(bias.expand(*lead, part.count, part.tokens).flatten(2, 3))
         masses = [part.attention.flatten(2, 3) for part in parts if part.attention is not None]
@@ -141,6 +139,15 @@ def unturned(
     cos, sin = (part / rotary.scaling**2 for part in rotary.table(-positions, x.dtype))
     plain: Tensor = rotary.apply(x, (cos, sin))
     return plain
+
+
+def fraction(default: float, *checks: Any) -> Any:
+    """A field for a number with a fraction; a whole number stands for one."""
+    return attrs.field(
+        default=default,
+        converter=lambda value: float(value) if type(value) is int else value,
+        validator=[v.instance_of(float), *checks],
+    )
 
 
 def best(scores: Float[Tensor, "batch kv_heads tokens"], count: int) -> Int[Tensor, "batch kv_heads kept"]:

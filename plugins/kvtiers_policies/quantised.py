@@ -2,7 +2,8 @@
 
 Source: KIVI (arXiv 2402.02750) section 3.3: keys have outlier channels, so a channel of keys shares its scale over a
 block's tokens; values have none, so a token's values share theirs. Deviation: the run of tokens that shares a key
-channel's scale is the block, and `group` neighbouring channels share it as well.
+channel's scale is the block, and `group` neighbouring channels share it as well; a token's values share one scale per
+head, where the paper has groups of channels.
 """
 
 from typing import ClassVar

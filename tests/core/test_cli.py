@@ -84,6 +84,12 @@ def test_policies_of_a_name_say_what_it_is_its_source_its_options_and_its_bound(
         CliRunner().invoke(main, ["policies", "mean-pol"], catch_exceptions=False)
 
 
+def test_fractions_and_truth_can_be_given():
+    found = parse("memrope:slow=0.02,fast=1").compressor
+    assert (found.slow, found.fast) == (0.02, 1.0)
+    assert parse("token-merging:proportional=false").compressor.proportional is False
+
+
 def test_everything_that_is_installed_can_be_explained():
     for kind in ("policy", *SLOTS):
         for name in registry().names(kind):

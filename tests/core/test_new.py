@@ -41,11 +41,27 @@ def test_a_new_package_that_is_wrong_fails_its_own_tests(tmp_path):
     assert "2 failed" in checked.stdout
 
 
-@pytest.mark.parametrize("name", ["", "My", "a_b", "-a", "a--b", "class", "../a"])
+@pytest.mark.parametrize("name", ["", "My", "a_b", "-a", "a--b", "a" * 99, "../a"])
 def test_a_name_that_cannot_be_one_is_refused(name, tmp_path):
     with pytest.raises(PolicyError, match="a name is small letters, digits and single dashes"):
         write_package("codec", name, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("keep", "installed already"), ("policies", "installed already"), ("true", "cannot be the name of a class")],
+)
+def test_a_name_that_would_hide_another_is_refused(name, message, tmp_path):
+    with pytest.raises(PolicyError, match=message):
+        write_package("compressor", name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolicyError, match="cannot be written"):
+        write_package("codec", "mine", tmp_path / "file" / "within")
 
 
 def test_nothing_is_overwritten(tmp_path):

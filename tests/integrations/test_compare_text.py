@@ -71,13 +71,14 @@ def test_a_policy_is_brought_to_a_number_of_tokens(name: str) -> None:
 
 
 def test_what_cannot_be_brought_to_a_size_says_so_and_full_stays_as_it_is() -> None:
-    assert fitted(policy("full"), GEOMETRY, tokens=100) == policy("full")
+    for name in ("full", "kivi"):
+        assert fitted(policy(name), GEOMETRY, tokens=100) == policy(name)
     with pytest.raises(PolicyError, match="with recent = 16 it still needs more than 100 tokens"):
         fitted(policy("archive"), GEOMETRY, tokens=100)
 
 
 def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path: Path) -> None:
-    asked = ["--model", str(folder), "--tokens", "1200", "--seeds", "2", "--tasks", "single,chat,again"]
+    asked = ["--model", str(folder), "--tokens", "1500", "--seeds", "2", "--tasks", "single,chat,again"]
     asked += ["--out", str(tmp_path / "out"), "--budget", "500"]
     first = CliRunner().invoke(text, [*asked, "transformers:dynamic", "full"])
     assert first.exit_code == 0, first.output
@@ -96,12 +97,16 @@ def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path:
     assert more.exit_code == 0, more.output
     kept = path.read_text().splitlines()
     assert kept[:11] == lines[:-1]
+    assert len(kept) == 12 + 1 + 6
     assert sum('"policy": "streaming"' in line for line in kept) == 6
     table = list(csv.reader((tmp_path / "out" / "table.csv").read_text().splitlines()))
     assert table[0][:4] == ["policy", "single", "chat", "again (ppl)"]
     assert [line[0] for line in table[1:]] == ["transformers:dynamic", "full", "streaming"]
     attended = {line[0]: int(line[4].replace(",", "")) for line in table[1:]}
-    assert attended["streaming"] <= 500 < 1100 < attended["full"]
+    assert attended["streaming"] <= 500 < 1400 < attended["full"]
+    again = CliRunner().invoke(text, [*asked, "streaming"])
+    assert path.read_text().splitlines() == kept
+    assert again.output.count("| transformers:dynamic |") == 1, "what was measured before is left out"
     assert (tmp_path / "out" / "picture.png").stat().st_size > 1000
     assert "| streaming |" in (tmp_path / "out" / "table.md").read_text()
 
@@ -112,10 +117,12 @@ def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path:
         (["--tasks", "singl"], "unknown task 'singl'.*Did you mean 'single'"),
         (["--tasks", ","], "no tasks are named"),
         (["--budget", "20kB"], "a number of tokens, as 1024, or of megabytes, as 20MB, got '20kB'"),
-        (["--budget", "90", "--tokens", "300", "archive"], "archive does not fit into the budget"),
+        (["--budget", "²"], "a number of tokens, as 1024"),
+        (["--budget", "90", "--tokens", "300", "archive"], "none of these policies fits into the budget"),
+        (["--tokens", "256", "--tasks", "chat", "full"], "256 tokens have no room for the task 'chat'; give at least"),
         (["nonsense"], "unknown policy 'nonsense'"),
     ],
-    ids=["task", "no tasks", "budget", "does not fit", "policy"],
+    ids=["task", "no tasks", "budget", "no digit", "does not fit", "no room", "policy"],
 )
 def test_what_cannot_be_compared_is_refused(asked: list[str], message: str, folder: Path, tmp_path: Path) -> None:
     command = ["--model", str(folder), "--out", str(tmp_path / "out"), *asked]
