@@ -225,11 +225,13 @@ def _examples(draw: Callable[..., Any], policies: st.SearchStrategy[Policy], may
 
 
 def _policies(**slots: Any) -> st.SearchStrategy[Policy]:
-    """Policies with these choices, and any that comes with kvtiers in the other slots (but none that drops)."""
+    """Policies with these choices, and any that comes with kvtiers in the other slots, which archives blocks."""
     known, drawn = registry(), {}
     for slot in set(SLOTS) - set(slots):
         ours = [build(slot, x) for x in known.names(slot) if known.provider(slot, x).distribution == "kvtiers"]
-        drawn[slot] = st.sampled_from([x for x in ours if not isinstance(x, Compressor) or not (x.given or x.drops)])
+        drawn[slot] = st.sampled_from(
+            [x for x in ours if not isinstance(x, Compressor) or not (x.given or x.drops or x.rewrites)]
+        )
     forms = [("compressed", 0), ("full", 1), ("compressed", 1), ("full", 0)][: 3 if "compressor" in slots else 4]
 
     def make(form: tuple[str, int], **others: Any) -> Policy:
@@ -240,6 +242,10 @@ def _policies(**slots: Any) -> st.SearchStrategy[Policy]:
             reject()
 
     return st.builds(make, form=st.sampled_from(forms), **drawn)
+
+
+def _archives(compressor: Compressor) -> bool:
+    return not (compressor.given or compressor.drops or compressor.rewrites)
 
 
 def _value(factory: Callable[[], Any], kind: type) -> Any:

@@ -37,7 +37,11 @@ from kvtiers.testing import (
 from kvtiers.trials import Trial, contents, selection
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
+from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.memrope import MemRoPE
+from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
@@ -131,15 +135,24 @@ def test_presets_for_video_keep_the_invariants(name):
 
 @pytest.mark.parametrize(
     "method",
-    [H2O(most=5), TOVA(most=4), SnapKV(most=4, window=3, pool=3), DuoAttention(most=99), TokenMerging(ratio=2)],
+    [
+        H2O(most=5),
+        TOVA(most=4),
+        SnapKV(most=4, window=3, pool=3),
+        PyramidKV(most=4, window=3, pool=3, layers=2),
+        DuoAttention(most=99, retrieval_heads=[0]),
+        TokenMerging(ratio=2),
+        ExpectedAttention(most=5, window=4, future=8),
+        MemRoPE(),
+    ],
     ids=lambda method: type(method).__name__,
 )
 def test_published_methods_keep_the_invariants(method):
     check_compressor(lambda: method, examples=EXAMPLES)
 
 
-def test_expected_attention_keeps_the_invariants():
-    check_policy(policy("expected-attention", most=5, window=4, future=8), examples=EXAMPLES)
+def test_two_bits_keep_the_invariants():
+    check_codec(Kivi, examples=EXAMPLES)
 
 
 def test_a_method_for_text_and_one_whose_rows_share_a_width_say_so():
@@ -372,7 +385,7 @@ WRONG_COMPRESSORS = [
 @pytest.mark.parametrize(("factory", "message"), WRONG_COMPRESSORS)
 def test_a_compressor_that_breaks_an_invariant_is_told_which(factory, message):
     with pytest.raises(AssertionError, match=message):
-        check_compressor(factory, examples=60)
+        check_compressor(factory, examples=150)
 
 
 @attrs.frozen
@@ -477,7 +490,7 @@ def test_a_compressor_that_rewrites_mid_passes(factory):
 )
 def test_a_compressor_that_rewrites_wrongly_is_told_what(factory, message):
     with pytest.raises(AssertionError, match=message):
-        check_compressor(factory, examples=60)
+        check_compressor(factory, examples=150)
 
 
 # ---------------------------------------------------------------------- retrievers
