@@ -5,11 +5,10 @@
     def test_my_compressor_keeps_the_invariants():
         check_compressor(lambda: MyCompressor(ratio=4))
 
-Every check runs small layers that Hypothesis draws: of text, and of video (drafts, then a commit; blocks of one length
-or of several), in float32, bfloat16 and float16, with the choice under test in one slot and any that comes with kvtiers
-in the others. `kvtiers.calls` looks at calls of its methods, `kvtiers.trials` at what the layer then holds. A broken
-invariant raises `AssertionError` with its number and name, and what the method did; a return of the wrong shape, dtype
-or device is told in the layer's own words.
+Every check runs small layers that Hypothesis draws: of text, and of video (blocks of one length or of several), in
+float32, bfloat16 and float16, with the choice under test in one slot and any that comes with kvtiers in the others.
+`kvtiers.calls` looks at calls of its methods, `kvtiers.trials` at what the layer then holds. A broken invariant raises
+`AssertionError` with its number and name; a return of the wrong shape, dtype or device is told in the layer's words.
 
 Importing this module needs Hypothesis; nothing else of kvtiers imports it.
 """
@@ -226,12 +225,10 @@ def _examples(draw: Callable[..., Any], policies: st.SearchStrategy[Policy], may
 
 def _policies(**slots: Any) -> st.SearchStrategy[Policy]:
     """Policies with these choices, and any that comes with kvtiers in the other slots, which archives blocks."""
-    known, drawn = registry(), {}
+    known, drawn, gone = registry(), {}, ("given", "drops", "rewrites")
     for slot in set(SLOTS) - set(slots):
         ours = [build(slot, x) for x in known.names(slot) if known.provider(slot, x).distribution == "kvtiers"]
-        drawn[slot] = st.sampled_from(
-            [x for x in ours if not isinstance(x, Compressor) or not (x.given or x.drops or x.rewrites)]
-        )
+        drawn[slot] = st.sampled_from([x for x in ours if not any(getattr(x, no, False) for no in gone)])
     forms = [("compressed", 0), ("full", 1), ("compressed", 1), ("full", 0)][: 3 if "compressor" in slots else 4]
 
     def make(form: tuple[str, int], **others: Any) -> Policy:
@@ -242,10 +239,6 @@ def _policies(**slots: Any) -> st.SearchStrategy[Policy]:
             reject()
 
     return st.builds(make, form=st.sampled_from(forms), **drawn)
-
-
-def _archives(compressor: Compressor) -> bool:
-    return not (compressor.given or compressor.drops or compressor.rewrites)
 
 
 def _value(factory: Callable[[], Any], kind: type) -> Any:
