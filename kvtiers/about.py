@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from kvtiers.errors import KVTiersError, UnknownPolicyError, suggest
+from kvtiers.errors import UnknownPolicyError, suggest
 from kvtiers.geometry import Geometry
 from kvtiers.plugins import HOOKS, registry
 from kvtiers.policy import SLOTS, Policy
@@ -55,11 +55,8 @@ def _options(factory: Any) -> Iterator[str]:
         default = "no default" if option.default is option.empty else f"default {option.default!r}"
         kind = "" if option.annotation is option.empty else f": {inspect.formatannotation(option.annotation)}"
         yield f"  option {option.name}{kind}, {default}"
-    try:
+    with suppress(Exception):  # an option has no default, it is for video, or it fails: all else is told
         made = factory()
-    except TypeError:  # an option has no default
-        return
-    if isinstance(made, Compressor) and not (made.keeps or made.drops or made.rewrites):
-        with suppress(KVTiersError):  # it is for video
+        if isinstance(made, Compressor) and not (made.keeps or made.drops or made.rewrites):
             left = ", ".join(f"{size} tokens to {made.block_tokens(size, _TEXT)}" for size in _BLOCKS)
             yield f"  It compresses a block of {left}."

@@ -83,6 +83,8 @@ def text(
     if limits:
         chosen = _all_fitted(chosen, loaded, limits, tokens, console)
     ids, encode = encoded(document, tokenizer, least=tokens), encoder(tokenizer)
+    for name in (task for task in wanted if task in TASKS):  # one without room is told before anything is measured
+        make_task(name, ids, encode, tokens=tokens, seed=0)
     on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens} {budget or 'own sizes'}"
     jobs = [
         _Job(policy=spec, settings=repr(policy), task=task, seed=seed, on=on)

