@@ -173,11 +173,11 @@ def test_several_processes_can_share_a_step():
 
 
 def test_what_is_drawn_for_a_step_covers_what_it_says():
-    sigmas = draw_sigmas(512, torch.Generator().manual_seed(0))
+    sigmas = draw_sigmas(512, 5, torch.Generator().manual_seed(0))
     assert 0.005 <= sigmas.min() < 0.05
     assert sigmas.max() <= 1
     settings = StudentConfig(position_gap_share=0.5, position_gap_blocks=4)
-    steps = torch.stack([draw_starts(random.Random(seed), settings) for seed in range(400)]).diff(dim=1)
+    steps = torch.stack([draw_starts(random.Random(seed), 5, settings) for seed in range(400)]).diff(dim=1)
     assert set(steps.flatten().tolist()) == {4, 8, 12, 16, 20}
     assert 0.4 < (steps == 4).all(1).double().mean() < 0.6
 

@@ -21,12 +21,13 @@ class TrainingConfigError(KVTiersError, ValueError):
     """When a training configuration cannot be read, or says what cannot be meant."""
 
 
-def whole(low: int, **settings: Any) -> Any:
-    """A field for a whole number of at least `low`."""
+def whole(low: int, high: int | None = None, **settings: Any) -> Any:
+    """A field for a whole number from `low` to `high`, both included."""
+    allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def check(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise TrainingConfigError(f"{attribute.name} must be a whole number of at least {low}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or value > (high or value):
+            raise TrainingConfigError(f"{attribute.name} must be a whole number {allowed}, got {value!r}")
 
     return attrs.field(validator=check, **settings)
 
@@ -40,7 +41,7 @@ def number(low: float, high: float = math.inf, **settings: Any) -> Any:
     """A field for a number from `low` to `high`."""
 
     def check(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < low or value > (high or value):
             reach = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise TrainingConfigError(f"{attribute.name} must be a number {reach}, got {value!r}")
 

@@ -49,7 +49,7 @@ class PackedWan:
         self,
         latents: Float[Tensor, "batch streams channels frames height width"],
         sigmas: Float[Tensor, "batch streams blocks"],
-        text: Float[Tensor, "batch blocks words text_width"],
+        text: Float[Tensor, "batch *streams blocks words text_width"],
         *,
         reduced: Float[Tensor, "batch compressed reduced_tokens token_width"] | None = None,
         offsets: Float[Tensor, "reduced_tokens 3"] | None = None,
@@ -57,9 +57,10 @@ class PackedWan:
     ) -> Float[Tensor, "batch streams channels frames height width"]:
         """The flow of every block of every stream.
 
-        latents: stream 0 is the (nearly) clean past. sigmas: 0 to 1; a timestep is 1,000 sigma. reduced: the reduced
-        tokens of the blocks that `layout.compressed` names, in that order. offsets: their positions from the start of
-        their block. starts: the position in time of each block's first frame; none: blocks follow each other.
+        latents: stream 0 is the (nearly) clean past. sigmas: 0 to 1; a timestep is 1,000 sigma. text: of each block, or
+        of each block of each stream. reduced: the reduced tokens of the blocks that `layout.compressed` names, in that
+        order. offsets: their positions from the start of their block. starts: the position in time of each block's first
+        frame; none: blocks follow each other.
         """
         batch, streams, _, frames, height, width = latents.shape
         blocks = sigmas.shape[2]
@@ -80,7 +81,8 @@ class PackedWan:
             cos, sin = self.rotary.table(_moved(offsets.to(latents.device), starts), latents.dtype)
             packing.reduced_table = (cos[:, :, None], sin[:, :, None])
         self.now = packing
-        words = text[:, None].expand(-1, streams, -1, -1, -1).flatten(0, 2)
+        of_streams = text if text.ndim == 5 else text[:, None].expand(-1, streams, -1, -1, -1)
+        words = of_streams.flatten(0, 2)
         flow: Tensor = self.transformer(rows, sigmas.flatten() * 1000, words, return_dict=False)[0]
         whole: Tensor = flow.unflatten(0, (batch, streams, blocks)).movedim(2, 3).flatten(3, 4)
         return whole

@@ -139,19 +139,19 @@ class StudentStage(Stage):
         self, wan: PackedWan, phase: StudentPhase, step: int, numbers: Sequence[int]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         names = [f"{self.config.run.seed}/{step}/{nth}" for nth in numbers]
-        clips = Clips.of_seeds(names)
+        clips = Clips.of_seeds(names, length=phase.clip_blocks)
         latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)
         drawn = [draw_clip(name, phase.noisy_streams, latents.shape[1:], self.config.model) for name in names]
-        sigmas, noise, dirt, starts = (torch.stack(parts).to(self.device) for parts in zip(*drawn, strict=True))
+        sigmas, noise, dirt, starts, told = (torch.stack(parts).to(self.device) for parts in zip(*drawn, strict=True))
         noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
         with gathered(self.transformer):
             low = self.low_resolution(clips, latents, wan.layout)
         clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
         earlier = random.Random(f"earlier {self.config.run.seed}/{step}").randint(1, _EARLIER_BLOCKS)
         with mixed(self.config.run, latents.device):
-            flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low, earlier=earlier)
+            flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low, earlier=earlier, told=told)
         off = (flow - (noise - latents[:, None])).square()
-        own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (CLIP_BLOCKS, -1)).mean((0, 1, 2, 4, 5, 6))
+        own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (-1, BLOCK_FRAMES)).mean((0, 1, 2, 4, 5, 6))
         return off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
 
     def predict(
@@ -165,29 +165,35 @@ class StudentStage(Stage):
         starts: Tensor | None = None,
         low: Tensor | None = None,
         earlier: int = 1,
+        told: Tensor | None = None,
     ) -> Tensor:
         """The flow of noisy streams, given a clean past. [batch, streams, channels, frames, height, width]
 
         low: what `low_resolution` gave for the layout. earlier: how many blocks before itself a block attends its own
-        reduced tokens, in a layout in which it does: as if that block had shown the same.
+        reduced tokens, in a layout in which it does: as if that block had shown the same. told: which noisy streams are
+        told their prompts, [batch, streams]; none: all. The others are given zeros.
         """
-        blocks = wan.layout.compressed(CLIP_BLOCKS)
+        count = sigmas.shape[2]
+        blocks = wan.layout.compressed(count)
         more: dict[str, Tensor] = {}
         if blocks:
-            tokens = high_resolution(self.compressor, clean, CLIP_BLOCKS, blocks)
+            tokens = high_resolution(self.compressor, clean, count, blocks)
             offsets = self.offsets.clone()
             if wan.layout.itself:
                 offsets[:, 0] -= earlier * BLOCK_FRAMES
             more = {"reduced": tokens if low is None else tokens + low, "offsets": offsets}
-        told = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
-        return wan(torch.cat((clean[:, None], noisy), 1), told, text, starts=starts, **more)[:, 1:]
+        levels = torch.cat((torch.zeros_like(sigmas[:, :1]), sigmas), 1)
+        if told is not None:
+            heard = torch.cat((torch.ones_like(told[:, :1]), told), 1)
+            text = text[:, None] * heard[:, :, None, None, None]
+        return wan(torch.cat((clean[:, None], noisy), 1), levels, text, starts=starts, **more)[:, 1:]
 
     def low_resolution(self, clips: Clips, latents: Tensor, layout: Layout) -> Tensor | None:
         """The tokens of the compressor's low-resolution branch, of the blocks that a layout compresses.
 
         [batch, compressed, reduced_tokens, width], or None without an autoencoder or such blocks. It pools true pixels.
         """
-        blocks = layout.compressed(CLIP_BLOCKS)
+        blocks = layout.compressed(clips.blocks.shape[1])
         if self.vae is None or not blocks:
             return None
         reducer = DualBranch(branches="lr").bind(self.transformer, self.vae)

@@ -8,6 +8,7 @@ import attrs
 from attrs import validators as v
 
 from kvtiers.errors import suggest
+from kvtiers_packforcing.tiny_world import CLIP_BLOCKS
 from kvtiers_packforcing.training.config import Phase, TrainingConfigError, number, whole
 from kvtiers_packforcing.training.layout import LAYOUTS
 
@@ -23,6 +24,8 @@ class StudentConfig:
     compressor_width: channels after the first convolution of the compressor's HR branch; each later one doubles them.
     clean_noise: the most noise that the clean past is given, as a share. position_gap_share: how often a clip's blocks
     are placed with gaps of up to `position_gap_blocks` blocks, so that positions beyond a clip's length are trained.
+    prompt_drop_share: how often a noisy stream is told no prompt, so that sampling can be guided away from what the
+    model makes without one.
     """
 
     start: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
@@ -35,6 +38,7 @@ class StudentConfig:
     clean_noise: float = number(0.0, 1.0, default=0.15)
     position_gap_share: float = number(0.0, 1.0, default=0.3)
     position_gap_blocks: int = whole(1, default=4)
+    prompt_drop_share: float = number(0.0, 1.0, default=0.0)
 
     def __attrs_post_init__(self) -> None:
         if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
@@ -45,11 +49,13 @@ class StudentConfig:
 
 @attrs.frozen(kw_only=True)
 class StudentPhase(Phase):
-    """How many noisy versions of each clip a step has, and how often each layout of the past is drawn.
+    """How long clips are, how many noisy versions of each a step has, and how often each layout of the past is drawn.
 
+    clip_blocks: 5 to 32. Longer clips have more compressed blocks to choose from, as a video has.
     layouts: by name, see `LAYOUTS`; numbers in proportion to which a step's layout is drawn.
     """
 
+    clip_blocks: int = whole(CLIP_BLOCKS, 32, default=CLIP_BLOCKS)
     noisy_streams: int = whole(1, default=3)
     layouts: Mapping[str, float] = attrs.field(factory=_SHARES.copy)
 
