@@ -74,9 +74,7 @@ class Clips:
         return embed_walks(self.walks)[torch.arange(len(self.blocks))[:, None], self.blocks]
 
 
-def _choose(
-    draw: random.Random, walks: Walks, row: int, kind: str | None, length: int
-) -> tuple[str, list[int]]:
+def _choose(draw: random.Random, walks: Walks, row: int, kind: str | None, length: int) -> tuple[str, list[int]]:
     """A kind of clip and its blocks, of a walk."""
     at = draw.random()
     kind = kind or KINDS[sum(at >= share for share in accumulate(_SHARES[:-1]))]

@@ -59,8 +59,8 @@ class PackedWan:
 
         latents: stream 0 is the (nearly) clean past. sigmas: 0 to 1; a timestep is 1,000 sigma. text: of each block, or
         of each block of each stream. reduced: the reduced tokens of the blocks that `layout.compressed` names, in that
-        order. offsets: their positions from the start of their block. starts: the position in time of each block's first
-        frame; none: blocks follow each other.
+        order. offsets: their positions from the start of their block. starts: the time of each block's first frame;
+        none: blocks follow each other.
         """
         batch, streams, _, frames, height, width = latents.shape
         blocks = sigmas.shape[2]
