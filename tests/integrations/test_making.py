@@ -145,6 +145,22 @@ def test_both_kinds_of_sampling_reach_where_the_flow_leads(kind):
     assert sampler.noises == {"euler": 1, "renoise": 4}[kind]
 
 
+class Promised(Straight):
+    """A model whose flow leads to as many times `target` as its prompt says."""
+
+    def denoise(self, block, timestep, text):
+        return (block - text.mean() * self.target) / (timestep / 1000)
+
+
+@pytest.mark.parametrize("kind", ["euler", "renoise"])
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0])
+def test_guidance_goes_on_from_no_prompt_beyond_the_prompt(kind, guidance):
+    sampler, target = Sampler(steps=3, kind=kind, guidance=guidance), torch.randn(1, 16, 4, 8, 16)
+    noises = [torch.randn(target.shape) for _ in range(sampler.noises)]
+    made = sampler.denoise(Promised(target), noises, torch.full((1, 3, 64), 2.0))
+    assert torch.allclose(made, (2 + guidance * 2) * target, atol=1e-4)
+
+
 def test_the_codec_decodes_block_by_block_what_it_decodes_at_once():
     codec, latents = LinearCodec.load(), torch.randn(2, 16, 12, 8, 16) / 3
     decoder = CodecDecoder(codec)
@@ -162,8 +178,9 @@ def test_the_codec_decodes_block_by_block_what_it_decodes_at_once():
         (lambda: make_videos(MODELS, ALL, BOTH, seeds=[1]), GeometryError, "one seed for each of the 2 walks, got 1"),
         (lambda: Sampler(steps=0), ValueError, "'steps' must be >= 1"),
         (lambda: Sampler(kind="heun"), ValueError, "'kind' must be in"),
+        (lambda: Sampler(guidance=-1.0), ValueError, "'guidance' must be >= 0"),
     ],
-    ids=["near", "none", "empty", "twice", "seeds", "steps", "kind"],
+    ids=["near", "none", "empty", "twice", "seeds", "steps", "kind", "guidance"],
 )
 def test_what_cannot_be_made_is_refused_at_once(ask, error, message):
     with pytest.raises(error, match=message):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing.tiny_world import Clips
 from kvtiers_packforcing.training import Trainer, TrainingConfigError, config_of
+from kvtiers_packforcing.training.causal_clips import high_resolution
 from kvtiers_packforcing.training.layout import LAYOUTS, Layout
-from kvtiers_packforcing.training.noising import draw_sigmas, draw_starts
+from kvtiers_packforcing.training.noising import draw_clip, draw_sigmas, draw_starts
 from kvtiers_packforcing.training.packed import packed
 from kvtiers_packforcing.training.student import StudentStage
 from kvtiers_packforcing.training.student_config import StudentConfig
@@ -21,12 +22,13 @@ from kvtiers_packforcing.training.student_config import StudentConfig
 SMALL = {"width": 32, "layers": 2, "heads": 2, "ffn_width": 64}
 
 
-def stage(run=None, layouts=None, random_ends=True, **model):
+def stage(run=None, layouts=None, random_ends=True, blocks=5, **model):
     table = {
         "run": {"stage": "student", "folder": "nowhere", "seed": 1} | (run or {}),
         "model": SMALL | model,
         "phases": [
             {"steps": 1, "peak_rate": 1e-3, "clips": 2, "noisy_streams": 2, "layouts": layouts or {"packforcing": 1}}
+            | {"clip_blocks": blocks}
         ],
     }
     made = StudentStage(config_of(table, StudentStage.model_config, StudentStage.phase_config))
@@ -164,9 +166,36 @@ def test_muon_updates_the_matrices_of_layers_and_resumes_bit_for_bit(tmp_path):
     assert learner.matrices.param_groups[0]["lr"] == 2 * learner.optimiser.param_groups[0]["lr"]
 
 
-def test_several_processes_can_share_a_step():
-    """What is drawn for a clip does not depend on the clips beside it."""
+@torch.no_grad()
+def test_a_stream_without_prompts_is_told_zeros_beside_a_past_that_has_them():
     made = stage()
+    clips = Clips.of_seeds(["a"])
+    latents, text = made.codec.encode(clips.pixels()), clips.text()
+    noisy, sigmas = torch.randn(1, 2, *latents.shape[1:]), torch.full((1, 2, 5), 0.7)
+    with packed(made.transformer, Layout()) as wan:
+        whole, bare, half = (
+            made.predict(wan, latents, noisy, sigmas, text, told=torch.tensor([told]))
+            for told in ([True, True], [False, False], [True, False])
+        )
+        by_stream = torch.stack((text, torch.zeros_like(text)), 1)[:, [0, 0, 1]]
+        given = wan(torch.cat((latents[:, None], noisy), 1), torch.cat((sigmas[:, :1] * 0, sigmas), 1), by_stream,
+                    reduced=high_resolution(made.compressor, latents, 5, [1, 2]), offsets=made.offsets)  # fmt: skip
+        assert torch.equal(whole, made.predict(wan, latents, noisy, sigmas, text))
+    assert torch.equal(half[:, 0], whole[:, 0])
+    assert torch.allclose(half[:, 1], bare[:, 1], atol=1e-6)
+    assert (whole - bare)[:, 1].abs().max() > 1e-4
+    assert torch.allclose(given[:, 1:], half, atol=1e-6)
+
+
+def test_prompts_are_dropped_as_often_as_the_configuration_says():
+    told = [draw_clip(str(clip), 4, (16, 20, 8, 16), StudentConfig(prompt_drop_share=0.25))[-1] for clip in range(200)]
+    assert 0.7 < torch.stack(told).double().mean() < 0.8
+    assert draw_clip("0", 4, (16, 20, 8, 16), StudentConfig())[-1].all()
+
+
+def test_several_processes_can_share_a_step_of_longer_clips():
+    """What is drawn for a clip does not depend on the clips beside it."""
+    made = stage(blocks=8)
     both, first, second = (made.loss(made.config.phases[0], 3, numbers)[0] for numbers in ((0, 1), (0,), (1,)))
     assert torch.allclose(both, (first + second) / 2, rtol=1e-5)
     assert not torch.allclose(first, second, rtol=1e-3)
@@ -212,8 +241,9 @@ def test_layouts_are_drawn_as_often_as_the_phase_says():
         ({"layouts": ["full"]}, "layouts must be a table of numbers by layout"),
         ({"autoencoder": "nowhere"}, "nowhere holds no autoencoder; train one"),
         ({"clean_noise": 1.5}, "clean_noise must be a number from 0 to 1"),
+        ({"blocks": 33}, "clip_blocks must be a whole number from 5 to 32, got 33"),
     ],
-    ids=["width", "layout", "no share", "negative", "no table", "autoencoder", "noise"],
+    ids=["width", "layout", "no share", "negative", "no table", "autoencoder", "noise", "long clip"],
 )
 def test_a_student_that_cannot_be_is_refused(changes, says):
     with pytest.raises(TrainingConfigError, match=says):

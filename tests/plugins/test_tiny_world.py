@@ -105,18 +105,19 @@ def test_a_prompt_names_the_room_and_nothing_in_it():
             assert (share - share.mean()).abs().max() < 0.11, f"{name} {value} depends on the room's name: {share}"
 
 
-def test_a_clip_with_gaps_holds_a_return_and_what_was_seen_before():
-    clips = Clips.of_seeds(range(60))
+@pytest.mark.parametrize("length", [CLIP_BLOCKS, 12])
+def test_a_clip_with_gaps_holds_a_return_and_what_was_seen_before(length):
+    clips = Clips.of_seeds(range(60), length=length)
     moves = clips.walks.entered() | clips.walks.opened() | clips.walks.drawn()
     for row, kind in enumerate(clips.kinds):
         blocks = clips.blocks[row].tolist()
-        assert len(blocks) == CLIP_BLOCKS
+        assert len(blocks) == length
         assert blocks == sorted(set(blocks))
         for before, block in zip([None, *blocks], blocks, strict=False):
             assert before == block - 1 or not moves[row, block], "a run begins with a door that shows another room"
         if kind == "return":
             rooms = clips.walks.rooms[row, blocks].tolist()
-            last = next(nth for nth in range(CLIP_BLOCKS - 1, 0, -1) if moves[row, blocks[nth]])
+            last = next(nth for nth in range(length - 1, 0, -1) if moves[row, blocks[nth]])
             seen = [
                 nth
                 for nth in range(1, last - 1)

@@ -28,11 +28,14 @@ class Sampler:
     shift: Wan's shift of the evenly spaced noise levels: beyond 1, more of them are high.
     kind: `euler` goes along the flow to the next noise level. `renoise` tells the clean block at every step and adds
         fresh noise to the next level, as models do that were distilled to few steps (Self-Forcing, arXiv 2506.08009).
+    guidance: how far a step goes on from the prompt's flow, away from that without a prompt: prompt + guidance *
+        (prompt - without). 0 looks at the prompt alone and takes half the time.
     """
 
     steps: int = attrs.field(default=4, validator=[v.instance_of(int), v.ge(1)])
     shift: float = attrs.field(default=_SHIFT, validator=[v.instance_of((int, float)), v.gt(0)])
     kind: Literal["euler", "renoise"] = attrs.field(default="euler", validator=v.in_(("euler", "renoise")))
+    guidance: float = attrs.field(default=0.0, validator=[v.instance_of((int, float)), v.ge(0)])
 
     @property
     def noises(self) -> int:
@@ -55,6 +58,8 @@ class Sampler:
         block = noises[0]
         for nth, (before, after) in enumerate(pairwise(self.sigmas()), 1):
             flow = wan.denoise(block, before * 1000, text)
+            if self.guidance:
+                flow = flow + self.guidance * (flow - wan.denoise(block, before * 1000, torch.zeros_like(text)))
             if self.kind == "euler":
                 block = block + (after - before) * flow
             else:
