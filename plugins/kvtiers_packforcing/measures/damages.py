@@ -13,8 +13,8 @@ from torch.nn.functional import interpolate
 
 from kvtiers_packforcing.measures.pictures import blur
 from kvtiers_packforcing.measures.prompt import curtain_picture
-from kvtiers_packforcing.measures.seeds import generator_of
 from kvtiers_packforcing.measures.visits import block_count, clocks, frames_at, shots_of, visits_of
+from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world import FIRST_FRAME, FRAMES_PER_BLOCK, Houses, Walks, render
 from kvtiers_packforcing.tiny_world.houses import CURTAIN_GAP
 from kvtiers_packforcing.tiny_world.rendering import SWEEP_FRAMES

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from kvtiers_packforcing.measures.pictures import blur
 from kvtiers_packforcing.measures.recogniser import CELL, THING_NAMES, Recogniser
+from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world import (
     FRAMES_PER_BLOCK,
     HEIGHT,
@@ -29,7 +30,6 @@ from kvtiers_packforcing.tiny_world import (
     render,
     truth_of,
 )
-from kvtiers_packforcing.training.seeding import generator_of
 
 HOUSES = 20
 """Of a step; two frames are shown of each of two rooms of every house."""

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvtiers_packforcing.measures.figures import Figure
-from kvtiers_packforcing.measures.seeds import generator_of
+from kvtiers_packforcing.seeding import generator_of
 
 _DRAWS = 2000
 _LEVEL = 0.95

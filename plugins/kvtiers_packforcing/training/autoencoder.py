@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world import (
     FIRST_FRAME,
     HEIGHT,
@@ -32,7 +33,6 @@ from kvtiers_packforcing.tiny_world import (
     render,
 )
 from kvtiers_packforcing.training.config import Phase, TrainingConfig, TrainingConfigError, number, one_of, whole
-from kvtiers_packforcing.training.seeding import generator_of
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.whole_sequence import decode_whole, encode_whole
 

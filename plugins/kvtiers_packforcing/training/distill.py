@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world import CLIP_BLOCKS, HEIGHT, LATENT_CHANNELS, WIDTH, Clips, LinearCodec
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.tiny_world.weights import write_sampler
@@ -25,7 +26,6 @@ from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond
 from kvtiers_packforcing.training.precision import mixed, prepare
 from kvtiers_packforcing.training.sampling import given_history, roll_out
 from kvtiers_packforcing.training.saved import check_autoencoder, check_student, frozen_autoencoder, load_student
-from kvtiers_packforcing.training.seeding import generator_of
 from kvtiers_packforcing.training.trajectory import trajectory_loss
 
 _CELL = 8

@@ -20,6 +20,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import CausalClips
 from kvtiers_packforcing.training.config import TrainingConfig
@@ -27,7 +28,6 @@ from kvtiers_packforcing.training.dmd import Score, critic_loss, generator_loss
 from kvtiers_packforcing.training.packed import PackedWan
 from kvtiers_packforcing.training.precision import mixed
 from kvtiers_packforcing.training.sampling import Rollout, roll_out
-from kvtiers_packforcing.training.seeding import generator_of
 from kvtiers_packforcing.training.sharding import shard
 from kvtiers_packforcing.training.stage import Stage
 

@@ -7,9 +7,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world.sampling import shifted
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
-from kvtiers_packforcing.training.seeding import generator_of
 from kvtiers_packforcing.training.student_config import StudentConfig
 
 

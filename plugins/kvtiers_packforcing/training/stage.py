@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kvtiers_packforcing.seeding import seed_of
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
-from kvtiers_packforcing.training.seeding import seed_of
 
 _CPU = torch.device("cpu")
 

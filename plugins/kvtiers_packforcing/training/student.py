@@ -22,6 +22,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing.dual_branch import DualBranch
 from kvtiers_packforcing.network import HighResolution
+from kvtiers_packforcing.seeding import seed_of
 from kvtiers_packforcing.tiny_world import (
     CLIP_BLOCKS,
     FIRST_FRAME,
@@ -45,7 +46,6 @@ from kvtiers_packforcing.training.noising import by_frame, draw_clip
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
 from kvtiers_packforcing.training.saved import check_student, frozen_autoencoder, load_student
-from kvtiers_packforcing.training.seeding import seed_of
 from kvtiers_packforcing.training.sharding import gathered, shard
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase

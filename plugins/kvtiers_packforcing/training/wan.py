@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvtiers_diffusers.checkpoints import load_causal_checkpoint
 from kvtiers_diffusers.streaming_vae import StreamingDecoder
 from kvtiers_packforcing.network import HighResolution
+from kvtiers_packforcing.seeding import seed_of
 from kvtiers_packforcing.tiny_world import contact_sheet
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import CausalClips
@@ -26,7 +27,6 @@ from kvtiers_packforcing.training.dmd import Score
 from kvtiers_packforcing.training.embeddings import Embeddings, encoder_of, read_prompts
 from kvtiers_packforcing.training.estimate import Outline, absent_model, outline_of
 from kvtiers_packforcing.training.precision import prepare
-from kvtiers_packforcing.training.seeding import seed_of
 from kvtiers_packforcing.training.sharing import once
 from kvtiers_packforcing.training.wan_config import WanDistillConfig, WanDistillPhase
 

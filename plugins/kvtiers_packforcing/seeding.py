@@ -1,4 +1,4 @@
-"""Seeds by name: what is random at a step depends on the run's seed and the step, never on what ran before."""
+"""Seeds by name: what is drawn for a name is the same in every run, whatever was drawn before."""
 
 import hashlib
 
