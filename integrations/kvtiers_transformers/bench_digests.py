@@ -2,7 +2,7 @@
 
 A document is read once with everything attended. Then the question is asked of copies of that cache which keep other
 digests, and attend only the blocks that these choose. So a row of the table differs from the next in the choice alone.
-The three kinds of text are `kvtiers_transformers.document`'s: what serves one may not serve another.
+The kinds of text are `kvtiers_transformers.document`'s: what serves one may not serve another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvtiers import Geometry, Policy, PolicyError
 from kvtiers.cli import parse
 from kvtiers_transformers.cache import TransformersCache
-from kvtiers_transformers.document import DOCUMENTS
 from kvtiers_transformers.reading import (
     Needle,
     answer,
@@ -40,6 +39,7 @@ from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import new_cache, tiered
 
 DIGESTS = ("8x32", "4x32", "2x32", "2x8", "2x4", "1x32", "1x8", "1x4", "1x3", "1x2", "1x1")
+_READ = ("novel", "past", "entries")
 EVERYTHING = "all"
 
 
@@ -53,7 +53,7 @@ class Told:
 
 @click.command()
 @model_option
-@click.option("--document", "documents", default=DOCUMENTS, show_default=True, multiple=True, help=document_help)
+@click.option("--document", "documents", default=_READ, show_default=True, multiple=True, help=document_help)
 @tokens_option
 @seeds_option(3, least=1)
 @depths_option("0.1,0.4,0.7")  # no further: the newest 476 tokens are attended anyway

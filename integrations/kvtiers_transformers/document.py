@@ -2,7 +2,8 @@
 
 They differ in what a token is best told from. Prose (`novel`) is mostly told from the sentences just before. A licence
 (`past`) says again what it has said, so whatever was lost shows. Of sentences without order (`entries`) the last ones
-say nothing of the next, and nothing announces where in such a text something stands.
+say nothing of the next, and nothing announces where in such a text something stands. No preset was tuned on the manual
+(`manual`).
 """
 
 import re
@@ -10,9 +11,10 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import files as resources
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Final
 
-DOCUMENTS: Final = ("novel", "past", "entries")
+DOCUMENTS: Final = ("novel", "past", "entries", "manual")
 """The documents by name."""
 
 _GPL_OF_DEBIAN: Final = Path("/usr/share/common-licenses/GPL-3")
@@ -32,6 +34,7 @@ def read_document(name: str = "novel") -> str:
         system. It is read and not shipped. Raises `FileNotFoundError` if neither is there.
     entries: the sentences of the novel that have at least 40 characters, each a paragraph of its own, in the order of
         their hashes, which has no meaning and is the same everywhere.
+    manual: what Python says of its own language, `pydoc_data.topics`; the text is that of the Python that runs.
     """
     if name == "novel":
         return (resources(__package__) / "data" / "northanger_abbey.txt").read_text(encoding="utf-8")
@@ -41,6 +44,8 @@ def read_document(name: str = "novel") -> str:
         pieces = [piece.strip() for piece in _AFTER_A_SENTENCE.split(read_document())]
         entries = [piece for piece in pieces if len(piece) >= _SHORTEST_ENTRY]
         return "\n\n".join(sorted(entries, key=lambda entry: sha256(entry.encode()).digest())) + "\n"
+    if name == "manual":
+        return "\n\n".join(topics.values())
     return Path(name).read_text(encoding="utf-8")
 
 

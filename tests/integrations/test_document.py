@@ -31,6 +31,12 @@ def test_entries_are_sentences_of_the_novel_without_its_order() -> None:
     assert neighbours < 10
 
 
+def test_the_manual_is_all_that_python_says_of_its_language() -> None:
+    text = read_document("manual")
+    assert 'The "assert" statement' in text
+    assert len(text) > 200_000
+
+
 def test_a_file_is_read_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("é\n", encoding="utf-8")
     assert read_document(str(tmp_path / "own.txt")) == "é\n"

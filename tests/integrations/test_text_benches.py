@@ -59,7 +59,7 @@ def test_a_benchmark_shows_every_row_in_80_columns(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--document", "no-such-file"], "give novel, past, entries, or a text file"),
+        (["--document", "no-such-file"], "give novel, past, entries, manual, or a text file"),
         (["--document", "past", "--tokens", "99999"], "99,999 are needed"),
         (["--depths", "early"], "no list of numbers"),
     ],
