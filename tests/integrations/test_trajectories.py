@@ -50,3 +50,28 @@ def test_a_trajectory_starts_from_the_noise_and_goes_down_the_teachers_flow(star
         flow = made.generator.predict(wan, history, noise[:, None], torch.ones(1, 1, 5), text)[:, 0]
     assert torch.allclose(coarse[1], noise - flow / 16, atol=1e-5)
     assert not torch.allclose(coarse[-1], fine[-1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_guided_teacher_goes_away_from_no_prompt_while_its_past_keeps_its_prompts(start):
+    made = moved(distill_stage(start, model={"timesteps": [1000, 750, 500, 250], "guidance": 2.0}))
+    clips = made._make(["a"], 1)
+    noise, levels = made.noise("trajectory", ["a"]), torch.ones(1, 5)
+    with made.teacher_clips.packed() as wan:
+        flow, bare, forgetful = (
+            made.teacher_clips.predict(wan, clips.rollout.latents, noise[:, None], levels[:, None], text)[:, 0]
+            for text in (
+                clips.text,
+                torch.stack((clips.text, torch.zeros_like(clips.text)), 1),
+                torch.zeros_like(clips.text),
+            )
+        )
+    guided = flow + 2 * (flow - bare)
+    passed = made.trajectory(clips.rollout.latents, clips.text, noise, 1)
+    assert torch.allclose(passed[1], noise - guided / 16, atol=1e-5)
+    with made.real(clips) as score:
+        assert torch.allclose(score(noise, levels), guided, atol=1e-5)
+    with made.fake(clips) as score:
+        assert not torch.allclose(score(noise, levels), guided, atol=1e-3), "the critic is not guided"
+    assert (guided - flow).abs().max() > 1e-3
+    assert not torch.allclose(bare, forgetful, atol=1e-4), "the past makes no difference"

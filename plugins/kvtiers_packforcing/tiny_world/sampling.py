@@ -1,6 +1,7 @@
 """How a block is made of noise, step by step, through the cache."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvtiers_diffusers.schedule import clean, noised
+from kvtiers_packforcing.guidance import guided
 
 _SHIFT = 5.0
 Sigma = TypeVar("Sigma", Tensor, float)
@@ -57,9 +59,8 @@ class Sampler:
         """A clean block. It is not committed. wan: a `CausalWan`. noises: as many as `noises` says."""
         block = noises[0]
         for nth, (before, after) in enumerate(pairwise(self.sigmas()), 1):
-            flow = wan.denoise(block, before * 1000, text)
-            if self.guidance:
-                flow = flow + self.guidance * (flow - wan.denoise(block, before * 1000, torch.zeros_like(text)))
+            tell = partial(wan.denoise, block, before * 1000)
+            flow = guided(tell, text, torch.zeros_like(text), self.guidance)
             if self.kind == "euler":
                 block = block + (after - before) * flow
             else:

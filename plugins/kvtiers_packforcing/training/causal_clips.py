@@ -70,12 +70,12 @@ class CausalClips:
         clean: Float[Tensor, "batch channels frames height width"],
         noisy: Float[Tensor, "batch streams channels frames height width"],
         sigmas: Float[Tensor, "batch streams blocks"],
-        text: Float[Tensor, "batch blocks words text_width"],
+        text: Float[Tensor, "batch *streams blocks words text_width"],
         low: Float[Tensor, "batch compressed channels low_frames low_height low_width"] | None = None,
     ) -> Float[Tensor, "batch streams channels frames height width"]:
         """The flow of noisy streams, given the clean past of each block.
 
-        low: what `low_resolution` found.
+        text: of each block, or of each block of each stream, that of the past first. low: what `low_resolution` found.
         """
         count = sigmas.shape[2]
         blocks = self.layout.compressed(count)

@@ -2,7 +2,7 @@
 
 Generator, teacher and critic all start as what stage `student` exported. Teacher and critic are causal, as the student
 is: they judge each block given the generated blocks before it (`causal_score`), since the tiny world has no model of
-whole clips. They follow prompts without guidance, because the student never saw an empty prompt.
+whole clips. The teacher may be guided away from no prompt; its few-step student then needs no guidance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,6 +97,11 @@ class DistillStage(Distillation):
         return self._clips["generator"]
 
     @property
+    def teacher_clips(self) -> CausalClips:
+        """What the teacher predicts clips with."""
+        return self._clips["teacher"]
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         return LATENT_CHANNELS, CLIP_BLOCKS * BLOCK_FRAMES, HEIGHT // _CELL, WIDTH // _CELL
 
@@ -117,7 +122,7 @@ class DistillStage(Distillation):
         return self.codec.decode(torch.cat((before, latents), 2).cpu()).to(self.device)[:, :, 1:]
 
     def real(self, made: Generated) -> AbstractContextManager[Score]:
-        return causal_score(self._clips["teacher"], made)
+        return causal_score(self.teacher_clips, made, self.config.model.guidance)
 
     def fake(self, made: Generated) -> AbstractContextManager[Score]:
         return causal_score(self._clips["critic"], made)
@@ -144,8 +149,11 @@ class DistillStage(Distillation):
 
     def trajectory(self, history: Tensor, text: Tensor, noise: Tensor, each: int) -> list[Tensor]:
         """What the teacher passes by at each noise level of the few steps, and where it ends."""
-        with self._clips["teacher"].cached(BLOCK_FRAMES, text.shape[1], self.vae) as wan:
-            passed = given_history(wan, history, noise, text, self.config.model.sigmas(each), self.pixels)
+        with self.teacher_clips.cached(BLOCK_FRAMES, text.shape[1], self.vae) as wan:
+            settings = self.config.model
+            passed = given_history(
+                wan, history, noise, text, settings.sigmas(each), self.pixels, guidance=settings.guidance
+            )
         return [*passed[:-1:each], passed[-1]]
 
     @torch.no_grad()

@@ -74,12 +74,15 @@ class TinyDistillConfig(DistillConfig):
     """Of the tiny world.
 
     start: what stage `student` exported: the generator before its first step. teacher: the same of the teacher; none:
-    `start`. autoencoder: the folder that the student was trained with, if it was with one.
+    `start`. autoencoder: the folder that the student was trained with, if it was with one. guidance: how far the
+    teacher goes on from the prompts' flow, away from that without a prompt. It must have been trained with prompts
+    dropped (`prompt_drop_share`); 0 looks at the prompts alone.
     """
 
     start: str = text()
     teacher: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     autoencoder: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
+    guidance: float = number(0.0, default=0.0)
 
     def __attrs_post_init__(self) -> None:
         DistillConfig.__attrs_post_init__(self)

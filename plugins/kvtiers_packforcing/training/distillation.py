@@ -20,6 +20,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from kvtiers_packforcing.guidance import guided
 from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.training.causal_clips import CausalClips
@@ -216,29 +217,37 @@ def whole_score(
 ) -> Iterator[Score]:
     """The score of whole clips by a model that looks at all frames at once, as Wan was trained.
 
-    guidance: how far to go on from the prompt's flow, away from that of `negative` [1, words, text_width]: prompt +
-    guidance * (prompt - negative), as Self-Forcing's code counts it. 0 looks at the prompt alone.
+    guidance: how far to go on from the prompt's flow, away from that of `negative` [1, words, text_width], counted as
+    Self-Forcing's code does.
     """
 
     def score(noisy: Tensor, sigmas: Tensor) -> Tensor:
-        times, words = sigmas[:, 0] * 1000, made.text[:, 0]
-        flow: Tensor = transformer(noisy, times, words, return_dict=False)[0]
-        if negative is None or guidance == 0:
+        def flow_of(words: Tensor) -> Tensor:
+            flow: Tensor = transformer(noisy, sigmas[:, 0] * 1000, words, return_dict=False)[0]
             return flow
-        without: Tensor = transformer(noisy, times, negative.expand(len(noisy), -1, -1), return_dict=False)[0]
-        return flow + guidance * (flow - without)
+
+        without = None if negative is None else negative.expand(len(noisy), -1, -1)
+        return guided(flow_of, made.text[:, 0], without, guidance)
 
     yield score
 
 
 @contextmanager
-def causal_score(clips: CausalClips, made: Generated) -> Iterator[Score]:
+def causal_score(clips: CausalClips, made: Generated, guidance: float = 0.0) -> Iterator[Score]:
     """The score of each block given the generated blocks before it, at once for all blocks.
+
+    guidance: how far to go on from the prompts' flow, away from that without a prompt; the past keeps its prompts.
 
     By the chain rule the KL divergence of whole clips is the sum of those of each block given its past, which the
     generator itself makes. So a causal teacher can be matched without a model of whole clips.
     """
     with clips.packed() as wan:
-        yield lambda noisy, sigmas: clips.predict(
-            wan, made.rollout.latents, noisy[:, None], sigmas[:, None], made.text, made.low
-        )[:, 0]
+
+        def score(noisy: Tensor, sigmas: Tensor) -> Tensor:
+            def flow_of(words: Tensor) -> Tensor:
+                text = torch.stack((made.text, words), 1)
+                return clips.predict(wan, made.rollout.latents, noisy[:, None], sigmas[:, None], text, made.low)[:, 0]
+
+            return guided(flow_of, made.text, torch.zeros_like(made.text), guidance)
+
+        yield score

@@ -5,6 +5,7 @@ Source: self-rollout of Self-Forcing (arXiv 2506.08009) section 3.2, with PackFo
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvtiers_diffusers.causal_wan import CausalWan
+from kvtiers_packforcing.guidance import guided
 
 Denoise = Callable[[Tensor, float], Tensor]
 """The flow of a noisy block at a sigma."""
@@ -95,15 +97,23 @@ def given_history(
     text: Float[Tensor, "batch blocks words text_width"],
     sigmas: Sequence[float],
     pixels: Pixels,
+    *,
+    guidance: float = 0.0,
 ) -> list[Float[Tensor, "batch channels frames height width"]]:
-    """What `along_the_flow` passes by, in every block, where the blocks before are those of `history`."""
+    """What `along_the_flow` passes by, in every block, where the blocks before are those of `history`.
+
+    guidance: how far each step goes on from the prompt's flow, away from that without a prompt.
+    """
     passed: list[list[Tensor]] = []
     cut = (part.tensor_split(text.shape[1], 2) for part in (history, noise))
     for nth, (clean, begin) in enumerate(zip(*cut, strict=True)):
-        passed.append(along_the_flow(_of_block(wan, text[:, nth]), begin, sigmas))
+        passed.append(along_the_flow(_of_block(wan, text[:, nth], guidance), begin, sigmas))
         wan.commit(clean.clone(), text[:, nth], pixels=pixels(clean, nth == 0))
     return [torch.cat(parts, 2) for parts in zip(*passed, strict=True)]
 
 
-def _of_block(wan: CausalWan, text: Tensor) -> Denoise:
-    return lambda noisy, sigma: wan.denoise(noisy, sigma * 1000, text)
+def _of_block(wan: CausalWan, text: Tensor, guidance: float = 0.0) -> Denoise:
+    def flow(noisy: Tensor, sigma: float) -> Tensor:
+        return guided(partial(wan.denoise, noisy, sigma * 1000), text, torch.zeros_like(text), guidance)
+
+    return flow
