@@ -17,6 +17,7 @@ from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
+from kvtiers_methods.triattention import TriAttention
 
 
 @hookimpl
@@ -29,6 +30,7 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
         "pyramidkv": PyramidKV,
         "adakv": AdaKV,
         "expected-attention": ExpectedAttention,
+        "triattention": TriAttention,
         "duo-attention": DuoAttention,
         "token-merging": TokenMerging,
         "memrope": MemRoPE,
@@ -52,6 +54,7 @@ def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
         "pyramidkv": presets.pyramidkv,
         "adakv": presets.adakv,
         "expected-attention": presets.expected_attention,
+        "triattention": presets.triattention,
         "token-merging": presets.token_merging,
         "memrope": presets.memrope,
         "longlive": presets.longlive,

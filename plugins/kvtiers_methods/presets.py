@@ -17,6 +17,7 @@ from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
+from kvtiers_methods.triattention import TriAttention
 from kvtiers_policies.contiguous import Contiguous
 
 
@@ -48,6 +49,11 @@ def adakv() -> Policy:
 def expected_attention() -> Policy:
     """What queries to come are expected to attend, and the newest. Source: Expected Attention (arXiv 2510.00636)."""
     return attrs.evolve(_half(ExpectedAttention()), realigner=Contiguous())
+
+
+def triattention() -> Policy:
+    """What queries like the latest ones prefer, and the newest. Source: TriAttention (arXiv 2604.04921)."""
+    return _half(TriAttention())
 
 
 def token_merging() -> Policy:

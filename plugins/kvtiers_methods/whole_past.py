@@ -141,6 +141,33 @@ def unturned(
     return plain
 
 
+def unrotated_queries(past: Past, moment: Moment) -> Float[Tensor, "batch kv_heads group window head_dim"]:
+    """The latest queries in float32, as they were before the model rotated them, by the KV head that serves them."""
+    if moment.queries is None:
+        raise PolicyError("no queries were noted; a compressor says in `window` how many it needs")
+    count, per_step = moment.queries.shape[2], moment.geometry.tokens_per_step
+    were = moment.geometry.positions(moment.step - -(-count // per_step), moment.step, moment.device)[-count:]
+    queries: Tensor = unturned(moment.queries.float(), were, moment).unflatten(1, (past.keys.shape[1], -1))
+    return queries
+
+
+def seen_from(
+    past: Past, moment: Moment, steps: Float[Tensor, " steps"]
+) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+    """Keys in float32, so that the product with an unrotated query is the mean over where it may be asked: `steps`
+    further than now."""
+    keys, rotary = past.keys.float(), moment.rotary
+    if rotary is None:
+        return keys
+    if not moment.keys_rotated:
+        keys = rotary.rotate(keys, past.offsets)
+    asked = torch.zeros(len(steps), past.offsets.shape[-1], dtype=torch.float64, device=keys.device)
+    asked[:, 0] = moment.step + steps
+    cos, sin = (part.mean(0).expand(keys.shape[2], -1) for part in rotary.table(-asked))
+    seen: Tensor = rotary.apply(keys, (cos, sin))
+    return seen
+
+
 def fraction(default: float, *checks: Any) -> Any:
     """A field for a number with a fraction; a whole number stands for one."""
     return attrs.field(

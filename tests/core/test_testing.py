@@ -45,6 +45,7 @@ from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
+from kvtiers_methods.triattention import TriAttention
 from strategies import first_example, names, rotary
 
 EXAMPLES = max(4, settings().max_examples // 10)
@@ -143,6 +144,7 @@ def test_presets_for_video_keep_the_invariants(name):
         DuoAttention(most=99, retrieval_heads=[0]),
         TokenMerging(ratio=2),
         ExpectedAttention(most=5, window=4, future=8),
+        TriAttention(most=5, window=4, farthest=8),
         MemRoPE(),
     ],
     ids=lambda method: type(method).__name__,
