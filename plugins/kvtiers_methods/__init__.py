@@ -12,6 +12,7 @@ from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.kvzip import KVzip
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
@@ -31,6 +32,7 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
         "adakv": AdaKV,
         "expected-attention": ExpectedAttention,
         "triattention": TriAttention,
+        "kvzip": KVzip,
         "duo-attention": DuoAttention,
         "token-merging": TokenMerging,
         "memrope": MemRoPE,
@@ -55,6 +57,7 @@ def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
         "adakv": presets.adakv,
         "expected-attention": presets.expected_attention,
         "triattention": presets.triattention,
+        "kvzip": presets.kvzip,
         "token-merging": presets.token_merging,
         "memrope": presets.memrope,
         "longlive": presets.longlive,

@@ -12,6 +12,7 @@ from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.kvzip import KVzip
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
@@ -54,6 +55,11 @@ def expected_attention() -> Policy:
 def triattention() -> Policy:
     """What queries like the latest ones prefer, and the newest. Source: TriAttention (arXiv 2604.04921)."""
     return _half(TriAttention())
+
+
+def kvzip() -> Policy:
+    """Everything, until `kvtiers_methods.kvzip.reconstruct` is called. Source: KVzip (arXiv 2505.23416)."""
+    return attrs.evolve(_half(KVzip(most=1016)), recent=None)
 
 
 def token_merging() -> Policy:

@@ -51,11 +51,16 @@ class Past:
             attention=torch.cat(masses, 2) if len(masses) == len(parts) else None,
         )
 
-    def mass(self) -> Float[Tensor, "batch kv_heads tokens"]:
-        """The attention of all query heads of a KV head, with minus infinity where the head lacks the token."""
+    def noted(self) -> Float[Tensor, "batch kv_heads group tokens"]:
+        """The attention, by the KV head that serves a query head."""
         if self.attention is None:
             raise PolicyError("no attention was noted; a compressor says in `attention` which one it needs")
-        mass: Tensor = self.attention.unflatten(1, (self.keys.shape[1], -1)).sum(2) + self.bias
+        noted: Tensor = self.attention.unflatten(1, (self.keys.shape[1], -1))
+        return noted
+
+    def mass(self) -> Float[Tensor, "batch kv_heads tokens"]:
+        """The attention of all query heads of a KV head, with minus infinity where the head lacks the token."""
+        mass: Tensor = self.noted().sum(2) + self.bias
         return mass
 
     def block(

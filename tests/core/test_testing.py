@@ -40,6 +40,7 @@ from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.kvzip import KVzip
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
@@ -145,6 +146,7 @@ def test_presets_for_video_keep_the_invariants(name):
         TokenMerging(ratio=2),
         ExpectedAttention(most=5, window=4, future=8),
         TriAttention(most=5, window=4, farthest=8),
+        KVzip(most=5),
         MemRoPE(),
     ],
     ids=lambda method: type(method).__name__,
