@@ -39,14 +39,18 @@ from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.infllm import InfLLM
 from kvtiers_methods.kivi import Kivi
 from kvtiers_methods.kvzip import KVzip
+from kvtiers_methods.landmarks import Landmarks
+from kvtiers_methods.low_rank import LowRank
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
 from kvtiers_methods.triattention import TriAttention
+from kvtiers_methods.unrotated import Unrotated
 from strategies import first_example, names, rotary
 
 EXAMPLES = max(4, settings().max_examples // 10)
@@ -155,8 +159,22 @@ def test_published_methods_keep_the_invariants(method):
     check_compressor(lambda: method, examples=EXAMPLES)
 
 
-def test_two_bits_keep_the_invariants():
-    check_codec(Kivi, examples=EXAMPLES)
+@pytest.mark.parametrize("codec", [Kivi(), LowRank(rank=1), LowRank(rank=99)], ids=["2 bits", "rank 1", "full rank"])
+def test_published_codecs_keep_the_invariants(codec):
+    check_codec(lambda: codec, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "retriever",
+    [Landmarks(outliers=0), Landmarks(outliers=1), InfLLM(representatives=2), InfLLM(representatives=2, distance=4)],
+    ids=str,
+)
+def test_published_retrievers_keep_the_invariants(retriever):
+    check_retriever(lambda: retriever, examples=EXAMPLES)
+
+
+def test_keys_that_are_held_unrotated_keep_the_invariants():
+    check_realigner(Unrotated, examples=EXAMPLES)
 
 
 def test_a_method_for_text_and_one_whose_rows_share_a_width_say_so():
