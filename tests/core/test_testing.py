@@ -139,6 +139,11 @@ def test_presets_for_video_keep_the_invariants(name):
     check_policy(policy(name), examples=EXAMPLES)
 
 
+@pytest.mark.parametrize("name", ["infllm", "shadowkv", "kvzip"])
+def test_published_methods_of_several_slots_keep_the_invariants(name):
+    check_policy(policy(name), examples=EXAMPLES)
+
+
 @pytest.mark.parametrize(
     "method",
     [
