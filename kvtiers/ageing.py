@@ -88,7 +88,8 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
         if compressor.given:
             made = history.waiting[str(first)].blocks
         elif not compressor.keeps:
-            made = compressor.age(blocks, moment)
+            unasked = compressor.attention is None and blocks.attention is not None  # noted for the retriever alone
+            made = compressor.age(attrs.evolve(blocks, attention=None) if unasked else blocks, moment)
         if made is not None:
             tokens = compressor.block_tokens(span, moment.geometry)
             check_made(history, made, blocks.count, tokens, "age", moment)

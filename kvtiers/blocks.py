@@ -34,7 +34,7 @@ class Blocks:
     starts: the first step of each block.
     span: how many steps a block occupies when a realigner places it.
     rotated: the keys rotated to their original positions, if known.
-    attention: how much each token was attended, by query head, for a compressor that asks (`Compressor.attention`).
+    attention: how much each token was attended, by query head, for a compressor or a retriever that asks (`attention`).
     bias: added to a token's logits: log n where it stands for n tokens, -inf where there is none. None means 0.
     offsets_differ: a compressor sets it if tokens lie otherwise in other blocks, rows or heads, which the shape of a
         single block of a single row and head cannot show.

@@ -4,7 +4,7 @@ from kvtiers.archive import Archive, Codec
 from kvtiers.blocks import Form
 from kvtiers.errors import BudgetError
 from kvtiers.geometry import Geometry
-from kvtiers.slots import Compressor, Realigner, Retriever, Sink
+from kvtiers.slots import Attention, Compressor, Realigner, Retriever, Sink
 
 _BLOCK_WITHOUT_SLACK = 16
 """Steps. From this block size on, moving `recent` once per block is cheap."""
@@ -51,6 +51,11 @@ class Bounds:
         """Whether nobody looks at the keys of a block that leaves recent: its compressed form was given, and is all."""
         digested = self.retriever.needs_digests and self.retriever.digests == "full"
         return self.compressor.given and "full" not in self.forms and not digested
+
+    @property
+    def attention(self) -> Attention | None:
+        """Which attention is noted, for the compressor or for the retriever of blocks that are archived."""
+        return self.compressor.attention or (self.retriever.attention if self.archives else None)
 
     def anchors(self, geometry: Geometry) -> int:
         """The most steps that the sink tier comes to hold."""
@@ -148,7 +153,7 @@ class Bounds:
 
     def attention_bytes(self, geometry: Geometry) -> int:
         """Bytes of what is noted of the attention that one token gets, if that is kept with every forward."""
-        return 4 * geometry.batch * geometry.query_heads if self.compressor.attention in ("sum", "max") else 0
+        return 4 * geometry.batch * geometry.query_heads if self.attention in ("sum", "max") else 0
 
     def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0) -> int | None:
         """The most bytes one layer holds on the device, everything counted; None if there is no limit.

@@ -25,7 +25,10 @@ def why_not_crop(layer: Layer, steps: int) -> str | None:
     if steps < layer.committed_steps and line.recent_start_at(steps) < first and layer.recent_start > line.sink:
         return f"blocks before step {layer.recent_start} have left recent since then"
     if layer.watched.looks:
-        return f"{type(policy.compressor).__name__} has already looked at the later queries"
+        looks = policy.compressor.attention or policy.compressor.window
+        return (
+            f"{type(policy.compressor if looks else policy.retriever).__name__} has already looked at the later queries"
+        )
     if not layer.geometry.causal:
         return None  # every block of a video chooses anew
     renewed = layer.history.count and policy.retriever.needs_query and layer.selected_at > steps
@@ -61,6 +64,11 @@ def check_policy(layer: Layer, policy: Policy) -> None:
             f"layer {number} is filled, so {', '.join(fixed)} cannot change any more; "
             f"these can: {', '.join(sorted(_FREE))}, and an archive's limit_bytes (to no less than it holds). "
             "Otherwise start a new cache"
+        )
+    if old.attention != policy.attention or (policy.retriever.attention and old.retriever != policy.retriever):
+        raise SwapError(
+            f"layer {number} has noted {old.attention or 'no'} attention for {type(old.retriever).__name__}, and "
+            f"{type(policy.retriever).__name__} would need to have seen what it notes; start a new cache"
         )
     moves = {old.realigner.sink_moves, policy.realigner.sink_moves}
     if old.realigner.rotates != policy.realigner.rotates or (len(moves) > 1 and "anew" in moves):

@@ -181,7 +181,11 @@ class History(State):
             form = wanted if wanted in self.stores else next(iter(self.stores))
             other = attrs.evolve(self, policy=policy, digests=made)
             for block in range(self.count if count is None else count):
-                digest = other._digested(self.block(form, block), moment)
+                again = self.block(form, block)
+                if policy.retriever.attention:  # none is kept; the digests show their shape alone
+                    none = again.keys.new_zeros(len(again.keys), self.geometry.query_heads, 1, again.tokens).float()
+                    again = attrs.evolve(again, attention=none)
+                digest = other._digested(again, moment)
                 if digest is not None:
                     made.append(digest)
         return made

@@ -102,6 +102,12 @@ class Policy(Bounds):
                 "the retriever digests the compressed form of blocks, which attend = 'full' and top_k_compressed = 0 "
                 "never make; add attend='compressed' or top_k_compressed=n, or let it digest the full form"
             )
+        asked = (self.compressor.attention, self.retriever.attention)
+        if self.archives and None not in asked and asked[0] != asked[1]:
+            raise PolicyError(
+                f"{type(self.compressor).__name__} asks for the {asked[0]!r} of attention and "
+                f"{type(self.retriever).__name__} for the {asked[1]!r}, and a layer notes one; choose others together"
+            )
         sink = self.sink_steps
         if self.budget is not None and self.recent is not None and sink + self.recent > self.budget:
             raise BudgetError(

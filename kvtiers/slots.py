@@ -121,6 +121,14 @@ class Retriever(ABC):
         return "full"
 
     @property
+    def attention(self) -> Literal["sum", "max"] | None:
+        """Which attention `Blocks.attention` is to hold in `digest`, where it is given full blocks.
+
+        As `Compressor.attention`, which must ask for the same if it asks for any.
+        """
+        return None
+
+    @property
     def queries(self) -> int | None:
         """How many evenly spaced queries of a pass `score` needs to be given; None: all. Others are not rotated."""
         return None

@@ -1,4 +1,4 @@
-"""What a compressor asks a layer to watch: the latest queries, and how much attention each token got.
+"""What a policy asks a layer to watch: the latest queries, and how much attention each token got.
 
 Attention is over the real context, as placed, in float32: one more q.k per forward for `sum` and `max`, kept in a plane
 of the window; `latest` is worked out of the latest queries when blocks leave.
@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvtiers.masks import causal
-from kvtiers.slots import Attention, Compressor
+from kvtiers.policy import Policy
+from kvtiers.slots import Attention
 from kvtiers.state import State, rows
 from kvtiers.window import Window
 
@@ -34,9 +35,9 @@ class Watched(State):
     """Attention that the current tokens gave, [batch, query_heads, tokens of the context]; noted by `commit`."""
 
     @staticmethod
-    def of(compressor: Compressor) -> "Watched":
-        """What `compressor` asks for."""
-        return Watched(kind=compressor.attention, size=compressor.window)
+    def of(policy: Policy) -> "Watched":
+        """What the slots of `policy` ask for."""
+        return Watched(kind=policy.attention, size=policy.compressor.window)
 
     @property
     def counts(self) -> bool:

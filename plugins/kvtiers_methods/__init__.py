@@ -5,18 +5,24 @@ from collections.abc import Callable, Mapping
 from kvtiers.archive import Codec
 from kvtiers.hookspecs import hookimpl
 from kvtiers.policy import Policy
-from kvtiers.slots import Compressor
+from kvtiers.slots import Compressor, Realigner, Retriever
 from kvtiers_methods import presets
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.infllm import InfLLM
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.kvzip import KVzip
+from kvtiers_methods.landmarks import Landmarks
+from kvtiers_methods.low_rank import LowRank
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
+from kvtiers_methods.triattention import TriAttention
+from kvtiers_methods.unrotated import Unrotated
 
 
 @hookimpl
@@ -29,6 +35,8 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
         "pyramidkv": PyramidKV,
         "adakv": AdaKV,
         "expected-attention": ExpectedAttention,
+        "triattention": TriAttention,
+        "kvzip": KVzip,
         "duo-attention": DuoAttention,
         "token-merging": TokenMerging,
         "memrope": MemRoPE,
@@ -36,9 +44,21 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
 
 
 @hookimpl
+def kvtiers_retrievers() -> Mapping[str, Callable[..., Retriever]]:
+    """Which archived blocks a query attends."""
+    return {"infllm": InfLLM, "landmarks": Landmarks}
+
+
+@hookimpl
+def kvtiers_realigners() -> Mapping[str, Callable[..., Realigner]]:
+    """Which positions the attended tokens get."""
+    return {"unrotated": Unrotated}
+
+
+@hookimpl
 def kvtiers_codecs() -> Mapping[str, Callable[..., Codec]]:
     """How archived blocks are written."""
-    return {"kivi": Kivi}
+    return {"kivi": Kivi, "low-rank": LowRank}
 
 
 @hookimpl
@@ -52,6 +72,10 @@ def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
         "pyramidkv": presets.pyramidkv,
         "adakv": presets.adakv,
         "expected-attention": presets.expected_attention,
+        "triattention": presets.triattention,
+        "kvzip": presets.kvzip,
+        "infllm": presets.infllm,
+        "shadowkv": presets.shadowkv,
         "token-merging": presets.token_merging,
         "memrope": presets.memrope,
         "longlive": presets.longlive,

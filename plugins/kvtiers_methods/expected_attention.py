@@ -15,9 +15,8 @@ from attrs import validators as v
 from torch import Tensor
 
 from kvtiers.blocks import Blocks
-from kvtiers.errors import PolicyError
 from kvtiers.slots import Moment
-from kvtiers_methods.whole_past import Past, WholePast, best, fraction, unturned
+from kvtiers_methods.whole_past import Past, WholePast, best, fraction, seen_from, unrotated_queries
 
 
 @attrs.frozen(kw_only=True)
@@ -39,30 +38,13 @@ class ExpectedAttention(WholePast):
 
     def scores(self, past: Past, moment: Moment) -> Tensor:
         """How much each token matters, [batch, kv_heads, tokens]."""
-        if moment.queries is None:
-            raise PolicyError("no queries were noted; a compressor says in `window` how many it needs")
-        count, per_step = moment.queries.shape[2], moment.geometry.tokens_per_step
-        were = moment.geometry.positions(moment.step - -(-count // per_step), moment.step, moment.device)[-count:]
-        queries = unturned(moment.queries.float(), were, moment).unflatten(1, (past.keys.shape[1], -1))
+        queries = unrotated_queries(past, moment)
         mean = queries.mean(3)
         apart = queries - mean[:, :, :, None]
-        seen = self._as_they_will_be_seen(past, moment)
+        seen = seen_from(past, moment, torch.arange(self.future, dtype=torch.float64, device=moment.device))
         channels = seen.shape[-1]
         logits = torch.einsum("bhgd,bhtd->bhgt", mean, seen) / channels**0.5
         spread = torch.einsum("bhgqd,bhtd->bhgqt", apart, seen).square().mean(3) / (2 * channels)
         share = (logits + spread + past.bias[:, :, None]).softmax(-1).mean(2)
         scores: Tensor = (share + self.epsilon) * past.values.float().norm(dim=-1) + past.bias
         return scores
-
-    def _as_they_will_be_seen(self, past: Past, moment: Moment) -> Tensor:
-        """Keys, so that the product with an unrotated query is the mean over the positions to come."""
-        keys, rotary = past.keys.float(), moment.rotary
-        if rotary is None:
-            return keys
-        if not moment.keys_rotated:
-            keys = rotary.rotate(keys, past.offsets)
-        to_come = torch.zeros(self.future, past.offsets.shape[-1], dtype=torch.float64, device=keys.device)
-        to_come[:, 0] = moment.step + torch.arange(self.future, device=keys.device)
-        cos, sin = (part.mean(0).expand(keys.shape[2], -1) for part in rotary.table(-to_come))
-        seen: Tensor = rotary.apply(keys, (cos, sin))
-        return seen

@@ -11,12 +11,18 @@ from kvtiers.slots import Compressor
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.infllm import InfLLM
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.kvzip import KVzip
+from kvtiers_methods.landmarks import Landmarks
+from kvtiers_methods.low_rank import LowRank
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
+from kvtiers_methods.triattention import TriAttention
+from kvtiers_methods.unrotated import Unrotated
 from kvtiers_policies.contiguous import Contiguous
 
 
@@ -48,6 +54,35 @@ def adakv() -> Policy:
 def expected_attention() -> Policy:
     """What queries to come are expected to attend, and the newest. Source: Expected Attention (arXiv 2510.00636)."""
     return attrs.evolve(_half(ExpectedAttention()), realigner=Contiguous())
+
+
+def triattention() -> Policy:
+    """What queries like the latest ones prefer, and the newest. Source: TriAttention (arXiv 2604.04921)."""
+    return _half(TriAttention())
+
+
+def kvzip() -> Policy:
+    """Everything, until `kvtiers_methods.kvzip.reconstruct` is called. Source: KVzip (arXiv 2505.23416)."""
+    return attrs.evolve(_half(KVzip(most=1016)), recent=None)
+
+
+def infllm() -> Policy:
+    """Blocks on the host, known by their tokens that were attended most. Source: InfLLM (arXiv 2402.04617)."""
+    return policy("archive", retriever=InfLLM(representatives=4), archive="host", block_size=32, top_k=14)
+
+
+def shadowkv() -> Policy:
+    """Keys of low rank, fetched by landmarks with every token, and outliers. Source: ShadowKV (arXiv 2410.21465)."""
+    return policy(
+        "archive",
+        codec=LowRank(rank=8),
+        retriever=Landmarks(outliers=2),
+        realigner=Unrotated(),
+        archive="host",
+        block_size=32,
+        top_k=12,
+        refresh="chunk",
+    )
 
 
 def token_merging() -> Policy:

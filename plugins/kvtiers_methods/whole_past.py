@@ -51,11 +51,16 @@ class Past:
             attention=torch.cat(masses, 2) if len(masses) == len(parts) else None,
         )
 
-    def mass(self) -> Float[Tensor, "batch kv_heads tokens"]:
-        """The attention of all query heads of a KV head, with minus infinity where the head lacks the token."""
+    def noted(self) -> Float[Tensor, "batch kv_heads group tokens"]:
+        """The attention, by the KV head that serves a query head."""
         if self.attention is None:
             raise PolicyError("no attention was noted; a compressor says in `attention` which one it needs")
-        mass: Tensor = self.attention.unflatten(1, (self.keys.shape[1], -1)).sum(2) + self.bias
+        noted: Tensor = self.attention.unflatten(1, (self.keys.shape[1], -1))
+        return noted
+
+    def mass(self) -> Float[Tensor, "batch kv_heads tokens"]:
+        """The attention of all query heads of a KV head, with minus infinity where the head lacks the token."""
+        mass: Tensor = self.noted().sum(2) + self.bias
         return mass
 
     def block(
@@ -139,6 +144,33 @@ def unturned(
     cos, sin = (part / rotary.scaling**2 for part in rotary.table(-positions, x.dtype))
     plain: Tensor = rotary.apply(x, (cos, sin))
     return plain
+
+
+def unrotated_queries(past: Past, moment: Moment) -> Float[Tensor, "batch kv_heads group window head_dim"]:
+    """The latest queries in float32, as they were before the model rotated them, by the KV head that serves them."""
+    if moment.queries is None:
+        raise PolicyError("no queries were noted; a compressor says in `window` how many it needs")
+    count, per_step = moment.queries.shape[2], moment.geometry.tokens_per_step
+    were = moment.geometry.positions(moment.step - -(-count // per_step), moment.step, moment.device)[-count:]
+    queries: Tensor = unturned(moment.queries.float(), were, moment).unflatten(1, (past.keys.shape[1], -1))
+    return queries
+
+
+def seen_from(
+    past: Past, moment: Moment, steps: Float[Tensor, " steps"]
+) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+    """Keys in float32, so that the product with an unrotated query is the mean over where it may be asked: `steps`
+    further than now."""
+    keys, rotary = past.keys.float(), moment.rotary
+    if rotary is None:
+        return keys
+    if not moment.keys_rotated:
+        keys = rotary.rotate(keys, past.offsets)
+    asked = torch.zeros(len(steps), past.offsets.shape[-1], dtype=torch.float64, device=keys.device)
+    asked[:, 0] = moment.step + steps
+    cos, sin = (part.mean(0).expand(keys.shape[2], -1) for part in rotary.table(-asked))
+    seen: Tensor = rotary.apply(keys, (cos, sin))
+    return seen
 
 
 def fraction(default: float, *checks: Any) -> Any:

@@ -39,12 +39,18 @@ from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.expected_attention import ExpectedAttention
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.infllm import InfLLM
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.kvzip import KVzip
+from kvtiers_methods.landmarks import Landmarks
+from kvtiers_methods.low_rank import LowRank
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
+from kvtiers_methods.triattention import TriAttention
+from kvtiers_methods.unrotated import Unrotated
 from strategies import first_example, names, rotary
 
 EXAMPLES = max(4, settings().max_examples // 10)
@@ -133,6 +139,11 @@ def test_presets_for_video_keep_the_invariants(name):
     check_policy(policy(name), examples=EXAMPLES)
 
 
+@pytest.mark.parametrize("name", ["infllm", "shadowkv", "kvzip"])
+def test_published_methods_of_several_slots_keep_the_invariants(name):
+    check_policy(policy(name), examples=EXAMPLES)
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -143,6 +154,8 @@ def test_presets_for_video_keep_the_invariants(name):
         DuoAttention(most=99, retrieval_heads=[0]),
         TokenMerging(ratio=2),
         ExpectedAttention(most=5, window=4, future=8),
+        TriAttention(most=5, window=4, farthest=8),
+        KVzip(most=5),
         MemRoPE(),
     ],
     ids=lambda method: type(method).__name__,
@@ -151,8 +164,22 @@ def test_published_methods_keep_the_invariants(method):
     check_compressor(lambda: method, examples=EXAMPLES)
 
 
-def test_two_bits_keep_the_invariants():
-    check_codec(Kivi, examples=EXAMPLES)
+@pytest.mark.parametrize("codec", [Kivi(), LowRank(rank=1), LowRank(rank=99)], ids=["2 bits", "rank 1", "full rank"])
+def test_published_codecs_keep_the_invariants(codec):
+    check_codec(lambda: codec, examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "retriever",
+    [Landmarks(outliers=0), Landmarks(outliers=1), InfLLM(representatives=2), InfLLM(representatives=2, distance=4)],
+    ids=str,
+)
+def test_published_retrievers_keep_the_invariants(retriever):
+    check_retriever(lambda: retriever, examples=EXAMPLES)
+
+
+def test_keys_that_are_held_unrotated_keep_the_invariants():
+    check_realigner(Unrotated, examples=EXAMPLES)
 
 
 def test_a_method_for_text_and_one_whose_rows_share_a_width_say_so():

@@ -17,6 +17,7 @@ import kvtiers
 from kvtiers_methods.adakv import AdaKV
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.h2o import H2O
+from kvtiers_methods.kvzip import KVzip, reconstruct
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
@@ -165,6 +166,45 @@ def _snapkv_masks(model: Any, ids: Tensor, window: int, budgets: Sequence[int] =
     return masks
 
 
+@pytest.mark.parametrize(("chunk", "block"), [(2048, 1), (2048, 16), (25, 16)], ids=["1", "16", "parts"])
+def test_kvzip_keeps_what_the_model_attends_when_it_repeats_the_context(chunk: int, block: int) -> None:
+    model, ids, prompt = build("llama"), tokens(TOKENS), tokens(3, seed=1)
+    chosen = policy(KVzip(most=MOST), recent=None, chunk_size=7, block_size=block)
+    with tiered(model, chosen) as cache:
+        first = feed(model, ids[:, :PROMPT], cache, ())
+        reconstruct(cache, lambda more: feed(model, more, cache, ()), ids[:, :PROMPT], prompt, chunk=chunk)
+        assert cache.tier_counts()["recent"] == 0
+        rest = feed(model, ids[:, PROMPT:], cache, range(1, TOKENS - PROMPT))
+        assert max(cache.attended()) == MOST + TOKENS - PROMPT
+    got = torch.cat([first, rest], 1)
+    assert distance(got, masked(model, ids, _kvzip_masks(model, ids, prompt, chunk))) < CLOSE
+    assert distance(masked(model, ids, _kvzip_masks(model, ids, None, chunk)), got) > 1e-3, "as without repeating"
+
+
+@torch.no_grad()
+def _kvzip_masks(model: Any, ids: Tensor, prompt: Tensor | None, chunk: int) -> dict[int, Tensor]:
+    """prompt: what the repetition begins with; without one, it is the first reading that counts."""
+    context, order = ids[:, :PROMPT], torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    most = torch.zeros(LAYERS, KV_HEADS, PROMPT)
+    for start in range(0, PROMPT, chunk):
+        cache = DynamicCache(config=model.config)
+        out = model(context, output_attentions=True, **given(cache))
+        if prompt is not None:
+            lead = context[:, max(0, start - 8) : start]
+            asked = torch.cat([prompt, lead, context[:, start : start + chunk]], 1)
+            out = model(asked, output_attentions=True, **given(cache))
+        seen = torch.stack(out.attentions)[:, 0, :, :, :PROMPT].unflatten(1, (KV_HEADS, GROUP))
+        most = torch.maximum(most, seen.amax((2, 3)))
+    most[..., -1] = torch.inf
+    keep = torch.zeros(LAYERS, KV_HEADS, TOKENS, dtype=torch.bool).scatter(-1, most.topk(MOST, -1).indices, True)
+    keep[..., PROMPT:] = True
+    masks = {}
+    for layer in range(LAYERS):
+        masks[layer] = order.expand(1, KV_HEADS * GROUP, -1, -1).clone()
+        masks[layer][:, :, PROMPT:] &= keep[layer].repeat_interleave(GROUP, 0)[:, None]
+    return masks
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_head_may_attend_no_mid_at_all(attention: str) -> None:
     model, ids = build("llama"), tokens(TOKENS)
@@ -252,3 +292,11 @@ def test_what_a_compressor_looked_at_cannot_be_rolled_back() -> None:
         feed(model, ids, cache, [PROMPT])
         with pytest.raises(kvtiers.CropError, match="H2O has already looked at the later queries"):
             cache.crop(-1)
+
+
+def test_kvzip_refuses_a_context_that_is_longer_than_it_says() -> None:
+    model, ids = build("llama"), tokens(TOKENS)
+    with tiered(model, policy(KVzip(most=MOST, longest=20), recent=None)) as cache:
+        feed(model, ids, cache, ())
+        with pytest.raises(kvtiers.PolicyError, match="a context of 71 tokens is more than longest = 20"):
+            cache.compact(recent=1)

@@ -1,4 +1,4 @@
-"""Codecs `exact`, `int8`, `int4` and `kivi`: what is read back is as near as they declare, and blocks stay apart."""
+"""Codecs: what is read back is as near as they declare, and blocks stay apart."""
 
 import attrs
 import pytest
@@ -10,20 +10,25 @@ from torch import Tensor
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
 from kvtiers_methods.kivi import Kivi
+from kvtiers_methods.low_rank import LowRank
 from kvtiers_policies.exact import Exact
 from kvtiers_policies.int4 import Int4
 from kvtiers_policies.int8 import Int8
+from kvtiers_policies.quantised import Quantised
 
 CODECS = {
     "exact": Exact(),
     "int8": Int8(),
     "int4": Int4(),
     "kivi": Kivi(),
+    "low-rank": LowRank(rank=2),
     "int8 in groups of 3": Int8(group=3),
     "int4 in groups of 2": Int4(group=2),
 }
 codecs = pytest.mark.parametrize("codec", [pytest.param(codec, id=name) for name, codec in CODECS.items()])
-lossy = pytest.mark.parametrize("codec", [pytest.param(c, id=name) for name, c in CODECS.items() if not c.exact])
+quantised = pytest.mark.parametrize(
+    "codec", [pytest.param(c, id=name) for name, c in CODECS.items() if isinstance(c, Quantised)]
+)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -91,7 +96,7 @@ def test_what_is_read_back_differs_by_no_more_than_the_codec_declares(codec, dat
     assert blocks.excess(codec, keys, values) <= 0
 
 
-@lossy
+@quantised
 @given(data=st.data())
 def test_what_a_codec_declares_is_little_more_than_half_a_step(codec, data):
     blocks = data.draw(written(codec, dtype=torch.float32))
@@ -123,7 +128,7 @@ def test_exact_reads_back_every_bit(data):
     assert not any(most.any() for most in Exact().tolerance(blocks.keys, blocks.values))
 
 
-@lossy
+@quantised
 @given(data=st.data())
 def test_a_channel_that_is_constant_in_16_bits_is_read_back_bit_for_bit(codec, data):
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
