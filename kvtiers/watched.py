@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvtiers.geometry import Geometry
 from kvtiers.masks import causal
 from kvtiers.slots import Attention, Compressor
 from kvtiers.state import State, rows
@@ -34,9 +35,9 @@ class Watched(State):
     """Attention that the current tokens gave, [batch, query_heads, tokens of the context]; noted by `commit`."""
 
     @staticmethod
-    def of(compressor: Compressor) -> "Watched":
+    def of(compressor: Compressor, geometry: Geometry) -> "Watched":
         """What `compressor` asks for."""
-        return Watched(kind=compressor.attention, size=compressor.window)
+        return Watched(kind=compressor.attention, size=compressor.window_queries(geometry))
 
     @property
     def counts(self) -> bool:

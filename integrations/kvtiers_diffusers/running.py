@@ -123,7 +123,8 @@ class Runner:
         found = self.prompts.find(text)
         if found is None:
             found = self.prompts.begin(text)
-            cache.set_prompt(text)
+            made = found
+            cache.set_prompt(text, lambda layer: made[layer][0] if layer in made else None)
             if cache.tell:
                 cache.tell(PromptChanged(words=text.shape[1]))
         self._prompt = found
