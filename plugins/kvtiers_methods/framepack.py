@@ -38,15 +38,14 @@ class FramePack(Compressor):
         raise PolicyError("framepack rewrites all of mid; it does not age blocks")
 
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
-        grid, new = moment.geometry.grid, leaving.count * leaving.span
-        before = [] if mid is None else [self._level(age) for age in reversed(range(mid.span))]
-        levels = [*before, *[0] * new]
-        parts = []
+        grid, before = moment.geometry.grid, 0 if mid is None else mid.span
+        levels = [*map(self._level, reversed(range(before))), *[0] * (leaving.count * leaving.span)]
+        keys, values, sizes = [], [], [cells(level, grid) for level in levels]
         for blocks in (mid, leaving) if mid is not None else (leaving,):
-            keys = unturned(blocks.keys, positions_of(blocks), moment)
-            parts.append([part.float().flatten(2, 3) for part in (keys, blocks.values)])
-        sizes = [cells(level, grid) for level in levels]
-        keys, values = ([*torch.cat(part, 2).split(sizes, 2)] for part in zip(*parts, strict=True))
+            plain, own = unturned(blocks.keys, positions_of(blocks), moment), sizes[len(keys) :]
+            own = own[: blocks.count * blocks.span]
+            keys += plain.float().flatten(2, 3).split(own, 2)
+            values += blocks.values.float().flatten(2, 3).split(own, 2)
         kept = min(len(levels), self.frames * self.levels)
         made_keys, made_values, offsets = [], [], []
         for number in range(kept):
@@ -102,5 +101,5 @@ def pooling(fine: int, coarse: int, grid: tuple[int, ...], device: torch.device)
         for length, *sizes in zip(grid, kernel(fine, len(grid)), kernel(coarse, len(grid)), strict=True):
             first = torch.arange(0, length, sizes[0], device=device)
             share = one_hot(first // sizes[1], -(-length // sizes[1])).mT * (length - first).clamp(max=sizes[0])
-            axes.append(share / share.sum(-1, keepdim=True))
+            axes.append((share / share.sum(-1, keepdim=True)).contiguous())
         return reduce(torch.kron, axes, torch.ones(1, 1, device=device))

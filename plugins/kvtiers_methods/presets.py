@@ -1,7 +1,7 @@
 """Presets. A query of text attends at most 1,024 tokens, or as many in the mean where layers or heads differ.
 
 `kivi` attends everything; it saves bytes. Those that say so are for video; their lengths are latent frames, in blocks
-of three as a rule: a setting that is no multiple of a block counts as the next one.
+of three as a rule: where whole blocks do not come to a setting, the next one comes in as well.
 """
 
 import attrs
@@ -98,16 +98,15 @@ def deep_forcing() -> Policy:
 
 
 def infinity_rope() -> Policy:
-    """Video: the first frame, the newest two, current; the newest never gets past the 21st position.
+    """Video: the first block, the newest three frames, current; the newest never gets past the 21st position.
 
-    Source: Infinity-RoPE (arXiv 2511.20649) section 5: a cache of 6, f0 = 21. KV flush (4.2), when the prompt changes:
+    Source: Infinity-RoPE (arXiv 2511.20649) section 5: f0 = 21. KV flush (4.2), when the prompt changes:
     `compact(recent=1)` keeps the first block and the last. RoPE cut (4.3), a jump of positions within a block, is not
-    to be had: the frames of a block lie one after the other. Deviation: whole blocks of three are kept where the paper
-    keeps one frame as sink and two as recent, unless the first frame is committed alone (`even=False`).
+    to be had: the frames of a block lie one after the other. Deviation: the paper's cache of six frames has one as sink
+    and two as recent; here a sink of one is the whole first block, which may be of one frame (`even=False`), and recent
+    is a block.
     """
-    return policy(
-        "streaming", sink=1, recent=2, realigner=BlockRelativistic(onset=15), chunk_size=None
-    )  # frames 16 to 18 of 21, then the current three
+    return policy("streaming", sink=1, recent=3, realigner=BlockRelativistic(onset=15), chunk_size=None)
 
 
 def memflow() -> Policy:
@@ -148,7 +147,9 @@ def fademem() -> Policy:
 def quant_videogen() -> Policy:
     """Video: everything is attended, the newest three frames exactly, older ones in groups and 2 bits.
 
-    Source: Quant VideoGen (arXiv 2602.02958) section 5. Keys are written before rotation.
+    Source: Quant VideoGen (arXiv 2602.02958) section 5. Keys are written before rotation. Deviation: the paper reads
+    them back inside attention; here what is attended lies in the window as it is read back, so that what is small is
+    the archive, on any device, and not the window.
     """
     return policy(
         "archive", codec=QuantVideoGen(), retriever="all", realigner="contiguous", sink=0, recent=3, chunk_size=None
