@@ -98,7 +98,9 @@ class FadeMem(Compressor):
         far, gap, gaps = entries[1 : len(entries) - bridge], self.horizon, [self.horizon]
         for number, (center, _) in enumerate(far):
             least, own = bridge + len(far) - number, max(bridge + 1, min(count - center, self.horizon - 1))
-            gap = min(range(least, gap), key=lambda free, own=own: abs(free**self.power - own**self.power))  # type: ignore[misc]
+            free = range(least, gap)
+            off = [abs(one**self.power - own**self.power) for one in free]
+            gap = free[off.index(min(off))]
             gaps.append(gap)
         return [count - gap for gap in (*gaps, *range(bridge, 0, -1))]
 

@@ -1,15 +1,15 @@
 """Compressor `framepack`: the older a frame, the fewer tokens are left of it; their number falls geometrically.
 
-Source: FramePack (arXiv 2504.12626) section 3.1, equations 1 and 2 with lambda = 2: each level has half the tokens a
-frame of the one before, so any number of levels holds less than one frame more for each of the first level. A level
-has `frames` frames (the paper duplicates terms of its series); what is older than the last is deleted (the first of
-its options for the tail). Deviations: the paper patchifies latents, with a trained kernel for each level, and runs them
-through the model anew for every section; here keys and values, made when a frame was new, are averaged, keys before
-rotation. Kernels are one frame long, and halve width and height by turns. A token lies at the mean position of those
-that it stands for, where the paper averages their phases.
+Source: FramePack (arXiv 2504.12626) section 3.1, equations 1 and 2 with lambda = 2: a frame of a level has half the
+tokens of one of the level before, so that all levels together hold about `frames` whole frames, however many there are.
+A level has `frames` frames (the paper duplicates terms of its series); what is older than the last level is deleted
+(the first of its options for the tail). Deviations: the paper patchifies latents, with a trained kernel for each level,
+and runs them through the model anew for every section; here keys and values, made when a frame was new, are averaged,
+keys before rotation. Kernels are one frame long, and halve width and height by turns. A token lies at the mean position
+of those that it stands for, where the paper averages their phases.
 """
 
-from functools import lru_cache, reduce
+from math import prod
 from typing import ClassVar
 
 import attrs
@@ -47,19 +47,18 @@ class FramePack(Compressor):
             keys += plain.float().flatten(2, 3).split(own, 2)
             values += blocks.values.float().flatten(2, 3).split(own, 2)
         kept = min(len(levels), self.frames * self.levels)
-        made_keys, made_values, offsets = [], [], []
-        for number in range(kept):
-            level, at = self._level(kept - 1 - number), number - kept
-            pool = pooling(levels[at], level, grid, moment.device)
-            made_keys.append(pool @ keys[at])
-            made_values.append(pool @ values[at])
-            places = moment.geometry.positions(number, number + 1, moment.device)
-            offsets.append(pooling(0, level, grid, moment.device).double() @ places)
+        now = [self._level(age) for age in reversed(range(kept))]
+        pools = [*zip(levels[-kept:], now, strict=True)]
+        made_keys, made_values = (
+            torch.cat([pooled(x, *pool, grid) for x, pool in zip(part[-kept:], pools, strict=True)], 2)[:, :, None]
+            for part in (keys, values)
+        )
+        offsets = torch.cat([places(number, level, grid, moment.device) for number, level in enumerate(now)])
         made = attrs.evolve(
             leaving,
-            keys=torch.cat(made_keys, 2)[:, :, None].to(leaving.keys.dtype),
-            values=torch.cat(made_values, 2)[:, :, None].to(leaving.values.dtype),
-            offsets=torch.cat(offsets)[None, None, None],
+            keys=made_keys.to(leaving.keys.dtype),
+            values=made_values.to(leaving.values.dtype),
+            offsets=offsets[None, None, None],
             starts=leaving.starts[-1:] + (leaving.span - kept),
             span=kept,
             offsets_differ=False,
@@ -80,26 +79,40 @@ class FramePack(Compressor):
         return 1 + age // self.frames
 
 
-def kernel(level: int, axes: int) -> list[int]:
-    """How many cells of each axis of a frame become one: 2**level in all, shared out from the last axis on."""
-    return [2 ** ((level + axis) // axes) for axis in range(axes)]
+def kernels(level: int, grid: tuple[int, ...]) -> list[int]:
+    """How many rows, columns, ... become one: 2**level together, shared out from the last axis on."""
+    return [2 ** ((level + axis) // len(grid)) for axis in range(len(grid))]
 
 
 def cells(level: int, grid: tuple[int, ...]) -> int:
     """How many tokens a frame has at a level."""
-    count = 1
-    for length, size in zip(grid, kernel(level, len(grid)), strict=True):
-        count *= -(-length // size)
-    return count
+    return prod(-(-length // size) for length, size in zip(grid, kernels(level, grid), strict=True))
 
 
-@lru_cache(maxsize=64)
-def pooling(fine: int, coarse: int, grid: tuple[int, ...], device: torch.device) -> Float[Tensor, "coarse fine"]:
-    """What takes the mean over the cells of a level, of tokens of a finer one, which may be cut off at the edge."""
-    with torch.inference_mode(False):  # it is remembered
-        axes = []
-        for length, *sizes in zip(grid, kernel(fine, len(grid)), kernel(coarse, len(grid)), strict=True):
-            first = torch.arange(0, length, sizes[0], device=device)
-            share = one_hot(first // sizes[1], -(-length // sizes[1])).mT * (length - first).clamp(max=sizes[0])
-            axes.append((share / share.sum(-1, keepdim=True)).contiguous())
-        return reduce(torch.kron, axes, torch.ones(1, 1, device=device))
+def means(length: int, fine: int, coarse: int, device: torch.device) -> Float[Tensor, "coarse fine"]:
+    """What takes means over one axis, of cells of `fine` rows, to cells of `coarse`. The last ones may be cut off."""
+    first = torch.arange(0, length, fine, device=device)
+    share = one_hot(first // coarse, -(-length // coarse)).mT * (length - first).clamp(max=fine)
+    return share / share.sum(-1, keepdim=True)
+
+
+def pooled(
+    x: Float[Tensor, "batch kv_heads tokens width"], fine: int, coarse: int, grid: tuple[int, ...]
+) -> Float[Tensor, "batch kv_heads fewer width"]:
+    """The tokens of a frame at the level `coarse`, of those at a finer one."""
+    if fine == coarse or not grid:
+        return x
+    sizes = [*zip(grid, kernels(fine, grid), kernels(coarse, grid), strict=True)]
+    x = x.unflatten(2, [-(-length // size) for length, size, _ in sizes])
+    for axis, size in enumerate(sizes, 2):
+        x = (means(*size, x.device) @ x.movedim(axis, -2)).movedim(-2, axis)
+    return x.flatten(2, -2)
+
+
+def places(number: int, level: int, grid: tuple[int, ...], device: torch.device) -> Float[Tensor, "tokens axes"]:
+    """Where the tokens of frame `number` lie: in the middle of their cells."""
+    axes = [torch.tensor([float(number)], dtype=torch.float64, device=device)]
+    for length, size in zip(grid, kernels(level, grid), strict=True):
+        rows = torch.arange(length, dtype=torch.float64, device=device)
+        axes.append(means(length, 1, size, device).double() @ rows)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)

@@ -3,9 +3,10 @@
 Source: MemFlow (arXiv 2512.14699) section 3.2, narrative adaptive memory: of a block only the first frame is kept
 (redundant removal); when the bank is full, all but one of its frames stay, those that the prompt attends most (semantic
 retrieval, equation 1), and the new one joins them. As in the authors' code, the prompt asks with the keys of the
-layer's own cross-attention, all heads choose together, and keys are compared as they are held. Deviations: a frame
-joins when its block leaves recent (the paper: while it is recent too), by the prompt of the block that was made last
-(the paper: by that of the next). Without a prompt, as on text and in passes with gradients, the newest frames stay.
+layer's own cross-attention, all heads choose together, and keys are compared as they are held. Deviations: the softmax
+of equation 1 is over the whole bank (over one frame its mean is always the same; the code has none); a frame joins when
+its block leaves recent (the paper: while it is recent too), by the prompt of the block that was made last (the paper:
+by that of the next). Without a prompt, as on text and in passes with gradients, the newest frames stay.
 Sparse activation (3.3) chooses among all that is attended with every query; nothing here does that to a bank, and the
 authors' configuration has it off. Where a realigner closes up, the frames of the bank lie one behind the other.
 """

@@ -155,6 +155,18 @@ def test_deep_forcing_keeps_the_tokens_that_late_queries_like_best_between_sink_
     assert distance(deep_forcing(stream, kept=2 * FRAME, late=3), wanted) > APART
 
 
+def test_a_layer_keeps_the_queries_of_as_many_frames_as_deep_forcing_asks():
+    for late in (1, 4):
+        chosen = policy("deep-forcing", late_frames=late)
+        layer = Layer(policy=chosen, geometry=GEOMETRY, rotary=TURN)
+        for number, block in enumerate(blocks(3)):
+            current(layer, block, number * BLOCK)
+            layer.commit()
+        assert layer.watched.latest.shape[2] == late * FRAME
+        more = policy("deep-forcing", late_frames=late + 1).bound_bytes(GEOMETRY) - chosen.bound_bytes(GEOMETRY)
+        assert more == 2 * FRAME * QUERY_HEADS * WIDTH * 4
+
+
 # ---------------------------------------------------------------- positions: Infinity-RoPE, Rolling Forcing
 
 
