@@ -40,7 +40,9 @@ class FramePack(Compressor):
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
         grid, before = moment.geometry.grid, 0 if mid is None else mid.span
         levels = [*map(self._level, reversed(range(before))), *[0] * (leaving.count * leaving.span)]
-        keys, values, sizes = [], [], [cells(level, grid) for level in levels]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        sizes = [cells(level, grid) for level in levels]
         for blocks in (mid, leaving) if mid is not None else (leaving,):
             plain, own = unturned(blocks.keys, positions_of(blocks), moment), sizes[len(keys) :]
             own = own[: blocks.count * blocks.span]
