@@ -171,7 +171,7 @@ class Bounds:
         if self.realigner.sink_moves == "anew":
             held += self.anchors(geometry) * geometry.tokens_per_step * geometry.key_bytes
         queries = geometry.batch * geometry.query_heads * geometry.head_dim * geometry.dtype.itemsize
-        held += 2 * self.compressor.window * queries
+        held += 2 * self.compressor.window_queries(geometry) * queries
         if self.compressor.rewrites:
             return (
                 held

@@ -66,7 +66,7 @@ class TieredCache:
         self.observe, self.check, self.layer_class = observe, check, layer
         self.tell = Observers(observe)
         """Tells every observer of an event; false while there is none."""
-        self._prompt: Tensor | None = None
+        self._prompt: tuple[Tensor | None, Callable[[int], Tensor | None] | None] = (None, None)
         self._budgets: dict[Archive, ByteBudget] = {}
         for index in range(count):
             self.new_layer(index, 1)
@@ -164,11 +164,11 @@ class TieredCache:
             )
         return groups[0].layer
 
-    def set_prompt(self, prompt: Tensor | None) -> None:
-        """Tell policies the embedding of the prompt (see `Moment.prompt`)."""
-        self._prompt = prompt
+    def set_prompt(self, prompt: Tensor | None, keys: Callable[[int], Tensor | None] | None = None) -> None:
+        """Tell policies the embedding of the prompt, and what gives a layer's keys of it (see `Moment`)."""
+        self._prompt = prompt, keys
         for layer in self.every_layer():
-            layer.prompt = prompt
+            layer.prompt = self._prompt
 
     # ------------------------------------------------------------------ as a whole
 

@@ -52,7 +52,7 @@ class Layer(LayerState):
         self.placed = Placed.of(policy, geometry, self.rotary, self.layer)
         budget = self.budget or ByteBudget(None)
         self.history = History(policy=policy, geometry=geometry, layer=self.layer, budget=budget)
-        self.watched = Watched.of(policy)
+        self.watched = Watched.of(policy, geometry)
 
     # ------------------------------------------------------------------ the verbs
 

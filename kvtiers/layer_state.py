@@ -79,8 +79,8 @@ class LayerState(Undoable):
     selected_at: int = number(0)
     together_at: int = number(0)
     """The step up to which several current tokens last chose blocks with one query."""
-    prompt: Tensor | None = None
-    """The embedding of the prompt, for policies that look at it (video)."""
+    prompt: tuple[Tensor | None, Callable[[int], Tensor | None] | None] = (None, None)
+    """The embedding of the prompt, and what gives its keys in cross-attention, for policies that look at it (video)."""
     live: tuple[Tensor, Tensor] | None = None
     """Current keys and values with their graph, where gradients are wanted."""
 
@@ -175,6 +175,7 @@ class LayerState(Undoable):
 
     def moment(self, device: torch.device) -> Moment:
         """What policies are told beside their input."""
+        prompt, prompt_keys = self.prompt
         return Moment(
             layer=self.layer,
             step=self.committed_steps,
@@ -183,7 +184,8 @@ class LayerState(Undoable):
             rotary=self.rotary,
             keys_rotated=not self.policy.realigner.rotates,
             blocks_differ=not self.geometry.even or bool(self.history.spans),
-            prompt=self.prompt,
+            prompt=prompt,
+            prompt_keys=None if prompt_keys is None else prompt_keys(self.layer),
             queries=self.watched.latest,
         )
 

@@ -27,7 +27,8 @@ class Moment:
     step: how many steps are history. keys_rotated: whether stored keys are rotated to their original positions by the
     model (under a realigner that leaves positions alone) or not rotated. blocks_differ: whether archived blocks differ
     in length, so that a shorter one has zeros in place of digests that it lacks. prompt: the embedding of the prompt,
-    if there is one (video). queries: the latest queries, as many as `Compressor.window` says, rotated as keys are.
+    if there is one (video). prompt_keys: the keys that the layer's cross-attention makes of it, once it has. queries:
+    the latest queries, as many as `Compressor.window` says, rotated as keys are.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class Moment:
     keys_rotated: bool = True
     blocks_differ: bool = False
     prompt: Float[Tensor, "#batch words channels"] | None = None
+    prompt_keys: Float[Tensor, "#batch query_heads words head_dim"] | None = None
     queries: Float[Tensor, "batch query_heads window head_dim"] | None = None
 
 
@@ -83,6 +85,10 @@ class Compressor(ABC):
     def window(self) -> int:
         """How many of the latest queries the layer keeps for `attention` = "latest" and for `Moment.queries`."""
         return 0
+
+    def window_queries(self, geometry: Geometry) -> int:
+        """`window`, to be overridden where it is said in steps: one step of a video has many queries."""
+        return self.window
 
     @abstractmethod
     def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvtiers.geometry import Geometry
 from kvtiers.masks import causal
 from kvtiers.policy import Policy
 from kvtiers.slots import Attention
@@ -35,9 +36,9 @@ class Watched(State):
     """Attention that the current tokens gave, [batch, query_heads, tokens of the context]; noted by `commit`."""
 
     @staticmethod
-    def of(policy: Policy) -> "Watched":
+    def of(policy: Policy, geometry: Geometry) -> "Watched":
         """What the slots of `policy` ask for."""
-        return Watched(kind=policy.attention, size=policy.compressor.window)
+        return Watched(kind=policy.attention, size=policy.compressor.window_queries(geometry))
 
     @property
     def counts(self) -> bool:

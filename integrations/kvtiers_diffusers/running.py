@@ -123,9 +123,11 @@ class Runner:
         found = self.prompts.find(text)
         if found is None:
             found = self.prompts.begin(text)
-            cache.set_prompt(text)
             if cache.tell:
                 cache.tell(PromptChanged(words=text.shape[1]))
+        if found is not self._prompt:
+            made = found
+            cache.set_prompt(text, lambda layer: made[layer][0] if layer in made else None)
         self._prompt = found
 
     def _eager(self) -> AbstractContextManager[Any]:

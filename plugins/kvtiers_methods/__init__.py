@@ -8,16 +8,22 @@ from kvtiers.policy import Policy
 from kvtiers.slots import Compressor, Realigner, Retriever
 from kvtiers_methods import presets
 from kvtiers_methods.adakv import AdaKV
+from kvtiers_methods.block_relativistic import BlockRelativistic
+from kvtiers_methods.deep_forcing import DeepForcing
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.expected_attention import ExpectedAttention
+from kvtiers_methods.fademem import FadeMem
+from kvtiers_methods.framepack import FramePack
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.infllm import InfLLM
 from kvtiers_methods.kivi import Kivi
 from kvtiers_methods.kvzip import KVzip
 from kvtiers_methods.landmarks import Landmarks
 from kvtiers_methods.low_rank import LowRank
+from kvtiers_methods.memflow import MemFlow
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
+from kvtiers_methods.quant_videogen import QuantVideoGen
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
@@ -40,6 +46,10 @@ def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
         "duo-attention": DuoAttention,
         "token-merging": TokenMerging,
         "memrope": MemRoPE,
+        "deep-forcing": DeepForcing,
+        "memflow": MemFlow,
+        "framepack": FramePack,
+        "fademem": FadeMem,
     }
 
 
@@ -52,13 +62,13 @@ def kvtiers_retrievers() -> Mapping[str, Callable[..., Retriever]]:
 @hookimpl
 def kvtiers_realigners() -> Mapping[str, Callable[..., Realigner]]:
     """Which positions the attended tokens get."""
-    return {"unrotated": Unrotated}
+    return {"unrotated": Unrotated, "block-relativistic": BlockRelativistic}
 
 
 @hookimpl
 def kvtiers_codecs() -> Mapping[str, Callable[..., Codec]]:
     """How archived blocks are written."""
-    return {"kivi": Kivi, "low-rank": LowRank}
+    return {"kivi": Kivi, "low-rank": LowRank, "quant-videogen": QuantVideoGen}
 
 
 @hookimpl
@@ -79,4 +89,11 @@ def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
         "token-merging": presets.token_merging,
         "memrope": presets.memrope,
         "longlive": presets.longlive,
+        "deep-forcing": presets.deep_forcing,
+        "infinity-rope": presets.infinity_rope,
+        "memflow": presets.memflow,
+        "framepack": presets.framepack,
+        "rolling-forcing": presets.rolling_forcing,
+        "fademem": presets.fademem,
+        "quant-videogen": presets.quant_videogen,
     }

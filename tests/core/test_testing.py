@@ -36,16 +36,22 @@ from kvtiers.testing import (
 )
 from kvtiers.trials import Trial, contents, selection
 from kvtiers_methods.adakv import AdaKV
+from kvtiers_methods.block_relativistic import BlockRelativistic
+from kvtiers_methods.deep_forcing import DeepForcing
 from kvtiers_methods.duo_attention import DuoAttention
 from kvtiers_methods.expected_attention import ExpectedAttention
+from kvtiers_methods.fademem import FadeMem
+from kvtiers_methods.framepack import FramePack
 from kvtiers_methods.h2o import H2O
 from kvtiers_methods.infllm import InfLLM
 from kvtiers_methods.kivi import Kivi
 from kvtiers_methods.kvzip import KVzip
 from kvtiers_methods.landmarks import Landmarks
 from kvtiers_methods.low_rank import LowRank
+from kvtiers_methods.memflow import MemFlow
 from kvtiers_methods.memrope import MemRoPE
 from kvtiers_methods.pyramidkv import PyramidKV
+from kvtiers_methods.quant_videogen import QuantVideoGen
 from kvtiers_methods.snapkv import SnapKV
 from kvtiers_methods.token_merging import TokenMerging
 from kvtiers_methods.tova import TOVA
@@ -157,6 +163,10 @@ def test_published_methods_of_several_slots_keep_the_invariants(name):
         TriAttention(most=5, window=4, farthest=8),
         KVzip(most=5),
         MemRoPE(),
+        DeepForcing(frames=1, late_frames=2),
+        MemFlow(frames=2),
+        FramePack(frames=2, levels=3),
+        FadeMem(frames=3, horizon=5),
     ],
     ids=lambda method: type(method).__name__,
 )
@@ -164,7 +174,11 @@ def test_published_methods_keep_the_invariants(method):
     check_compressor(lambda: method, examples=EXAMPLES)
 
 
-@pytest.mark.parametrize("codec", [Kivi(), LowRank(rank=1), LowRank(rank=99)], ids=["2 bits", "rank 1", "full rank"])
+@pytest.mark.parametrize(
+    "codec",
+    [Kivi(), LowRank(rank=1), LowRank(rank=99), QuantVideoGen(centroids=3, stages=2, group=8)],
+    ids=["2 bits", "rank 1", "full rank", "groups"],
+)
 def test_published_codecs_keep_the_invariants(codec):
     check_codec(lambda: codec, examples=EXAMPLES)
 
@@ -180,6 +194,18 @@ def test_published_retrievers_keep_the_invariants(retriever):
 
 def test_keys_that_are_held_unrotated_keep_the_invariants():
     check_realigner(Unrotated, examples=EXAMPLES)
+
+
+def test_positions_that_stop_at_a_horizon_keep_the_invariants():
+    check_realigner(lambda: BlockRelativistic(onset=5), examples=EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deep-forcing", "infinity-rope", "memflow", "framepack", "rolling-forcing", "fademem", "quant-videogen"],
+)
+def test_published_presets_for_video_keep_the_invariants(name):
+    check_policy(policy(name), examples=EXAMPLES)
 
 
 def test_a_method_for_text_and_one_whose_rows_share_a_width_say_so():

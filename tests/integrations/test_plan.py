@@ -42,7 +42,9 @@ def test_the_published_figures_are_printed() -> None:
     assert found["full"][:3] == ["748,800", "138.02", "276.04"]
     assert found["packforcing"][:2] == ["27,872", "3.99"]
     assert "without the current block" in " ".join(printed.split())
-    assert set(found) == {"full", "packforcing", "rolling-window", "sink-rolling-window", "memrope", "longlive"}
+    windows = {"full", "packforcing", "rolling-window", "sink-rolling-window", "memrope", "longlive"}
+    published = {"deep-forcing", "infinity-rope", "memflow", "framepack", "rolling-forcing", "fademem"}
+    assert set(found) == {*windows, *published, "quant-videogen"}
 
 
 def test_a_policy_can_be_changed_on_the_line() -> None:
