@@ -19,7 +19,7 @@ PARALLEL := -n $(JOBS) --dist worksteal --benchmark-disable
 CONTRACT := $(addprefix tests/integrations/test_,versions.py odd_models.py refusals.py families.py generation.py enabling.py rollback.py \
 	causal_wan.py pipeline.py)
 
-.PHONY: help install demo test test-versions test-slow test-deep lint bench wheel-test clean
+.PHONY: help install demo test test-versions test-slow distances test-deep lint bench wheel-test clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -49,6 +49,10 @@ test-versions: $(INSTALLED) ## run tests of the integrations with the oldest tra
 test-slow: $(MODEL) ## run the tests that need a real model or much time
 	@echo "kvtiers: running the slow tests"
 	@$(PYTEST) -q -m "slow and not gpu" --benchmark-disable $(ARGS)
+
+distances: $(INSTALLED) ## print how far published methods are from their references
+	@$(PYTEST) -q --distances tests/integrations/test_rewriting.py $(addprefix tests/plugins/test_, \
+		codecs.py expected_attention.py infllm.py memrope.py quant_videogen.py shadowkv.py triattention.py video_methods.py)
 
 test-deep: $(INSTALLED) ## run every property with many more examples
 	@echo "kvtiers: running the properties deeply"

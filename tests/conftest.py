@@ -4,6 +4,7 @@ Import nothing of kvtiers above the hook: a module that is imported before it go
 """
 
 import os
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,3 +25,20 @@ settings.register_profile("ci", max_examples=75, print_blob=True, derandomize=Tr
 settings.register_profile("quick", max_examples=12, **_COMMON)
 settings.register_profile("deep", max_examples=2_000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_addoption(parser: Any) -> None:
+    """`--distances` prints how far published methods are from their references."""
+    parser.addoption("--distances", action="store_true", help="Print how far methods are from their references.")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    """The table of `--distances`; not with several processes, which measure for themselves."""
+    if not config.getoption("--distances"):
+        return
+    from distances import MEASURED
+
+    terminalreporter.write_line("| method | distance from its reference | nearest control |")
+    terminalreporter.write_line("| --- | ---: | ---: |")
+    for method, (off, control) in sorted(MEASURED.items()):
+        terminalreporter.write_line(f"| `{method}` | {off:.1e} | {control:.2g} |")

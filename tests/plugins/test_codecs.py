@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distances import near
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
 from kvtiers_methods.kivi import Kivi
@@ -197,3 +198,22 @@ def test_numbers_beyond_the_range_of_float16_stay_finite():
 def test_a_group_that_does_not_divide_the_width_is_refused():
     with pytest.raises(PolicyError, match="group = 3 does not divide the width of a key, 4 channels"):
         Int4(group=3).encode(torch.zeros(1, 1, 1, 2, 4), torch.zeros(1, 1, 1, 2, 4))
+
+
+def test_kivi_rounds_keys_by_channel_and_values_by_token():
+    """Numbers from 0 to 3 steps of a channel, or token, above its least value: rounded they come back."""
+    generator = torch.Generator().manual_seed(0)
+    whole = 3 * torch.rand(2, 1, 2, 3, 8, 8, generator=generator)
+    steps, least = (2.0 ** torch.randint(-3, 3, (2, 8), generator=generator) for _ in range(2))
+    whole[0, ..., :2, :], whole[1, ..., :2] = torch.tensor([[0.0], [3.0]]), torch.tensor([0.0, 3.0])
+    (keys, rounded_keys), (values, rounded_values) = (
+        (whole[0] * steps[0] - least[0], whole[0].round() * steps[0] - least[0]),
+        (whole[1] * steps[1, :, None] - least[1, :, None], whole[1].round() * steps[1, :, None] - least[1, :, None]),
+    )
+    for got, other, wanted in zip(
+        Kivi().decode(Kivi().encode(keys, values), torch.float32),
+        reversed(Kivi().decode(Kivi().encode(values, keys), torch.float32)),
+        (rounded_keys, rounded_values),
+        strict=True,
+    ):
+        near("kivi", (got - wanted).abs().max(), (other - wanted).abs().max())
