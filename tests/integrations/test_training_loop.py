@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,9 +13,18 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from kvtiers_packforcing.training import CheckpointError, Trainer, TrainingConfigError, load_config, make_stage
+from kvtiers_packforcing.training import (
+    CheckpointError,
+    Trainer,
+    TrainingConfigError,
+    config_of,
+    load_config,
+    make_stage,
+    precision,
+)
 from kvtiers_packforcing.training.command import train
 from kvtiers_packforcing.training.sharing import Share
+from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
 TINY = """
 [run]
@@ -234,3 +244,27 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(config, tmp_path):
     for word in ("6 steps", "parameters", "phase 2: 3 steps of", "memory", "h of one core)"):
         assert word in done.output
     assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "optimiser", "times", "says"),
+    [
+        ({"precision": "bfloat16"}, {"matrices": "muon"}, 60.0, "60 times.*float32; precision.*and matrices"),
+        ({}, {"matrices": "muon"}, 2.5, 'float32; matrices = "adamw"'),
+        ({"precision": "bfloat16"}, {}, 1.5, None),
+        ({}, {}, 60.0, None),
+    ],
+    ids=["both", "muon", "quick", "float32"],
+)
+def test_a_cpu_that_only_imitates_bfloat16_is_told(monkeypatch, run, optimiser, times, says):
+    monkeypatch.setattr(precision, "_bfloat16_times", lambda: times)
+    table = {"run": {"stage": "student", "folder": "nowhere"} | run, "optimiser": optimiser}
+    table["phases"] = [{"steps": 1, "peak_rate": 1e-3, "clips": 1}]
+    said = config_of(table, StudentConfig, StudentPhase)
+    advice = precision.slow_bfloat16(said, torch.device("cpu"))
+    assert (advice is None) if says is None else re.search(says, advice)
+    assert precision.slow_bfloat16(said, torch.device("meta")) is None
+
+
+def test_how_much_slower_bfloat16_is_is_measured():
+    assert 0.01 < precision._bfloat16_times(size=64) < 1e4

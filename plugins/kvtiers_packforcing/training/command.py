@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvtiers.errors import KVTiersError
+from kvtiers_packforcing.training.precision import slow_bfloat16
 from kvtiers_packforcing.training.sharing import joined
 from kvtiers_packforcing.training.stages import STAGES, load_config, make_stage
 from kvtiers_packforcing.training.trainer import CHECKPOINT, Trainer
@@ -35,6 +36,8 @@ def train(config: Path, dry_run: bool, until: int | None, export: bool) -> None:
         with joined() as share:
             share.check(said)
             trainer = Trainer(make_stage(said), share)
+            if share.writes and not export and (advice := slow_bfloat16(said, trainer.stage.device)):
+                click.echo(advice, err=True)
             if dry_run:
                 _cost(trainer)
             elif export:

@@ -1,5 +1,6 @@
 """How a run computes: in which precision, and whether layers are compiled or run again for their gradients."""
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 import torch.compiler.config as compiler
 
-from kvtiers_packforcing.training.config import RunConfig
+from kvtiers_packforcing.training.config import RunConfig, TrainingConfig
 
 _COMPILED = 64
 """The most versions that the compiler makes of a layer; beyond its own limit, 8, it leaves layers as they are."""
@@ -35,6 +36,31 @@ def prepare(transformer: Any, run: RunConfig) -> None:
         compiler.recompile_limit = max(compiler.recompile_limit, _COMPILED)
         for block in transformer.blocks:
             block.compile(dynamic=False)
+
+
+def slow_bfloat16(config: TrainingConfig, device: torch.device) -> str | None:
+    """What to change if the run computes in bfloat16 on a CPU that only imitates it; None if all is well."""
+    muon, products = config.optimiser.matrices == "muon", config.run.precision == "bfloat16"
+    if device.type != "cpu" or not (muon or products) or (times := _bfloat16_times()) < 2:
+        return None
+    changes = ['precision = "float32"'] * products + ['matrices = "adamw"'] * muon
+    return (
+        f"on this CPU a matrix product in bfloat16 takes {times:.0f} times as long as in float32; "
+        f"{' and '.join(changes)} would do without"
+    )
+
+
+def _bfloat16_times(size: int = 384) -> float:
+    """How many times as long as in float32 a matrix product takes on this CPU: the quickest of three."""
+    taken = []
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix, each = torch.ones(size, size, dtype=dtype), []
+        for _ in range(3):
+            began = time.perf_counter()
+            matrix @ matrix
+            each.append(time.perf_counter() - began)
+        taken.append(min(each))
+    return taken[1] / taken[0]
 
 
 @contextmanager
