@@ -89,8 +89,8 @@ def taken(said: str, before: TieredCache, after: TieredCache) -> bool:
 @pytest.mark.parametrize(
     ("how", "step"),
     [
-        pytest.param("operation", 7, id="operations"),
-        pytest.param("line", 89, id="lines"),
+        pytest.param("operation", 31, id="operations"),
+        pytest.param("line", 211, id="lines"),
         pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
         pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
     ],

@@ -145,6 +145,7 @@ def test_presets_for_video_keep_the_invariants(name):
     check_policy(policy(name), examples=EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["infllm", "shadowkv", "kvzip"])
 def test_published_methods_of_several_slots_keep_the_invariants(name):
     check_policy(policy(name), examples=EXAMPLES)
@@ -200,6 +201,7 @@ def test_positions_that_stop_at_a_horizon_keep_the_invariants():
     check_realigner(lambda: BlockRelativistic(onset=5), examples=EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["deep-forcing", "infinity-rope", "memflow", "framepack", "rolling-forcing", "fademem", "quant-videogen"],

@@ -23,7 +23,7 @@ def test_every_choice_is_asked_and_shown(
     assert all(f"│ {name} " in printed for name in NAMES)
     fewest, most = map(int, re.findall(r"per layer *│ (\d+) to (\d+) ", printed)[0])
     assert 256 <= fewest < most <= 4 + 768 + 32
-    assert "affinity, all, none, page-bounds, recency" in printed
+    assert "affinity, all, infllm, landmarks, none, page-bounds, recency" in printed
 
 
 def test_the_policy_file_is_the_policy_that_its_comments_describe() -> None:

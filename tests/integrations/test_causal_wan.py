@@ -429,6 +429,7 @@ def test_a_full_archive_loses_nothing_and_the_video_goes_on_once_there_is_room()
         assert torch.equal(wan.denoise(clips[0], 500.0, text), flow)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_makes_the_same_video_and_does_not_recompile_between_blocks() -> None:
     """In a process of its own, because the checks of shapes that tests install cannot be traced."""
     program = Path(__file__).parent.parent / "compiled_wan.py"
