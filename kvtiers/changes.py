@@ -25,7 +25,7 @@ def why_not_crop(layer: Layer, steps: int) -> str | None:
     if steps < layer.committed_steps and line.recent_start_at(steps) < first and layer.recent_start > line.sink:
         return f"blocks before step {layer.recent_start} have left recent since then"
     if layer.watched.looks:
-        looks = policy.compressor.attention or policy.compressor.window
+        looks = policy.compressor.attention or policy.compressor.window_queries(layer.geometry)
         return (
             f"{type(policy.compressor if looks else policy.retriever).__name__} has already looked at the later queries"
         )

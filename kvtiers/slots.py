@@ -28,7 +28,7 @@ class Moment:
     model (under a realigner that leaves positions alone) or not rotated. blocks_differ: whether archived blocks differ
     in length, so that a shorter one has zeros in place of digests that it lacks. prompt: the embedding of the prompt,
     if there is one (video). prompt_keys: the keys that the layer's cross-attention makes of it, once it has. queries:
-    the latest queries, as many as `Compressor.window` says, rotated as keys are.
+    the latest queries, as many as `Compressor.window_queries` says, rotated as keys are.
     """
 
     layer: int

@@ -163,6 +163,7 @@ class CausalWan:
         except BaseException:
             if began:
                 self.cache = None
+                self.runner.forget_prompts()  # the next cache is to be told
             elif timestep is None and self.cache is not None:
                 self.cache.reselect()
             self._last_timestep = timestep

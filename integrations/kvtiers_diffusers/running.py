@@ -125,10 +125,14 @@ class Runner:
             found = self.prompts.begin(text)
             if cache.tell:
                 cache.tell(PromptChanged(words=text.shape[1]))
-        if found is not self._prompt:
-            made = found
-            cache.set_prompt(text, lambda layer: made[layer][0] if layer in made else None)
-        self._prompt = found
+        changes, self._prompt = found is not self._prompt, found
+        if changes:
+            mine = weakref.ref(self)  # keys are held by whoever runs, not by the cache and its forks
+            cache.set_prompt(text, lambda layer: None if (runner := mine()) is None else runner.prompt_keys(layer))
+
+    def prompt_keys(self, layer: int) -> Tensor | None:
+        """What a layer's cross-attention makes of the current prompt; None before its first pass."""
+        return self._prompt[layer][0] if layer in self._prompt else None
 
     def _eager(self) -> AbstractContextManager[Any]:
         """A pass that asks the cache cannot be compiled: it runs as it is, in a model that is."""

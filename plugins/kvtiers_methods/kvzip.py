@@ -10,7 +10,7 @@ any query of the repetition, of any query head of its KV head, gives it. `recons
 
 Deviations: every KV head keeps as many tokens (the paper's uniform budget; by default it compares heads and layers with
 each other). A part of a context longer than `chunk` is repeated with all of the context in view, where the paper
-normalises over that part alone. The last token of the context always stays.
+normalises over that part alone. The last token of the context always stays. A cache is compressed once.
 """
 
 from collections.abc import Callable
@@ -76,6 +76,10 @@ def reconstruct(
     The policy of the cache has the compressor `kvzip` and `recent=None`. prompt, further: ids that ask for the context,
     and for a further part of it (None: the same); a part has `chunk` tokens. Of the repetition nothing is kept.
     """
+    if cache.tier_counts().get("mid"):
+        raise PolicyError(
+            "a part of this cache was compressed before; begin a new one, read the context and compress it"
+        )
     parts = context.split(chunk, 1)
     cache.compact(recent=1)
     for number, part in enumerate(parts):

@@ -1,7 +1,8 @@
 """Presets. A query of text attends at most 1,024 tokens, or as many in the mean where layers or heads differ.
 
-`kivi` attends everything; it saves bytes. Those that say so are for video; their lengths are latent frames, in blocks
-of three as a rule: where whole blocks do not come to a setting, the next one comes in as well.
+`kivi` attends everything; it saves bytes. So does `kvzip`, until it is told to compress. Those that say so are for
+video; their lengths are latent frames, in blocks of three as a rule: where whole blocks do not come to a setting, the
+next one comes in as well.
 """
 
 import attrs

@@ -149,7 +149,7 @@ def unturned(
 def unrotated_queries(past: Past, moment: Moment) -> Float[Tensor, "batch kv_heads group window head_dim"]:
     """The latest queries in float32, as they were before the model rotated them, by the KV head that serves them."""
     if moment.queries is None:
-        raise PolicyError("no queries were noted; a compressor says in `window` how many it needs")
+        raise PolicyError("no queries were noted; a compressor says in `window_queries` how many it needs")
     count, per_step = moment.queries.shape[2], moment.geometry.tokens_per_step
     were = moment.geometry.positions(moment.step - -(-count // per_step), moment.step, moment.device)[-count:]
     queries: Tensor = unturned(moment.queries.float(), were, moment).unflatten(1, (past.keys.shape[1], -1))

@@ -48,6 +48,7 @@ def policies() -> dict[str, Policy]:
     found = {name: small(name, SMALL) for name in PRESETS}
     found["archive on disk"] = small("archive", SMALL, archive="disk", codec="int8")
     found["both forms"] = small("packforcing-lm", SMALL, attend="full", top_k_compressed=1, archive="device")
+    found["attention for a retriever"] = small("infllm", SMALL)
     found["incremental"] = small("packforcing-lm", SMALL, realigner="incremental")
     found["top-tokens by attention"] = small(
         "archive", SMALL, compressor=("top-tokens", {"by": "attention", "keep": 1}), attend="compressed"
@@ -107,7 +108,7 @@ def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(name: str, ho
         step=step,
         done=taken,
     )
-    assert tried * step > (50 if how == "operation" else 350), "fewer points than there are in these verbs"
+    assert tried > (7 if how == "operation" else 3), "fewer points than there are in these verbs"
 
 
 # ---------------------------------------------------------------- video

@@ -293,6 +293,17 @@ def test_what_a_compressor_looked_at_cannot_be_rolled_back() -> None:
             cache.crop(-1)
 
 
+def test_kvzip_compresses_a_cache_once() -> None:
+    model, ids = build("llama"), tokens(TOKENS)
+    with tiered(model, policy(KVzip(most=MOST), recent=None)) as cache:
+        feed(model, ids[:, :PROMPT], cache, ())
+        reconstruct(cache, lambda more: feed(model, more, cache, ()), ids[:, :PROMPT], tokens(3, seed=1))
+        before = cache.tier_counts()
+        with pytest.raises(kvtiers.PolicyError, match="was compressed before; begin a new one"):
+            reconstruct(cache, lambda more: feed(model, more, cache, ()), ids[:, :PROMPT], tokens(3, seed=1))
+        assert cache.tier_counts() == before
+
+
 def test_kvzip_refuses_a_context_that_is_longer_than_it_says() -> None:
     model, ids = build("llama"), tokens(TOKENS)
     with tiered(model, policy(KVzip(most=MOST, longest=20), recent=None)) as cache:

@@ -241,9 +241,10 @@ def test_layouts_are_drawn_as_often_as_the_phase_says():
         ({"layouts": ["full"]}, "layouts must be a table of numbers by layout"),
         ({"autoencoder": "nowhere"}, "nowhere holds no autoencoder; train one"),
         ({"clean_noise": 1.5}, "clean_noise must be a number from 0 to 1"),
+        ({"clean_noise": float("nan")}, "clean_noise must be a number from 0 to 1, got nan"),
         ({"blocks": 33}, "clip_blocks must be a whole number from 5 to 32, got 33"),
     ],
-    ids=["width", "layout", "no share", "negative", "no table", "autoencoder", "noise", "long clip"],
+    ids=["width", "layout", "no share", "negative", "no table", "autoencoder", "noise", "no number", "long clip"],
 )
 def test_a_student_that_cannot_be_is_refused(changes, says):
     with pytest.raises(TrainingConfigError, match=says):

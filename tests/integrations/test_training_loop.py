@@ -264,7 +264,3 @@ def test_a_cpu_that_only_imitates_bfloat16_is_told(monkeypatch, run, optimiser, 
     advice = precision.slow_bfloat16(said, torch.device("cpu"))
     assert (advice is None) if says is None else re.search(says, advice)
     assert precision.slow_bfloat16(said, torch.device("meta")) is None
-
-
-def test_how_much_slower_bfloat16_is_is_measured():
-    assert 0.01 < precision._bfloat16_times(size=64) < 1e4

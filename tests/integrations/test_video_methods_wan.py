@@ -1,5 +1,6 @@
 """Published methods for video on a tiny Wan of random weights: they run, stay bounded, and are told of the prompt."""
 
+import weakref
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 import torch
 from torch import Tensor
 
+from faults import AtOperation, Fault
 from kvtiers_diffusers import tiered
 from kvtiers_methods.memflow import MemFlow
 from tiny_wan import blocks, build, prompt
@@ -72,6 +74,25 @@ def test_memflow_is_told_the_keys_of_each_layers_cross_attention(monkeypatch: py
             due = block.attn2.norm_k(block.attn2.to_k(hidden)).unflatten(2, (2, -1)).transpose(1, 2)
             assert (got - due).abs().max() < 1e-5
         assert (before[layer] - after[layer]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_after_a_first_pass_that_failed_policies_are_told_the_prompt_and_a_cache_keeps_no_keys_alive() -> None:
+    clip, text = blocks(1, frames=3)[0], prompt()
+    with tiered(build(), "memflow") as wan:
+        with pytest.raises(Fault), AtOperation(60):
+            wan.commit(clip, text)
+        assert wan.cache is None
+        wan.commit(clip, text)
+        assert wan.cache is not None
+        layer = wan.cache.every_layer()[0]
+        keys = layer.moment(clip.device).prompt_keys
+        assert keys is not None
+        held = weakref.ref(keys)
+        del keys
+        wan.forget_prompts()
+        assert held() is None
+        assert layer.moment(clip.device).prompt_keys is None
 
 
 def test_which_frames_memflow_keeps_depends_on_the_prompt() -> None:

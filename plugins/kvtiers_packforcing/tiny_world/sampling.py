@@ -57,10 +57,10 @@ class Sampler:
         text: Float[Tensor, "#batch prompt_words text_width"],
     ) -> Float[Tensor, "batch channels frames height width"]:
         """A clean block. It is not committed. wan: a `CausalWan`. noises: as many as `noises` says."""
-        block = noises[0]
+        block, without = noises[0], torch.zeros_like(text) if self.guidance else None
         for nth, (before, after) in enumerate(pairwise(self.sigmas()), 1):
             tell = partial(wan.denoise, block, before * 1000)
-            flow = guided(tell, text, torch.zeros_like(text), self.guidance)
+            flow = guided(tell, text, without, self.guidance)
             if self.kind == "euler":
                 block = block + (after - before) * flow
             else:

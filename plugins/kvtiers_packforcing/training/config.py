@@ -26,7 +26,8 @@ def whole(low: int, high: int | None = None, **settings: Any) -> Any:
     allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def check(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low or value > (high or value):
+        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value
+        if not fits or (high is not None and value > high):
             raise TrainingConfigError(f"{attribute.name} must be a whole number {allowed}, got {value!r}")
 
     return attrs.field(validator=check, **settings)
@@ -41,7 +42,7 @@ def number(low: float, high: float = math.inf, **settings: Any) -> Any:
     """A field for a number from `low` to `high`."""
 
     def check(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < low or value > (high or value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
             reach = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise TrainingConfigError(f"{attribute.name} must be a number {reach}, got {value!r}")
 

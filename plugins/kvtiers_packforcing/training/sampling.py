@@ -113,7 +113,9 @@ def given_history(
 
 
 def _of_block(wan: CausalWan, text: Tensor, guidance: float = 0.0) -> Denoise:
+    without = torch.zeros_like(text) if guidance else None  # one tensor for all steps, which is projected once
+
     def flow(noisy: Tensor, sigma: float) -> Tensor:
-        return guided(partial(wan.denoise, noisy, sigma * 1000), text, torch.zeros_like(text), guidance)
+        return guided(partial(wan.denoise, noisy, sigma * 1000), text, without, guidance)
 
     return flow
