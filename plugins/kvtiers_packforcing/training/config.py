@@ -26,8 +26,11 @@ def whole(low: int, high: int | None = None, **settings: Any) -> Any:
     allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def check(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value
-        if not fits or (high is not None and value > high):
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or not (low <= value and (high is None or value <= high))
+        ):
             raise TrainingConfigError(f"{attribute.name} must be a whole number {allowed}, got {value!r}")
 
     return attrs.field(validator=check, **settings)
