@@ -59,7 +59,7 @@ def test_keys_and_queries_that_are_rotated_already_give_the_same_scores():
 
 def test_a_method_without_queries_says_what_it_lacks():
     past, moment = past_and_moment(queries=None)
-    with pytest.raises(PolicyError, match="a compressor says in `window` how many it needs"):
+    with pytest.raises(PolicyError, match="a compressor says in `window_queries` how many it needs"):
         ExpectedAttention().scores(past, moment)
 
 
