@@ -203,7 +203,8 @@ def _presets_for(shape: Shape) -> list[str]:
     """The presets for a model of this shape: for text those that cut a long forward into chunks, and what keeps all."""
     found = {name: policy(name) for name in registry().names("policy")}
     text = {name for name, made in found.items() if made.chunk_size is not None}
-    return [n for n, made in found.items() if made.recent is None or (n in text) == shape.geometry.causal]
+    both = {name for name, made in found.items() if made.recent is None} - text
+    return [name for name in found if name in both or (name in text) == shape.geometry.causal]
 
 
 def _shape(model: str, **wanted: Any) -> Shape:

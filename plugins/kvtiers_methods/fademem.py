@@ -21,7 +21,7 @@ from kvtiers.blocks import Blocks
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
 from kvtiers.slots import Compressor, Moment
-from kvtiers_methods.whole_past import fraction, positions_of, turned, unturned
+from kvtiers_methods.whole_past import fraction, positions_of, remade, unturned
 
 Entry = tuple[int, int]
 """The middle of the frames that one stands for, counted from the first, and how many there are."""
@@ -70,19 +70,9 @@ class FadeMem(Compressor):
         places = torch.tensor(self._places(entries, count, block), dtype=torch.float64, device=moment.device)
         offsets = geometry.positions(0, 1, moment.device).repeat(len(entries), 1)
         offsets[:, 0] = places.repeat_interleave(geometry.tokens_per_step)
-        made = attrs.evolve(
-            leaving,
-            keys=torch.cat(keys, 2)[:, :, None],
-            values=torch.cat(values, 2)[:, :, None],
-            offsets=offsets[None, None, None],
-            starts=leaving.starts[:1] if mid is None else mid.starts,
-            span=count,
-            offsets_differ=False,
-            rotated=None,
-            attention=None,
-            bias=None,
-        )
-        return attrs.evolve(made, keys=turned(made.keys, positions_of(made), moment))
+        starts = leaving.starts[:1] if mid is None else mid.starts
+        made_keys, made_values = (torch.cat(parts, 2) for parts in (keys, values))
+        return remade(leaving, made_keys, made_values, offsets, starts=starts, span=count, moment=moment)
 
     def compressed_tokens(self, tokens: int) -> int:
         return tokens

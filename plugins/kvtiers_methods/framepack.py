@@ -23,7 +23,7 @@ from kvtiers.blocks import Blocks
 from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
 from kvtiers.slots import Compressor, Moment
-from kvtiers_methods.whole_past import positions_of, turned, unturned
+from kvtiers_methods.whole_past import positions_of, remade, unturned
 
 
 @attrs.frozen(kw_only=True)
@@ -52,23 +52,12 @@ class FramePack(Compressor):
         now = [self._level(age) for age in reversed(range(kept))]
         pools = [*zip(levels[-kept:], now, strict=True)]
         made_keys, made_values = (
-            torch.cat([pooled(x, *pool, grid) for x, pool in zip(part[-kept:], pools, strict=True)], 2)[:, :, None]
+            torch.cat([pooled(x, *pool, grid) for x, pool in zip(part[-kept:], pools, strict=True)], 2)
             for part in (keys, values)
         )
         offsets = torch.cat([places(number, level, grid, moment.device) for number, level in enumerate(now)])
-        made = attrs.evolve(
-            leaving,
-            keys=made_keys.to(leaving.keys.dtype),
-            values=made_values.to(leaving.values.dtype),
-            offsets=offsets[None, None, None],
-            starts=leaving.starts[-1:] + (leaving.span - kept),
-            span=kept,
-            offsets_differ=False,
-            rotated=None,
-            attention=None,
-            bias=None,
-        )
-        return attrs.evolve(made, keys=turned(made.keys, positions_of(made), moment))
+        starts = leaving.starts[-1:] + (leaving.span - kept)
+        return remade(leaving, made_keys, made_values, offsets, starts=starts, span=kept, moment=moment)
 
     def compressed_tokens(self, tokens: int) -> int:
         return tokens

@@ -124,6 +124,32 @@ def positions_of(blocks: Blocks) -> Float[Tensor, "*blocks tokens axes"]:
     return found
 
 
+def remade(
+    leaving: Blocks,
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    offsets: Float[Tensor, "tokens axes"],
+    *,
+    starts: Int[Tensor, " 1"],
+    span: int,
+    moment: Moment,
+) -> Blocks:
+    """One block of new tokens for all of mid. keys: before rotation; they are rotated where stored keys are."""
+    made = attrs.evolve(
+        leaving,
+        keys=keys.to(leaving.keys.dtype)[:, :, None],
+        values=values.to(leaving.values.dtype)[:, :, None],
+        offsets=offsets[None, None, None],
+        starts=starts,
+        span=span,
+        offsets_differ=False,
+        rotated=None,
+        attention=None,
+        bias=None,
+    )
+    return attrs.evolve(made, keys=turned(made.keys, positions_of(made), moment))
+
+
 def turned(
     x: Float[Tensor, "*batch tokens head_dim"], positions: Float[Tensor, "*batch_or_1 tokens axes"], moment: Moment
 ) -> Float[Tensor, "*batch tokens head_dim"]:

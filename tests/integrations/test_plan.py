@@ -44,7 +44,7 @@ def test_the_published_figures_are_printed() -> None:
     assert "without the current block" in " ".join(printed.split())
     windows = {"full", "packforcing", "rolling-window", "sink-rolling-window", "memrope", "longlive"}
     published = {"deep-forcing", "infinity-rope", "memflow", "framepack", "rolling-forcing", "fademem"}
-    assert set(found) == {*windows, *published, "quant-videogen", "kvzip"}
+    assert set(found) == {*windows, *published, "quant-videogen"}
 
 
 def test_a_policy_can_be_changed_on_the_line() -> None:
