@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvtiers import policy
 from kvtiers_transformers.document import read_document
 from kvtiers_transformers.reading import Reading, answer, encoder, model_option, narrow_table, needle, read
 from kvtiers_transformers.smollm2 import load_model
@@ -48,9 +49,11 @@ class Row:
 def text(model: str, tokens: int, policies: str, depth: float, out: Path) -> None:
     """Read a long document under each policy with a real model, then ask for a fact planted early in it."""
     console = Console()
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    for name in names:  # an unknown one is told before anything is loaded
+        policy(name)
     console.print(f"Loading {model} ...")
     loaded, tokenizer = load_model(model)
-    names = [name.strip() for name in policies.split(",") if name.strip()]
     rows = compare(loaded, tokenizer, names, tokens=tokens, depth=depth, console=console)
     console.print(table(rows))
     plot(rows, out)

@@ -13,11 +13,12 @@ import torch
 from click.testing import CliRunner
 
 import tiny_chat
-from kvtiers import policy
+from kvtiers import UnknownPolicyError, policy
 from kvtiers_transformers.bench_codec import CODECS, codec, errors_of, measure
 from kvtiers_transformers.bench_digests import EVERYTHING, ask, digests, share_of, with_digests
 from kvtiers_transformers.bench_recall import recall
 from kvtiers_transformers.bench_text import OF_BATCH, POLICIES, batch_lengths, speed, text
+from kvtiers_transformers.demo import text as demo
 from kvtiers_transformers.reading import encoded, encoder, keys_found, needles
 from kvtiers_transformers.smollm2 import load_model
 from kvtiers_transformers.wrap import tiered
@@ -69,6 +70,13 @@ def test_what_cannot_be_read_is_refused(given: list[str], message: str, folder: 
     shown = CliRunner().invoke(recall, ["--model", str(folder), *given])
     assert shown.exit_code == 2
     assert message in " ".join(shown.output.replace("│", " ").split())
+
+
+def test_the_demo_tells_an_unknown_policy_before_it_loads_a_model() -> None:
+    shown = CliRunner().invoke(demo, ["--model", "no-such-model", "--policies", "full, archve"])
+    assert isinstance(shown.exception, UnknownPolicyError)
+    assert "Did you mean 'archive'?" in str(shown.exception)
+    assert "Loading" not in shown.output
 
 
 def test_an_exact_codec_has_no_error_and_fewer_bits_have_more(loaded: tuple[Any, Any]) -> None:
