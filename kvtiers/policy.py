@@ -127,6 +127,16 @@ class Policy(Bounds):
             return self.refresh
         return self.block_size if self.refresh == "block" else 1
 
+    def scaled(self, share: float) -> "Policy":
+        """The same, with `recent`, `top_k`, `top_k_compressed` and what the compressor keeps in all times `share`."""
+        return attrs.evolve(
+            self,
+            recent=None if self.recent is None else round(self.recent * share),
+            top_k=max(1, round(self.top_k * share)),
+            top_k_compressed=round(self.top_k_compressed * share),
+            compressor=self.compressor.scaled(share),
+        )
+
     def timeline(self, geometry: Geometry) -> Timeline:
         """The timeline before the first step."""
         if geometry.causal:

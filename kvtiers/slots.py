@@ -5,7 +5,8 @@ new blocks. It holds settings only (it is a frozen value), so one instance serve
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -109,6 +110,22 @@ class Compressor(ABC):
     def mid_tokens(self, geometry: Geometry) -> int:
         """The most tokens that `rewrite` makes of all of mid."""
         raise SlotError(f"{type(self).__name__} says that it rewrites, but defines no mid_tokens()")
+
+    def scaled(self, share: float) -> "Compressor":
+        """The same, with what it keeps of all of mid times `share`. To be overridden where that is a setting."""
+        return self
+
+    def after_reading(  # noqa: B027 - most have nothing left to do
+        self,
+        cache: Any,
+        read: Callable[[Tensor], object],
+        context: Int[Tensor, "rows tokens"],
+        encode: Callable[[str], list[int]],
+    ) -> None:
+        """Compress `context`, the ids of all that `cache` holds, for methods that need to have seen the whole of it.
+
+        read: feeds ids to the model. encode: text to ids. It is called once, by whoever knows that the context ends.
+        """
 
 
 class Retriever(ABC):

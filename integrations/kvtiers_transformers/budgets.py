@@ -1,38 +1,55 @@
-"""Policies at one size: `recent` is chosen so that a step attends, or a layer holds, no more than a budget."""
+"""Policies at one size: what they keep is scaled so that a step attends, or a layer holds, no more than a budget."""
+
+from collections.abc import Callable
 
 import attrs
 
 from kvtiers import Geometry, Policy, PolicyError
 
 _LEAST_RECENT = 16
+_STEPS = 1024
+"""Shares are tried in steps of one of so many."""
 
 
 def fitted(
     policy: Policy, geometry: Geometry, *, tokens: int | None = None, layer_bytes: int | None = None, length: int = 0
 ) -> Policy:
-    """`policy` with the largest `recent` for which both limits hold; one that always attends everything stays as it is.
+    """`policy`, scaled (`Policy.scaled`) to the largest size for which both limits hold; what is left goes to `recent`.
 
-    tokens: the most that a query may attend (`Policy.bound`). layer_bytes: the most that a layer may hold on the device
-    (`Policy.bound_bytes`) when it has read `length` tokens. Raises `PolicyError` if 16 steps of `recent` are too many.
+    One that always attends everything stays as it is. tokens: the most that a query may attend (`Policy.bound`).
+    layer_bytes: the most that a layer may hold on the device (`Policy.bound_bytes`) when it has read `length` tokens.
+    Raises `PolicyError` if its smallest size is too large.
     """
     if policy.bound(geometry) is None or (tokens is None and layer_bytes is None):
         return policy
 
-    def fits(recent: int) -> bool:
-        tried = attrs.evolve(policy, recent=recent)
+    def fits(tried: Policy) -> bool:
         attended, held = tried.bound(geometry), tried.bound_bytes(geometry, length // policy.block_size)
         few = tokens is None or (attended is not None and attended <= tokens)
         return few and (layer_bytes is None or (held is not None and held <= layer_bytes))
 
-    low, high = _LEAST_RECENT, max(_LEAST_RECENT, tokens or 2**20)
-    if not fits(low):
+    def of_share(share: int) -> Policy:
+        scaled = policy.scaled(share / _STEPS)
+        return attrs.evolve(scaled, recent=max(_LEAST_RECENT, scaled.recent or 0))
+
+    def with_recent(recent: int) -> Policy:
+        return attrs.evolve(scaled, recent=recent)
+
+    if not fits(of_share(0)):
         limits = [f"{tokens:,} tokens"] if tokens is not None else []
         limits += [f"{layer_bytes:,} bytes of a layer"] if layer_bytes is not None else []
         raise PolicyError(
-            f"with recent = {low} it still needs more than {' and '.join(limits)}; lower its top_k, most or sink, or "
-            "raise the budget"
+            f"with recent = {_LEAST_RECENT} and all else as small as can be it still needs more than "
+            f"{' and '.join(limits)}; lower its sink, block_size or chunk_size, or raise the budget"
         )
+    high = max(_LEAST_RECENT, tokens or 2**20)
+    scaled = of_share(_largest(lambda share: fits(of_share(share)), 0, high * _STEPS // _LEAST_RECENT))
+    return with_recent(_largest(lambda recent: fits(with_recent(recent)), scaled.recent or 0, high))
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest whole number up to `high` that fits, where `low` does and all that are smaller than one that does."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return attrs.evolve(policy, recent=low)
+    return low

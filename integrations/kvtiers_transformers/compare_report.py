@@ -2,15 +2,14 @@
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
 
 from kvtiers_transformers.recall_picture import figure_class
+from kvtiers_transformers.tasks import PERPLEXITIES
 
-PERPLEXITIES = ("prose", "again")
-"""Tasks without a question: the perplexity of a stretch of the document, and of its beginning when it comes again."""
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 """Student's t for a two-sided 95% interval, by degrees of freedom from 1 on."""
@@ -72,14 +71,18 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
 
 
-def write_report(folder: Path, rows: Sequence[Row], title: str) -> None:
-    """Write `table.md`, `table.csv` and `picture.png`."""
-    header, lines = table(rows)
+def write_report(folder: Path, tables: Mapping[str, Sequence[Row]], title: str) -> None:
+    """Write `table.md`, `table.csv` and `picture.png`. tables: rows by size, which heads a table or fills a column."""
     about = "Scores are the share of answers given, in percent, or perplexities (ppl), with 95% intervals over texts."
-    (folder / "table.md").write_text(f"{title}. {about}\n\n{markdown(rows)}\n", encoding="utf-8")
+    parts = [f"### {size}\n\n{markdown(rows)}\n" for size, rows in tables.items()]
+    (folder / "table.md").write_text("\n".join([f"{title}. {about}\n", *parts]), encoding="utf-8")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *lines])
-    _draw(rows, title, folder / "picture.png")
+        for number, (size, rows) in enumerate(tables.items()):
+            header, lines = table(rows)
+            if not number:
+                csv.writer(file).writerow(["size", *header])
+            csv.writer(file).writerows([size, *line] for line in lines)
+    _draw(tables, title, folder / "picture.png")
 
 
 def _score(task: str, scores: Sequence[float]) -> str:
@@ -90,26 +93,30 @@ def _score(task: str, scores: Sequence[float]) -> str:
     return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def _draw(rows: Sequence[Row], title: str, out: Path) -> None:
-    """One square for each policy and task with questions: how many answers were given. Nothing without such tasks."""
-    tasks = [task for task in dict.fromkeys(row.task for row in rows) if task not in PERPLEXITIES]
-    policies = list(dict.fromkeys(row.policy for row in rows))
+def _draw(tables: Mapping[str, Sequence[Row]], title: str, out: Path) -> None:
+    """One square for each policy, task with questions and size: how many answers were given."""
+    every = [row for rows in tables.values() for row in rows]
+    tasks = [task for task in dict.fromkeys(row.task for row in every) if task not in PERPLEXITIES]
+    policies = list(dict.fromkeys(row.policy for row in every))
     if not tasks:
         out.unlink(missing_ok=True)  # of another set of tasks
         return
-    means = [
-        [_mean([row.score for row in rows if (row.policy, row.task) == (policy, task)]) for task in tasks]
-        for policy in policies
-    ]
-    figure = figure_class()(figsize=(2.5 + 1.1 * len(tasks), 1.5 + 0.4 * len(policies)), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(means, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    axes.set_yticks(range(len(policies)), policies)
-    for y, line in enumerate(means):
-        for x, mean in enumerate(line):
-            axes.text(x, y, f"{mean:.0%}", ha="center", va="center")
-    axes.set_title(f"Answers given\n{title}", fontsize="medium")
+    size = (2.5 + 1.1 * len(tasks) * len(tables), 1.7 + 0.4 * len(policies))
+    figure = figure_class()(figsize=size, layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        means = [
+            [_mean([row.score for row in rows if (row.policy, row.task) == (policy, task)]) for task in tasks]
+            for policy in policies
+        ]
+        axes.imshow(means, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+        axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+        axes.set_yticks(range(len(policies)), policies if not axes.get_subplotspec().colspan.start else [])
+        for y, line in enumerate(means):
+            for x, mean in enumerate(line):
+                if mean == mean:  # measured at this size
+                    axes.text(x, y, f"{mean:.0%}", ha="center", va="center")
+        axes.set_title(name, fontsize="medium")
+    figure.suptitle(f"Answers given: {title}", fontsize="medium")
     figure.savefig(out, dpi=120)
 
 

@@ -1,47 +1,47 @@
 """`kvtiers compare text`: policies side by side on tasks that need memory, at their own sizes or all at one."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import attrs
 import click
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvtiers import Policy, PolicyError, bytes_in
+from kvtiers import Geometry, Policy, PolicyError, bytes_in
 from kvtiers.cli import parse
 from kvtiers.errors import suggest
 from kvtiers_transformers.budgets import fitted
-from kvtiers_transformers.compare_report import PERPLEXITIES, Row, markdown, write_report
+from kvtiers_transformers.compare_report import Row, markdown, write_report
+from kvtiers_transformers.compare_results import ANY_SIZE, Job, Results
 from kvtiers_transformers.decoders import attentions_of, decoder_of
 from kvtiers_transformers.geometries import geometry_of
-from kvtiers_transformers.plain_cache import PlainCache
-from kvtiers_transformers.reading import answer, document_option, encoded, encoder, model_option, read, tokens_option
+from kvtiers_transformers.plain_cache import PLAIN
+from kvtiers_transformers.reading import (
+    Reading,
+    answer,
+    document_option,
+    encoded,
+    encoder,
+    model_option,
+    read,
+    tokens_option,
+)
 from kvtiers_transformers.recall_picture import figure_class
 from kvtiers_transformers.smollm2 import load_model
-from kvtiers_transformers.tasks import TASKS, Task, make_task
+from kvtiers_transformers.tasks import PERPLEXITIES, TASKS, TaskText, make_text, texts
+from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
 
-DYNAMIC = "transformers:dynamic"
-"""The row of transformers' own cache, which has no policy."""
-POLICIES = (DYNAMIC, "full", "sliding-window", "streaming", "archive", "packforcing-lm")
+POLICIES = ("transformers:dynamic", "full", "sliding-window", "streaming", "archive", "packforcing-lm")
 ALL_TASKS = (*TASKS, *PERPLEXITIES)
-
-
-@attrs.frozen(kw_only=True)
-class _Job:
-    """One policy on one task with one seed. settings: what its name stood for. on: what it was run on."""
-
-    policy: str
-    settings: str
-    task: str
-    seed: int
-    on: str
+OWN_SIZE = "each at its own size"
+"""The budget of policies that are taken as they are."""
 
 
 @click.command()
@@ -49,8 +49,10 @@ class _Job:
 @document_option
 @tokens_option
 @click.option("--tasks", default=",".join(ALL_TASKS), show_default=True, help="Tasks, separated by commas.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Texts of each task.")
-@click.option("--budget", help="One size for all, by their `recent`: 1024 (tokens attended) or 20MB (held).")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Texts with the tasks in them.")
+@click.option(
+    "--budget", help="One size for all: 1024 (tokens attended) or 20MB (held); several, with commas: a table each."
+)
 @click.option(
     "--out",
     default="kvtiers-compare-text",
@@ -71,45 +73,61 @@ def text(
 ) -> None:
     """What policies remember of long texts, what that costs, and how fast they are.
 
-    POLICIES are written `name` or `name:setting=value,...`; `transformers:dynamic` is transformers' own cache. What was
+    POLICIES are written `name` or `name:setting=value,...`. Caches of transformers itself are rows too:
+    `transformers:dynamic`, `transformers:fp8` (8 bits), `transformers:int4` (4 bits, with optimum-quanto). What was
     measured is kept in the folder `--out`, so a comparison that was stopped goes on, and more policies can be added.
     """
     wanted, specs = _tasks(tasks), tuple(dict.fromkeys(policies or POLICIES))
-    chosen = {spec: None if spec == DYNAMIC else parse(spec) for spec in specs}
-    limits = _limits(budget)
+    chosen = {spec: _chosen(spec) for spec in specs}
+    sizes = {name: _limits(name) for name in _listed(budget)} if budget else {OWN_SIZE: {}}
     figure_class()
-    console, results = Console(), _Results(out)
+    console, results = Console(), Results(out)
     loaded, tokenizer = load_model(model)
-    if limits:
-        chosen = _all_fitted(chosen, loaded, limits, tokens, console)
+    for spec in specs:
+        if spec in PLAIN:  # one that cannot be had is told before anything is measured
+            PLAIN[spec](loaded.config)
+    at = {size: _all_fitted(size, chosen, loaded, limits, tokens, console) for size, limits in sizes.items()}
     ids, encode = encoded(document, tokenizer, least=tokens), encoder(tokenizer)
-    for name in (task for task in wanted if task in TASKS):  # one without room is told before anything is measured
-        make_task(name, ids, encode, tokens=tokens, seed=0)
-    on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens} {budget or 'own sizes'}"
-    jobs = [
-        _Job(policy=spec, settings=repr(policy), task=task, seed=seed, on=on)
-        for task in wanted
+    for names in texts(wanted):  # one without room is told before anything is measured
+        make_text(names, ids, encode, tokens=tokens, seed=0)
+    on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens}"
+    geometry = _geometry(loaded)
+    jobs = {
+        Job(
+            policy=spec,
+            settings=repr(policy),
+            budget=size if policy and policy.bound(geometry) is not None else ANY_SIZE,
+            tasks=",".join(names),
+            seed=seed,
+            on=on,
+        ): policy
         for seed in range(seeds)
-        for spec, policy in chosen.items()
-    ]
+        for names in texts(wanted)
+        for size, policies_there in at.items()
+        for spec, policy in policies_there.items()
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("", total=len(jobs))
-        for job in jobs:
-            progress.update(bar, description=f"{job.task}, {job.policy}")
+        for number, (job, policy) in enumerate(jobs.items()):
+            progress.update(bar, description=f"{job.policy}, text {job.seed}")
             if job not in results:
-                measured = _measure(loaded, tokenizer, chosen[job.policy], job, ids, encode, tokens)
-                results.add(job, measured)
-            progress.advance(bar)
-    rows = results.rows(jobs)
-    title = f"{model}, {tokens:,} tokens of {document}, {budget or 'each policy at its own size'}"
-    write_report(out, rows, title)
-    console.print(markdown(rows), markup=False, soft_wrap=True)
+                made = make_text(job.tasks.split(","), ids, encode, tokens=tokens, seed=job.seed)
+                results.add(job, _measure(loaded, tokenizer, policy, job, made))
+            progress.update(bar, completed=number + 1)
+    tables = {size: results.rows(list(jobs), size) for size in sizes}
+    write_report(out, tables, f"{model}, {tokens:,} tokens of {document}")
+    for size, rows in tables.items():
+        console.print(f"\n{size}\n{markdown(rows)}", markup=False, soft_wrap=True)
     console.print(f"All of this is in {out}.")
 
 
+def _listed(names: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
 def _tasks(listed: str) -> list[str]:
-    found = [name.strip() for name in listed.split(",") if name.strip()]
+    found = _listed(listed)
     for name in found:
         if name not in ALL_TASKS:
             raise PolicyError(f"unknown task {name!r}; there are {', '.join(ALL_TASKS)}.{suggest(name, ALL_TASKS)}")
@@ -118,143 +136,123 @@ def _tasks(listed: str) -> list[str]:
     return found
 
 
-def _limits(budget: str | None) -> dict[str, int]:
-    """What `--budget` says: tokens that a query attends, or bytes that all layers hold."""
-    if budget is None:
-        return {}
+def _chosen(spec: str) -> Policy | None:
+    """The policy that `spec` names; None for a cache of transformers."""
+    if spec.startswith("transformers:") and spec not in PLAIN:
+        raise PolicyError(f"unknown cache {spec!r}; there are {', '.join(PLAIN)}.{suggest(spec, PLAIN)}")
+    return None if spec in PLAIN else parse(spec)
+
+
+def _limits(budget: str) -> dict[str, int]:
+    """What a budget says: tokens that a query attends, or bytes that all layers hold."""
     number, unit = budget.removesuffix("MB"), budget[len(budget.removesuffix("MB")) :]
     if not (number.isascii() and number.isdigit()) or len(number) > 9 or int(number) == 0:
         raise PolicyError(f"--budget is a number of tokens, as 1024, or of megabytes, as 20MB, got {budget!r}")
     return {"all_bytes": int(number) * 10**6} if unit else {"tokens": int(number)}
 
 
+def _geometry(model: PreTrainedModel) -> Geometry:
+    """That of the first layer, which stands for all."""
+    decoder = decoder_of(model)
+    return geometry_of(decoder, attentions_of(decoder)[0])
+
+
 def _all_fitted(
+    size: str,
     chosen: Mapping[str, Policy | None],
     model: PreTrainedModel,
     limits: Mapping[str, int],
     length: int,
     console: Console,
 ) -> dict[str, Policy | None]:
-    """Policies at the size of the budget. Those that cannot be brought to it are named and left out."""
-    decoder = decoder_of(model)
-    attentions = attentions_of(decoder)
-    layer_bytes = limits["all_bytes"] // len(attentions) if "all_bytes" in limits else None
-    geometry = geometry_of(decoder, attentions[0])
+    """Policies at the size of a budget, if there is one. Those that cannot be brought to it are named and left out."""
+    if not limits:
+        return dict(chosen)
+    layers, geometry = len(attentions_of(decoder_of(model))), _geometry(model)
+    layer_bytes = limits["all_bytes"] // layers if "all_bytes" in limits else None
     found: dict[str, Policy | None] = {}
     for spec, policy in chosen.items():
         if policy is None or policy.bound(geometry) is None:
             found[spec] = policy
-            console.print(f"{spec}: attends everything, whatever the budget is", markup=False)
             continue
         try:
             made = fitted(policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length)
         except PolicyError as error:
-            console.print(f"{spec} is left out: {error}", markup=False)
+            console.print(f"{spec} is left out at {size}: {error}", markup=False)
             continue
         found[spec] = made
-        console.print(f"{spec}: recent = {made.recent}", markup=False)
+        console.print(f"{spec} at {size}: recent = {made.recent}, top_k = {made.top_k}", markup=False)
     if not found:
-        raise PolicyError("none of these policies fits into the budget; raise it, or lower their top_k, most or sink")
+        raise PolicyError(
+            f"none of these policies fits into the budget {size}; raise it, or lower their sink, block_size or "
+            "chunk_size"
+        )
     return found
 
 
-class _Results:
-    """What was measured, in a file of one JSON line each. A line that was not written whole is left out."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "results.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PolicyError(f"--out {folder} cannot be made: {error.strerror}; give another folder") from error
-        self._rows: dict[_Job, Row] = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            try:
-                said = json.loads(line)
-                self._rows[_Job(**said["job"])] = Row(**said["row"])
-            except (ValueError, TypeError, KeyError):
-                continue
-
-    def __contains__(self, job: _Job) -> bool:
-        return job in self._rows
-
-    def rows(self, jobs: Sequence[_Job]) -> list[Row]:
-        """What was measured of jobs, and of other policies on the same: of each what its name stood for at last."""
-        latest = {job.policy: job.settings for job in self._rows} | {job.policy: job.settings for job in jobs}
-        asked = {(job.task, job.seed, job.on) for job in jobs}
-        others = [
-            job
-            for job in self._rows
-            if (job.task, job.seed, job.on) in asked and job.settings == latest[job.policy] and job not in jobs
-        ]
-        return [self._rows[job] for job in (*jobs, *others) if job in self._rows]
-
-    def add(self, job: _Job, row: Row) -> None:
-        """Keep a result for good."""
-        self._rows[job] = row
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn)
-            file.write(json.dumps({"job": attrs.asdict(job), "row": attrs.asdict(row)}) + "\n")
-
-
 def _measure(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    policy: Policy | None,
-    job: _Job,
-    ids: Sequence[int],
-    encode: Callable[[str], list[int]],
-    tokens: int,
-) -> Row:
-    if job.task in TASKS:
-        task = make_task(job.task, ids, encode, tokens=tokens, seed=job.seed)
-    else:
-        task = Task(name=job.task, document=_prose(job.task, ids, tokens, job.seed), questions=())
-    with _memory(model, policy) as cache:
-        reading = read(model, task.document, cache)
-        scores, seconds = [], []
-        for question in task.questions:
-            said, each = answer(model, tokenizer, question.ids, cache.fork(), tokens=question.tokens)
-            scores.append(question.score(said))
-            seconds.append(each)
-        held, attended = cache.memory_usage(), max(cache.attended())
-    if task.questions:
-        score = sum(scores) / len(scores)
-    else:
-        counted = reading.losses[1 - _again(tokens) :] if job.task == "again" else reading.losses
-        score = float(counted.mean().exp())
-    return Row(
-        policy=job.policy,
-        task=job.task,
-        seed=job.seed,
-        score=score,
-        attended=attended,
-        device_bytes=bytes_in(held, "device"),
-        host_bytes=bytes_in(held, "host") + bytes_in(held, "disk"),
-        read_per_second=len(task.document) / reading.seconds,
-        seconds_per_token=sum(seconds) / len(seconds) if seconds else None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy | None, job: Job, text: TaskText
+) -> list[Row]:
+    """A row for each task of a text, which is read once."""
+    scores: dict[str, float] = {}
+    seconds: list[float] = []
+    with _memory(model, job.policy, policy) as cache:
+        reading = read(model, text.document, cache)
+        if policy is not None:
+            _after_reading(model, tokenizer, policy, text, cache)
+        last = cache
+        for name, questions in text.questions.items():
+            marks = []
+            for question in questions:
+                last = cache.fork()
+                said, each = answer(model, tokenizer, question.ids, last, tokens=question.tokens)
+                marks.append(question.score(said))
+                seconds.append(each)
+            scores[name] = statistics.fmean(marks)
+        held, attended = cache.memory_usage(), max(last.attended())
+        if text.again:
+            scores["again"] = read(model, text.again, cache.fork()).perplexity
+    scores["prose"] = _prose(reading, text)
+    return [
+        Row(
+            policy=job.policy,
+            task=name,
+            seed=job.seed,
+            score=scores[name],
+            attended=attended,
+            device_bytes=bytes_in(held, "device"),
+            host_bytes=bytes_in(held, "host") + bytes_in(held, "disk"),
+            read_per_second=len(text.document) / reading.seconds,
+            seconds_per_token=statistics.fmean(seconds) if seconds else None,
+        )
+        for name in job.tasks.split(",")
+    ]
+
+
+@torch.inference_mode()
+def _after_reading(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy, text: TaskText, cache: Any
+) -> None:
+    """What a policy does once the text has ended."""
+    ids = torch.tensor([text.document], device=model.device)
+    policy.compressor.after_reading(
+        cache, lambda more: model(more, **{CACHE: cache}, logits_to_keep=1), ids, encoder(tokenizer)
     )
 
 
-def _again(tokens: int) -> int:
-    """Tokens of the passage that comes a second time."""
-    return tokens // 8
-
-
-def _prose(task: str, ids: Sequence[int], tokens: int, seed: int) -> list[int]:
-    """A stretch of the document; for `again` its beginning comes a second time at the end."""
-    length = tokens - _again(tokens) if task == "again" else tokens
-    first = seed * length % max(1, len(ids) - length + 1)
-    found = list(ids[first : first + length])
-    return found + found[: _again(tokens)] if task == "again" else found
+def _prose(reading: Reading, text: TaskText) -> float:
+    """The perplexity of the document's own tokens; the first of all tokens is told by nothing."""
+    own = torch.ones(len(text.document), dtype=torch.bool)
+    for first, end in text.planted:
+        own[first:end] = False
+    return float(reading.losses[own[1:]].mean().exp())
 
 
 @contextmanager
-def _memory(model: PreTrainedModel, policy: Policy | None) -> Iterator[Any]:
+def _memory(model: PreTrainedModel, spec: str, policy: Policy | None) -> Iterator[Any]:
     """A cache that the model reads into."""
     if policy is None:
-        yield PlainCache(config=model.config)
+        yield PLAIN[spec](model.config)
     else:
         with tiered(model, policy) as cache:
             yield cache

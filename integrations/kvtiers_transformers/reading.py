@@ -17,6 +17,7 @@ from kvtiers import Policy, bytes_in
 from kvtiers_transformers.cache import TransformersCache
 from kvtiers_transformers.document import DOCUMENTS, read_document
 from kvtiers_transformers.plain_cache import PlainCache
+from kvtiers_transformers.tasks import ASKS_FOR_THE_KEY, passkey, plant
 from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
 
@@ -142,13 +143,11 @@ def needle(prose: Sequence[int], encode: Callable[[str], list[int]], *, tokens: 
     """
     dice = random.Random(seed)
     key = str(dice.randint(10_000, 99_999))
-    plant = encode(f"\n\nThe secret key is {key}. Remember it: the secret key is {key}.\n\n")
-    question = encode("\n\nQuestion: What is the secret key mentioned in the text?\nAnswer: The secret key is")
-    length = tokens - len(plant) - len(question)
+    planted, question = encode(passkey(key)), encode(ASKS_FOR_THE_KEY)
+    length = tokens - len(planted) - len(question)
     first = dice.randrange(0, max(1, len(prose) - length))
-    passage = list(prose[first : first + length])
-    at = int(len(passage) * depth)
-    return Needle(document=passage[:at] + plant + passage[at:], question=question, key=key, depth=depth)
+    document, _ = plant(prose[first : first + length], [(depth, planted)])
+    return Needle(document=document, question=question, key=key, depth=depth)
 
 
 def needles(

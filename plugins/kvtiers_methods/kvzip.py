@@ -28,6 +28,8 @@ from kvtiers.geometry import Geometry
 from kvtiers.slots import Attention, Moment
 from kvtiers_methods.whole_past import Past, WholePast, best
 
+_PROMPT = "\n\nRepeat the previous context exactly.\n\n"
+"""What asks for the repetition, where `Compressor.after_reading` is called."""
 _LEAD = 8
 """Tokens before a further part of a context that are given as its beginning."""
 
@@ -50,6 +52,16 @@ class KVzip(WholePast):
             raise PolicyError(f"a context of {count} tokens is more than longest = {self.longest}; raise it")
         anew = attrs.evolve(past, attention=torch.zeros_like(past.noted()).flatten(1, 2))
         return anew.block(best(scores, self.most if repeated else count), close_up=self.close_up)
+
+    def after_reading(
+        self,
+        cache: Any,
+        read: Callable[[Tensor], object],
+        context: Int[Tensor, "rows tokens"],
+        encode: Callable[[str], list[int]],
+    ) -> None:
+        prompt = context.new_tensor([encode(_PROMPT)]).expand(context.shape[0], -1)
+        reconstruct(cache, read, context, prompt)
 
     def scores(self, past: Past) -> Tensor:
         """How much each token matters, [batch, kv_heads, tokens]. What leaves now was not repeated, and stays."""

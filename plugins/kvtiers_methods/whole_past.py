@@ -107,6 +107,9 @@ class WholePast(Compressor):
     most: int = attrs.field(default=508, validator=[v.instance_of(int), v.ge(1)])
     close_up: bool = attrs.field(default=False, validator=v.instance_of(bool))
 
+    def scaled(self, share: float) -> Compressor:
+        return attrs.evolve(self, most=max(1, round(self.most * share)))
+
     def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
         raise PolicyError(f"{type(self).__name__} rewrites all of mid; it does not age blocks")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import attrs
@@ -12,15 +13,18 @@ pytest.importorskip("tokenizers", reason="needs the extra 'demo'")
 
 import torch
 from click.testing import CliRunner
+from hypothesis import given as given_
+from hypothesis import settings
+from hypothesis import strategies as st
 
 import tiny_chat
 from kvtiers import Geometry, PolicyError, policy
+from kvtiers_methods.whole_past import WholePast
 from kvtiers_transformers.budgets import fitted
 from kvtiers_transformers.compare_report import Row, interval, markdown
-from kvtiers_transformers.compare_text import text
-from kvtiers_transformers.plain_cache import PlainCache
-from kvtiers_transformers.reading import read
-from kvtiers_transformers.tasks import TASKS, Question, make_task
+from kvtiers_transformers.compare_text import ALL_TASKS, text
+from kvtiers_transformers.plain_cache import PLAIN
+from kvtiers_transformers.tasks import TASKS, Question, make_text, texts
 from tiny_models import build, given, tokens
 
 GEOMETRY = Geometry(kv_heads=2, query_heads=4, head_dim=16)
@@ -31,22 +35,67 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_chat.save(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_task_hides_its_answers_in_the_text_and_not_in_the_question(name: str) -> None:
-    encode, decode = (lambda text: [ord(letter) for letter in text]), lambda ids: "".join(map(chr, ids))
-    prose = encode("a quiet day by the sea " * 400)
-    task = make_task(name, prose, encode, tokens=4000, seed=1)
-    whole = decode(task.document)
-    for question in task.questions:
-        assert len(task.document) + len(question.ids) + question.tokens <= 4000
-        assert len(task.document) > 3500
-        for answer in question.answers:
-            assert answer in whole
-            assert answer not in decode(question.ids)
-        assert question.score(f" {', '.join(question.answers)}.") == 1
-        assert question.score("nothing of the kind") == 0
-    assert make_task(name, prose, encode, tokens=4000, seed=1) == task
-    assert make_task(name, prose, encode, tokens=4000, seed=2).questions != task.questions
+def encode(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+PROSE = encode("a quiet day by the sea " * 400)
+SHARED = tuple(name for name in ALL_TASKS if name != "chat")
+
+
+@pytest.mark.parametrize("names", [*[(name,) for name in TASKS], SHARED], ids=[*TASKS, "all but chat"])
+def test_a_text_hides_the_answers_and_questions_do_not_tell_them(names: tuple[str, ...]) -> None:
+    made = make_text(names, PROSE, encode, tokens=4000, seed=1)
+    whole = decode(made.document)
+    assert set(made.questions) == {name for name in names if name in TASKS}
+    for name, questions in made.questions.items():
+        for question in questions:
+            assert len(made.document) + max(len(question.ids) + question.tokens, len(made.again)) <= 4000
+            for answer in question.answers:
+                assert answer in whole
+                assert answer not in decode(question.ids)
+            assert question.score(f" {', '.join(question.answers)}.") == 1
+            assert question.score("nothing of the kind") == 0
+        other = make_text(names, PROSE, encode, tokens=4000, seed=2)
+        assert other.questions[name] != questions
+    assert len(made.document) > 3300
+    assert made.again == (made.document[:500] if "again" in names else [])
+    assert make_text(names, PROSE, encode, tokens=4000, seed=1) == made
+
+
+def test_what_is_planted_is_known_and_the_rest_is_the_document() -> None:
+    made = make_text(SHARED, PROSE, encode, tokens=6000, seed=3)
+    own = list(made.document)
+    for first, end in reversed(made.planted):
+        assert decode(own[first:end]).strip()
+        del own[first:end]
+    assert decode(own) in decode(PROSE)
+    assert len(made.planted) == 1 + 4 + 3 + 3 + 3 + 3
+
+
+@settings(deadline=None)
+@given_(seed=st.integers(0, 10**6))
+def test_tasks_of_one_text_ask_for_things_of_their_own_and_variables_come_in_order(seed: int) -> None:
+    made = make_text(SHARED, PROSE, encode, tokens=4000, seed=seed)
+    whole = decode(made.document)
+    asked = [decode(question.ids) for questions in made.questions.values() for question in questions]
+    assert len(set(asked)) == len(asked)
+    of = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", whole)
+    assert [value for _, value in of[1:]] == [name for name, _ in of[:-1]]
+    assert of[0][1].isdigit()
+    numbers = re.findall(r"The (?:number|price) of the (\w+) is|One of the codes of the (\w+) is", whole)
+    named = [first or second for first, second in numbers]
+    assert len(set(named)) == 4 + 3 + 1
+    assert not {name.lower() for name, _ in of} & set(named)
+
+
+def test_tasks_of_one_text_are_read_once_and_a_chat_apart() -> None:
+    assert texts(["single", "chat", "again"]) == [("single", "again"), ("chat",)]
+    assert texts(["chat"]) == [("chat",)]
 
 
 def test_a_part_of_the_answers_is_a_part_of_the_score() -> None:
@@ -56,7 +105,7 @@ def test_a_part_of_the_answers_is_a_part_of_the_score() -> None:
 
 @pytest.mark.parametrize("name", ["sliding-window", "streaming", "archive", "packforcing-lm", "h2o", "token-merging"])
 def test_a_policy_is_brought_to_a_number_of_tokens(name: str) -> None:
-    for limit in (700, 1100):
+    for limit in (256, 700, 1100):
         bound = fitted(policy(name), GEOMETRY, tokens=limit).bound(GEOMETRY)
         assert bound is not None
         assert limit - 64 < bound <= limit
@@ -73,8 +122,22 @@ def test_a_policy_is_brought_to_a_number_of_tokens(name: str) -> None:
 def test_what_cannot_be_brought_to_a_size_says_so_and_full_stays_as_it_is() -> None:
     for name in ("full", "kivi"):
         assert fitted(policy(name), GEOMETRY, tokens=100) == policy(name)
-    with pytest.raises(PolicyError, match="with recent = 16 it still needs more than 100 tokens"):
+    with pytest.raises(PolicyError, match="all else as small as can be it still needs more than 100 tokens"):
         fitted(policy("archive"), GEOMETRY, tokens=100)
+
+
+@pytest.mark.parametrize("name", ["archive", "packforcing-lm", "h2o", "infllm", "token-merging"])
+def test_all_parts_of_a_policy_are_brought_to_a_size_alike(name: str) -> None:
+    whole, small = policy(name), fitted(policy(name), GEOMETRY, tokens=512)
+    assert whole.recent is not None
+    assert small.recent is not None
+    assert small.recent / whole.recent == pytest.approx(small.top_k / whole.top_k, abs=0.06)
+    if isinstance(whole.compressor, WholePast) and isinstance(small.compressor, WholePast):
+        kept = small.compressor.most / whole.compressor.most
+        assert small.recent / whole.recent == pytest.approx(kept, abs=0.05)
+    with_more_recent = attrs.evolve(small, recent=small.recent + 1).bound(GEOMETRY)
+    assert with_more_recent is not None
+    assert with_more_recent > 512
 
 
 def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path: Path) -> None:
@@ -84,31 +147,59 @@ def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path:
     assert first.exit_code == 0, first.output
     path = tmp_path / "out" / "results.jsonl"
     lines = path.read_text().splitlines()
-    assert len(lines) == 2 * 3 * 2
-    half = [json.loads(line) for line in lines]
+    assert len(lines) == 2 * 2 * 2  # policies, texts (a chat is its own), seeds
+    first_text = [json.loads(line) for line in lines[:2]]
     perplexities = {
-        said["row"]["policy"]: said["row"]["score"]
-        for said in half
-        if said["job"]["task"] == "again" and said["job"]["seed"] == 0
+        row["policy"]: row["score"] for said in first_text for row in said["rows"] if row["task"] == "again"
     }
     assert perplexities["full"] == pytest.approx(perplexities["transformers:dynamic"], rel=1e-5)
     path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))  # as if it had been killed while it wrote the last line
     more = CliRunner().invoke(text, [*asked, "transformers:dynamic", "full", "streaming"])
     assert more.exit_code == 0, more.output
     kept = path.read_text().splitlines()
-    assert kept[:11] == lines[:-1]
-    assert len(kept) == 12 + 1 + 6
-    assert sum('"policy": "streaming"' in line for line in kept) == 6
+    assert kept[:7] == lines[:-1]
+    assert len(kept) == 8 + 1 + 4
+    assert sum('"policy": "streaming"' in line for line in kept) == 4
     table = list(csv.reader((tmp_path / "out" / "table.csv").read_text().splitlines()))
-    assert table[0][:4] == ["policy", "single", "chat", "again (ppl)"]
-    assert [line[0] for line in table[1:]] == ["transformers:dynamic", "full", "streaming"]
-    attended = {line[0]: int(line[4].replace(",", "")) for line in table[1:]}
+    assert table[0][:5] == ["size", "policy", "single", "again (ppl)", "chat"]
+    assert [line[:2] for line in table[1:]] == [["500", name] for name in ("transformers:dynamic", "full", "streaming")]
+    attended = {line[1]: int(line[5].replace(",", "")) for line in table[1:]}
     assert attended["streaming"] <= 500 < 1400 < attended["full"]
     again = CliRunner().invoke(text, [*asked, "streaming"])
     assert path.read_text().splitlines() == kept
     assert again.output.count("| transformers:dynamic |") == 1, "what was measured before is left out"
     assert (tmp_path / "out" / "picture.png").stat().st_size > 1000
     assert "| streaming |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_several_sizes_are_several_tables_and_what_attends_everything_is_measured_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    asked = ["--model", str(folder), "--tokens", "700", "--seeds", "1", "--tasks", "single", "--out", str(tmp_path)]
+    made = CliRunner().invoke(text, [*asked, "--budget", "400,200", "transformers:dynamic", "streaming"])
+    assert made.exit_code == 0, made.output
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["job"]["policy"], line["job"]["budget"]) for line in lines] == [
+        ("transformers:dynamic", "any"),
+        ("streaming", "400"),
+        ("streaming", "200"),
+    ]
+    table = list(csv.reader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [line[:2] for line in table[1:]] == [
+        [size, name] for size in ("400", "200") for name in ("transformers:dynamic", "streaming")
+    ]
+    assert (tmp_path / "table.md").read_text().count("| streaming |") == 2
+    one = CliRunner().invoke(text, [*asked, "--budget", "400", "transformers:dynamic"])
+    assert one.output.count("| streaming |") == 1, "the table of a size has rows of that size"
+
+
+def test_a_method_that_reads_twice_compresses_before_it_is_asked(folder: Path, tmp_path: Path) -> None:
+    asked = ["--model", str(folder), "--tokens", "600", "--seeds", "1", "--tasks", "single,prose"]
+    made = CliRunner().invoke(text, [*asked, "--out", str(tmp_path), "transformers:dynamic", "kvzip:most=50"])
+    assert made.exit_code == 0, made.output
+    rows = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])["rows"]
+    assert {row["policy"] for row in rows} == {"kvzip:most=50"}
+    assert all(50 < row["attended"] < 200 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +210,11 @@ def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path:
         (["--budget", "20kB"], "a number of tokens, as 1024, or of megabytes, as 20MB, got '20kB'"),
         (["--budget", "²"], "a number of tokens, as 1024"),
         (["--budget", "90", "--tokens", "300", "archive"], "none of these policies fits into the budget"),
-        (["--tokens", "256", "--tasks", "chat", "full"], "256 tokens have no room for the task 'chat'; give at least"),
+        (["--tokens", "256", "--tasks", "chat", "full"], "256 tokens have no room for chat; give at least"),
         (["nonsense"], "unknown policy 'nonsense'"),
+        (["transformers:dynamc"], "unknown cache 'transformers:dynamc'.*Did you mean 'transformers:dynamic'"),
     ],
-    ids=["task", "no tasks", "budget", "no digit", "does not fit", "no room", "policy"],
+    ids=["task", "no tasks", "budget", "no digit", "does not fit", "no room", "policy", "cache of transformers"],
 )
 def test_what_cannot_be_compared_is_refused(asked: list[str], message: str, folder: Path, tmp_path: Path) -> None:
     command = ["--model", str(folder), "--out", str(tmp_path / "out"), *asked]
@@ -130,13 +222,24 @@ def test_what_cannot_be_compared_is_refused(asked: list[str], message: str, fold
         CliRunner().invoke(text, command, catch_exceptions=False)
 
 
-def test_the_models_own_cache_is_asked_as_kvtiers_is() -> None:
+BITS = {"transformers:dynamic": (32, 32), "transformers:fp8": (8, 8.1), "transformers:int4": (5, 5.5)}
+"""The fewest and the most of one number; every 64 numbers of 4 bits have a scale and a shift in float32."""
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_models_own_caches_are_asked_as_kvtiers_is(name: str) -> None:
     model, ids = build("llama"), tokens(40)
-    cache = PlainCache(config=model.config)
-    read(model, ids[0].tolist(), cache)
+    try:
+        cache = PLAIN[name](model.config)
+    except PolicyError as error:
+        pytest.skip(str(error))
+    with torch.inference_mode():
+        model(ids, **given(cache))
     assert cache.attended() == [40, 40]
     held = cache.memory_usage()[0].bytes
-    assert held >= 40 * 2 * GEOMETRY.token_bytes // 4
+    numbers = 2 * 2 * 40 * model.config.num_key_value_heads * model.config.head_dim
+    fewest, most = BITS[name]
+    assert fewest <= held * 8 / numbers <= most
     other = cache.fork()
     with torch.inference_mode():
         model(ids[:, :1], **given(other))
