@@ -19,7 +19,11 @@ PARALLEL := -n $(JOBS) --dist worksteal --benchmark-disable
 CONTRACT := $(addprefix tests/integrations/test_,versions.py odd_models.py refusals.py families.py generation.py enabling.py rollback.py \
 	causal_wan.py pipeline.py)
 
-.PHONY: help install demo test test-versions test-slow distances test-deep lint bench wheel-test clean
+# The methods for text, at three sizes. What attends everything is measured once.
+METHODS := transformers:dynamic archive packforcing-lm streaming sliding-window snapkv pyramidkv adakv h2o tova \
+	expected-attention triattention kvzip infllm shadowkv archive:retriever=page-bounds token-merging kivi
+
+.PHONY: help install demo test test-versions test-slow compare distances test-deep lint bench wheel-test clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -49,6 +53,9 @@ test-versions: $(INSTALLED) ## run tests of the integrations with the oldest tra
 test-slow: $(MODEL) ## run the tests that need a real model or much time
 	@echo "kvtiers: running the slow tests"
 	@$(PYTEST) -q -m "slow and not gpu" --benchmark-disable $(ARGS)
+
+compare: $(MODEL) ## compare all methods for text with one another (hours; what is in the folder is not measured again)
+	@$(BIN)/kvtiers compare text --document manual --seeds 1 --budget 1024,512,256 --out tests/benchmarks/methods $(ARGS) $(METHODS)
 
 distances: $(INSTALLED) ## print how far published methods are from their references
 	@$(PYTEST) -q --distances tests/integrations/test_rewriting.py $(addprefix tests/plugins/test_, \

@@ -115,6 +115,11 @@ class Compressor(ABC):
         """The same, with what it keeps of all of mid times `share`. To be overridden where that is a setting."""
         return self
 
+    @property
+    def kept_after_reading(self) -> int | None:
+        """The most tokens that `after_reading` leaves of a context; None if it leaves it as it is."""
+        return None
+
     def after_reading(  # noqa: B027 - most have nothing left to do
         self,
         cache: Any,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvtiers import Geometry, Policy, PolicyError, bytes_in
 from kvtiers.cli import parse
 from kvtiers.errors import suggest
-from kvtiers_transformers.budgets import fitted
+from kvtiers_transformers.budgets import attends_everything, fitted
 from kvtiers_transformers.compare_report import Row, markdown, write_report
 from kvtiers_transformers.compare_results import ANY_SIZE, Job, Results
 from kvtiers_transformers.decoders import attentions_of, decoder_of
@@ -96,7 +96,7 @@ def text(
         Job(
             policy=spec,
             settings=repr(policy),
-            budget=size if policy and policy.bound(geometry) is not None else ANY_SIZE,
+            budget=size if policy and not attends_everything(policy, geometry) else ANY_SIZE,
             tasks=",".join(names),
             seed=seed,
             on=on,
@@ -172,7 +172,7 @@ def _all_fitted(
     layer_bytes = limits["all_bytes"] // layers if "all_bytes" in limits else None
     found: dict[str, Policy | None] = {}
     for spec, policy in chosen.items():
-        if policy is None or policy.bound(geometry) is None:
+        if policy is None or attends_everything(policy, geometry):
             found[spec] = policy
             continue
         try:

@@ -53,6 +53,10 @@ class KVzip(WholePast):
         anew = attrs.evolve(past, attention=torch.zeros_like(past.noted()).flatten(1, 2))
         return anew.block(best(scores, self.most if repeated else count), close_up=self.close_up)
 
+    @property
+    def kept_after_reading(self) -> int | None:
+        return self.most
+
     def after_reading(
         self,
         cache: Any,

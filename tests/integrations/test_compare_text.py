@@ -119,6 +119,15 @@ def test_a_policy_is_brought_to_a_number_of_tokens(name: str) -> None:
     assert more > 2_000_000
 
 
+@pytest.mark.parametrize("name", ["full", "streaming", "archive", "packforcing-lm", "adakv", "kvzip", "infllm", "kivi"])
+def test_a_policy_of_half_the_size_attends_no_more(name: str) -> None:
+    whole = policy(name)
+    assert whole.scaled(1) == whole
+    bounds = [scaled.bound(GEOMETRY) for scaled in (whole, whole.scaled(0.5), whole.scaled(0))]
+    assert bounds == sorted(bounds, key=lambda bound: -(bound or 0))
+    assert (None in bounds) == (whole.bound(GEOMETRY) is None)
+
+
 def test_what_cannot_be_brought_to_a_size_says_so_and_full_stays_as_it_is() -> None:
     for name in ("full", "kivi"):
         assert fitted(policy(name), GEOMETRY, tokens=100) == policy(name)
@@ -195,11 +204,11 @@ def test_several_sizes_are_several_tables_and_what_attends_everything_is_measure
 
 def test_a_method_that_reads_twice_compresses_before_it_is_asked(folder: Path, tmp_path: Path) -> None:
     asked = ["--model", str(folder), "--tokens", "600", "--seeds", "1", "--tasks", "single,prose"]
-    made = CliRunner().invoke(text, [*asked, "--out", str(tmp_path), "transformers:dynamic", "kvzip:most=50"])
+    made = CliRunner().invoke(text, [*asked, "--out", str(tmp_path), "--budget", "74", "transformers:dynamic", "kvzip"])
     assert made.exit_code == 0, made.output
     rows = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])["rows"]
-    assert {row["policy"] for row in rows} == {"kvzip:most=50"}
-    assert all(50 < row["attended"] < 200 for row in rows)
+    assert {row["policy"] for row in rows} == {"kvzip"}
+    assert all(54 < row["attended"] < 200 for row in rows), "what is kept, the question and the answer"
 
 
 @pytest.mark.parametrize(
