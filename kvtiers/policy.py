@@ -128,7 +128,8 @@ class Policy(Bounds):
         return self.block_size if self.refresh == "block" else 1
 
     def scaled(self, share: float) -> "Policy":
-        """The same, with `recent`, `top_k`, `top_k_compressed` and what the compressor keeps in all times `share`."""
+        """The same with `recent`, `top_k` (at least 1), `top_k_compressed` and what the compressor keeps of the past
+        multiplied by `share`."""
         return attrs.evolve(
             self,
             recent=None if self.recent is None else round(self.recent * share),

@@ -112,7 +112,7 @@ class Compressor(ABC):
         raise SlotError(f"{type(self).__name__} says that it rewrites, but defines no mid_tokens()")
 
     def scaled(self, share: float) -> "Compressor":
-        """The same, with what it keeps of all of mid times `share`. To be overridden where that is a setting."""
+        """The same with what it keeps of the past multiplied by `share`, where that is a setting; else as it is."""
         return self
 
     @property

@@ -24,6 +24,7 @@ from kvtiers.presets import build
 from kvtiers.presets import policy as preset
 from kvtiers.rotary import Rotary
 from kvtiers.trials import copied, difference
+from kvtiers_policies.bounded import Bounded
 
 STEPS = 48
 """How long a stream is; long enough for blocks to age many times with the sizes drawn here."""
@@ -48,6 +49,7 @@ _OPTIONS: Mapping[tuple[str, str], Mapping[str, st.SearchStrategy[Any]]] = {
         "queries": st.none() | st.integers(1, 3),
     },
     ("retriever", "page-bounds"): {"digest_tokens": st.none() | st.integers(1, 5)},
+    ("realigner", "bounded"): {"reach": st.integers(0, STEPS)},
 }
 """Options worth varying; the others have their defaults. `rows="mean"` mixes rows and is left out."""
 
@@ -138,8 +140,10 @@ def small_presets() -> st.SearchStrategy[Policy]:
 def _scaled(name: str, sizes: Policy) -> Policy:
     with unchecked():
         found = preset(name)
+        realigner = found.realigner
         return attrs.evolve(
             found,
+            realigner=attrs.evolve(realigner, reach=9) if isinstance(realigner, Bounded) else realigner,
             sink=min(found.sink, sizes.sink),
             recent=None if found.recent is None else sizes.recent or 0,
             block_size=min(found.block_size, sizes.block_size),

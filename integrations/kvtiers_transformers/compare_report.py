@@ -73,9 +73,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def write_report(folder: Path, tables: Mapping[str, Sequence[Row]], title: str) -> None:
     """Write `table.md`, `table.csv` and `picture.png`. tables: rows by size, which heads a table or fills a column."""
-    about = "Scores are the share of answers given, in percent, or perplexities (ppl), with 95% intervals over texts."
+    about = "Scores are the share of answers given, in percent, or perplexities (ppl)"
+    if any(len({row.seed for row in rows}) > 1 for rows in tables.values()):
+        about += ", with 95% intervals over texts"
     parts = [f"### {size}\n\n{markdown(rows)}\n" for size, rows in tables.items()]
-    (folder / "table.md").write_text("\n".join([f"{title}. {about}\n", *parts]), encoding="utf-8")
+    (folder / "table.md").write_text("\n".join([f"{title}. {about}.\n", *parts]), encoding="utf-8")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         for number, (size, rows) in enumerate(tables.items()):
             header, lines = table(rows)

@@ -46,9 +46,9 @@ class Results:
         return job in self._rows
 
     def rows(self, jobs: Sequence[Job], budget: str) -> list[Row]:
-        """What was measured of jobs under `budget`, and of other policies on the same.
+        """What was measured of jobs under `budget`, and of other policies on the same texts.
 
-        Of each policy it is what its name stood for at last.
+        Where a name stood for other settings before, only its newest settings count.
         """
         mine = [job for job in jobs if job.budget in (budget, ANY_SIZE)]
         known = [job for job in self._rows if job.budget in (budget, ANY_SIZE)]

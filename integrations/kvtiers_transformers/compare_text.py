@@ -1,6 +1,7 @@
 """`kvtiers compare text`: policies side by side on tasks that need memory, at their own sizes or all at one."""
 
 import statistics
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -13,16 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvtiers import Geometry, Policy, PolicyError, bytes_in
+from kvtiers import Policy, PolicyError, bytes_in
 from kvtiers.cli import parse
-from kvtiers.errors import suggest
+from kvtiers.errors import KVTiersError, suggest
 from kvtiers_transformers.budgets import attends_everything, fitted
 from kvtiers_transformers.compare_report import Row, markdown, write_report
 from kvtiers_transformers.compare_results import ANY_SIZE, Job, Results
-from kvtiers_transformers.decoders import attentions_of, decoder_of
-from kvtiers_transformers.geometries import geometry_of
+from kvtiers_transformers.decoders import geometries_of
 from kvtiers_transformers.plain_cache import PLAIN
 from kvtiers_transformers.reading import (
+    STRIDE,
     Reading,
     answer,
     document_option,
@@ -34,12 +35,11 @@ from kvtiers_transformers.reading import (
 )
 from kvtiers_transformers.recall_picture import figure_class
 from kvtiers_transformers.smollm2 import load_model
-from kvtiers_transformers.tasks import PERPLEXITIES, TASKS, TaskText, make_text, texts
+from kvtiers_transformers.tasks import ALL_TASKS, Encode, TaskText, make_text, texts
 from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
 
 POLICIES = ("transformers:dynamic", "full", "sliding-window", "streaming", "archive", "packforcing-lm")
-ALL_TASKS = (*TASKS, *PERPLEXITIES)
 OWN_SIZE = "each at its own size"
 """The budget of policies that are taken as they are."""
 
@@ -79,43 +79,41 @@ def text(
     """
     wanted, specs = _tasks(tasks), tuple(dict.fromkeys(policies or POLICIES))
     chosen = {spec: _chosen(spec) for spec in specs}
-    sizes = {name: _limits(name) for name in _listed(budget)} if budget else {OWN_SIZE: {}}
+    sizes = {OWN_SIZE: {}} if budget is None else _sizes(budget)
     figure_class()
     console, results = Console(), Results(out)
     loaded, tokenizer = load_model(model)
     for spec in specs:
         if spec in PLAIN:  # one that cannot be had is told before anything is measured
             PLAIN[spec](loaded.config)
-    at = {size: _all_fitted(size, chosen, loaded, limits, tokens, console) for size, limits in sizes.items()}
+    at = {size: _at_size(size, chosen, loaded, limits, tokens, console) for size, limits in sizes.items()}
     ids, encode = encoded(document, tokenizer, least=tokens), encoder(tokenizer)
-    for names in texts(wanted):  # one without room is told before anything is measured
-        make_text(names, ids, encode, tokens=tokens, seed=0)
+    made = {(names, seed): _text(names, ids, encode, tokens, seed) for names in texts(wanted) for seed in range(seeds)}
     on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens}"
-    geometry = _geometry(loaded)
     jobs = {
-        Job(
-            policy=spec,
-            settings=repr(policy),
-            budget=size if policy and not attends_everything(policy, geometry) else ANY_SIZE,
-            tasks=",".join(names),
-            seed=seed,
-            on=on,
-        ): policy
+        Job(policy=spec, settings=repr(policy), budget=budget, tasks=",".join(names), seed=seed, on=on): policy
         for seed in range(seeds)
         for names in texts(wanted)
-        for size, policies_there in at.items()
-        for spec, policy in policies_there.items()
+        for found in at.values()
+        for spec, (policy, budget) in found.items()
     }
+    failed: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("", total=len(jobs))
         for number, (job, policy) in enumerate(jobs.items()):
             progress.update(bar, description=f"{job.policy}, text {job.seed}")
-            if job not in results:
-                made = make_text(job.tasks.split(","), ids, encode, tokens=tokens, seed=job.seed)
-                results.add(job, _measure(loaded, tokenizer, policy, job, made))
+            if job not in results and job.policy not in failed:
+                text = made[tuple(job.tasks.split(",")), job.seed]
+                try:
+                    results.add(job, _measure(loaded, tokenizer, policy, job, text))
+                except KVTiersError as error:  # the others go on
+                    failed.add(job.policy)
+                    console.print(f"{job.policy} is left out: {error}", markup=False)
             progress.update(bar, completed=number + 1)
     tables = {size: results.rows(list(jobs), size) for size in sizes}
+    if not any(tables.values()):
+        raise PolicyError("none of these policies could be measured; the reasons are above")
     write_report(out, tables, f"{model}, {tokens:,} tokens of {document}")
     for size, rows in tables.items():
         console.print(f"\n{size}\n{markdown(rows)}", markup=False, soft_wrap=True)
@@ -133,7 +131,18 @@ def _tasks(listed: str) -> list[str]:
             raise PolicyError(f"unknown task {name!r}; there are {', '.join(ALL_TASKS)}.{suggest(name, ALL_TASKS)}")
     if not found:
         raise PolicyError(f"no tasks are named; choose from {', '.join(ALL_TASKS)}")
+    return [name for name in ALL_TASKS if name in found]
+
+
+def _sizes(budget: str) -> dict[str, dict[str, int]]:
+    found = {name: _limits(name) for name in _listed(budget)}
+    if not found:
+        raise PolicyError(f"--budget names no size, as 1024 or 20MB would be; got {budget!r}")
     return found
+
+
+def _text(names: tuple[str, ...], ids: list[int], encode: Encode, tokens: int, seed: int) -> TaskText:
+    return make_text(names, ids, encode, tokens=tokens, seed=seed)
 
 
 def _chosen(spec: str) -> Policy | None:
@@ -151,37 +160,34 @@ def _limits(budget: str) -> dict[str, int]:
     return {"all_bytes": int(number) * 10**6} if unit else {"tokens": int(number)}
 
 
-def _geometry(model: PreTrainedModel) -> Geometry:
-    """That of the first layer, which stands for all."""
-    decoder = decoder_of(model)
-    return geometry_of(decoder, attentions_of(decoder)[0])
-
-
-def _all_fitted(
+def _at_size(
     size: str,
     chosen: Mapping[str, Policy | None],
     model: PreTrainedModel,
     limits: Mapping[str, int],
     length: int,
     console: Console,
-) -> dict[str, Policy | None]:
-    """Policies at the size of a budget, if there is one. Those that cannot be brought to it are named and left out."""
-    if not limits:
-        return dict(chosen)
-    layers, geometry = len(attentions_of(decoder_of(model))), _geometry(model)
-    layer_bytes = limits["all_bytes"] // layers if "all_bytes" in limits else None
-    found: dict[str, Policy | None] = {}
+) -> dict[str, tuple[Policy | None, str]]:
+    """Policies at the size of a budget, and whether that is theirs or any; one that cannot be so small is left out."""
+    geometries = geometries_of(model)
+    geometry = max(geometries, key=lambda each: each.token_bytes)
+    layer_bytes = limits["all_bytes"] // len(geometries) if "all_bytes" in limits else None
+    found: dict[str, tuple[Policy | None, str]] = {}
     for spec, policy in chosen.items():
         if policy is None or attends_everything(policy, geometry):
-            found[spec] = policy
+            found[spec] = policy, ANY_SIZE
+            continue
+        if not limits:
+            found[spec] = policy, size
             continue
         try:
-            made = fitted(policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length)
+            made = fitted(
+                policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length, stride=STRIDE
+            )
         except PolicyError as error:
             console.print(f"{spec} is left out at {size}: {error}", markup=False)
             continue
-        found[spec] = made
-        console.print(f"{spec} at {size}: recent = {made.recent}, top_k = {made.top_k}", markup=False)
+        found[spec] = made, size
     if not found:
         raise PolicyError(
             f"none of these policies fits into the budget {size}; raise it, or lower their sink, block_size or "
@@ -198,8 +204,7 @@ def _measure(
     seconds: list[float] = []
     with _memory(model, job.policy, policy) as cache:
         reading = read(model, text.document, cache)
-        if policy is not None:
-            _after_reading(model, tokenizer, policy, text, cache)
+        again = 0.0 if policy is None else _after_reading(model, tokenizer, policy, text, cache)
         last = cache
         for name, questions in text.questions.items():
             marks = []
@@ -211,7 +216,9 @@ def _measure(
             scores[name] = statistics.fmean(marks)
         held, attended = cache.memory_usage(), max(last.attended())
         if text.again:
-            scores["again"] = read(model, text.again, cache.fork()).perplexity
+            fork = cache.fork()
+            scores["again"] = read(model, text.again, fork).perplexity
+            attended = attended if text.questions else max(fork.attended())
     scores["prose"] = _prose(reading, text)
     return [
         Row(
@@ -222,7 +229,7 @@ def _measure(
             attended=attended,
             device_bytes=bytes_in(held, "device"),
             host_bytes=bytes_in(held, "host") + bytes_in(held, "disk"),
-            read_per_second=len(text.document) / reading.seconds,
+            read_per_second=len(text.document) / (reading.seconds + again),
             seconds_per_token=statistics.fmean(seconds) if seconds else None,
         )
         for name in job.tasks.split(",")
@@ -232,12 +239,14 @@ def _measure(
 @torch.inference_mode()
 def _after_reading(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy, text: TaskText, cache: Any
-) -> None:
-    """What a policy does once the text has ended."""
+) -> float:
+    """What a policy does once the text has ended, and the seconds that it takes."""
     ids = torch.tensor([text.document], device=model.device)
+    began = time.perf_counter()
     policy.compressor.after_reading(
         cache, lambda more: model(more, **{CACHE: cache}, logits_to_keep=1), ids, encoder(tokenizer)
     )
+    return time.perf_counter() - began
 
 
 def _prose(reading: Reading, text: TaskText) -> float:

@@ -15,15 +15,14 @@ class _Asked:
 
     layers: list[Any]
 
-    def fork(self) -> "PlainCache":
-        """An independent copy. Tensors are shared: these caches replace what they hold and write into none."""
-        copied: PlainCache = copy.copy(self)  # type: ignore[assignment]
-        copied.layers = [copy.copy(layer) for layer in self.layers]
-        return copied
+    def fork(self) -> "_Asked":
+        """An independent copy."""
+        return copy.deepcopy(self)
 
     def attended(self) -> list[int]:
-        """Tokens that the last step of each layer attended."""
-        return [int(layer.get_seq_length()) for layer in self.layers]
+        """Tokens that the last step of each layer attended, of those that attend; a window counts the current one."""
+        lengths = [(layer, layer.get_seq_length()) for layer in self.layers if hasattr(layer, "get_seq_length")]
+        return [int(min(length, getattr(layer, "sliding_window", length))) for layer, length in lengths]
 
     def memory_usage(self) -> list[MemoryUsage]:
         """All of it is recent, and on the device."""
@@ -38,6 +37,12 @@ class PlainCache(_Asked, DynamicCache):
 
 class _QuantizedCache(_Asked, QuantizedCache):
     """The same of a `QuantizedCache`."""
+
+    def fork(self) -> "_Asked":
+        """An independent copy. Tensors are shared: such a cache replaces what it holds, and writes into none."""
+        copied = copy.copy(self)
+        copied.layers = [copy.copy(layer) for layer in self.layers]
+        return copied
 
 
 def _tensors(held: Any) -> Iterator[torch.Tensor]:

@@ -90,7 +90,7 @@ ASKS_FOR_THE_KEY = "\n\nQuestion: What is the secret key mentioned in the text?\
 def make_text(names: Sequence[str], prose: Sequence[int], encode: Encode, *, tokens: int, seed: int) -> TaskText:
     """One text for the tasks `names`, of at most `tokens` tokens with the longest of what comes after it.
 
-    names: of `TASKS` and `PERPLEXITIES`; `chat` alone. prose: token ids of the document that fills it; at least
+    names: of `ALL_TASKS`; `chat` alone. prose: token ids of the document that fills it; at least
     `tokens` of them. Raises `PolicyError` where the text has no room for its tasks.
     """
     things = random.Random(f"things {seed}").sample(_THINGS, len(_THINGS))
@@ -107,10 +107,12 @@ def make_text(names: Sequence[str], prose: Sequence[int], encode: Encode, *, tok
     planted = _mixed(by_task, random.Random(f"order {seed}"))
     after = [len(question.ids) + question.tokens for asked in questions.values() for question in asked]
     again = tokens // 8 if "again" in names else 0
-    room = tokens - sum(map(len, planted)) - max([again, *after])
+    taken = sum(map(len, planted))
+    room = tokens - taken - max([again, *after])
     if room < _LEAST_ROOM:
-        more = f"{tokens} tokens have no room for {', '.join(names)}"
-        raise PolicyError(f"{more}; give at least {tokens + _LEAST_ROOM - room}, or fewer tasks")
+        # the passage that comes again is an eighth of all
+        least = taken + _LEAST_ROOM + max([-(-(taken + _LEAST_ROOM) // 7) + 1 if again else 0, *after])
+        raise PolicyError(f"{tokens} tokens have no room for {', '.join(names)}; give at least {least}, or fewer tasks")
     dice = random.Random(f"passage {seed}")
     first = dice.randrange(max(1, len(prose) - room))
     passage = list(prose[first : first + room])
@@ -246,3 +248,4 @@ TASKS: Mapping[str, Callable[[random.Random, list[str], Encode], Made]] = {
 PERPLEXITIES = ("prose", "again")
 """Tasks without a question: the perplexity of the document's own tokens of a text, and of its beginning when that comes
 again."""
+ALL_TASKS = (*TASKS, *PERPLEXITIES)

@@ -11,7 +11,7 @@ import torch
 from attrs import validators as v
 
 from kvtiers.blocks import Blocks
-from kvtiers.slots import Attention, Moment
+from kvtiers.slots import Attention, Compressor, Moment
 from kvtiers_methods.whole_past import Past, WholePast
 
 
@@ -22,6 +22,9 @@ class AdaKV(WholePast):
     attention: ClassVar[Attention | None] = "sum"
     mean: int = attrs.field(default=508, validator=[v.instance_of(int), v.ge(1)])
     most: int = attrs.field(default=1016, validator=[v.instance_of(int), v.ge(1)])
+
+    def scaled(self, share: float) -> Compressor:
+        return attrs.evolve(self, mean=max(1, round(self.mean * share)), most=max(1, round(self.most * share)))
 
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
         past = Past.of(leaving, mid)

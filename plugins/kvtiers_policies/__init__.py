@@ -9,6 +9,7 @@ from kvtiers.slots import Compressor, Realigner, Retriever, Sink
 from kvtiers_policies import presets
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
+from kvtiers_policies.bounded import Bounded
 from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.disk import DiskArchive
@@ -68,7 +69,7 @@ def kvtiers_retrievers() -> Mapping[str, Callable[..., Retriever]]:
 @hookimpl
 def kvtiers_realigners() -> Mapping[str, Callable[..., Realigner]]:
     """Which positions a context gets."""
-    return {"original": Original, "contiguous": Contiguous, "incremental": Incremental}
+    return {"original": Original, "bounded": Bounded, "contiguous": Contiguous, "incremental": Incremental}
 
 
 @hookimpl

@@ -3,6 +3,7 @@
 from kvtiers.policy import Policy
 from kvtiers_policies.affinity import Affinity
 from kvtiers_policies.all_blocks import AllBlocks
+from kvtiers_policies.bounded import Bounded
 from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.device import DeviceArchive
 from kvtiers_policies.drop import Drop
@@ -78,16 +79,17 @@ def archive() -> Policy:
 
 
 def packforcing_lm() -> Policy:
-    """PackForcing on text (arXiv 2603.25730): anchors, history recalled from the host by affinity, closed up, recent.
+    """PackForcing on text (arXiv 2603.25730): anchors, history recalled from the host by affinity, recent.
 
     Blocks are recalled in full form, which measured best on text; `attend="compressed"` or `top_k_compressed=n` bring
-    in what the compressor made of them.
+    in what the compressor made of them. Positions are drawn in only as far as the model needs it (`bounded`): closing
+    history up, as PackForcing does for video, costs recall where a text holds many things that are alike.
     """
     return Policy(
         sinks=FirstSteps(),
         compressor=MeanPool(),
         retriever=Affinity(heads="per-kv", normalise="softmax", combine="max", digest_tokens=1, digest_bits=3),
-        realigner=Contiguous(),
+        realigner=Bounded(),
         archive=HostArchive(),
         codec=Exact(),
         sink=4,

@@ -45,9 +45,11 @@ def equal(a: list[Any], b: list[Any]) -> bool:
 
 
 def policies() -> dict[str, Policy]:
-    found = {name: small(name, SMALL) for name in PRESETS}
+    found = {name: small(name, SMALL) for name in PRESETS[:-1]}
+    found["packforcing-lm"] = small("packforcing-lm", SMALL, reach=4)
     found["archive on disk"] = small("archive", SMALL, archive="disk", codec="int8")
-    found["both forms"] = small("packforcing-lm", SMALL, attend="full", top_k_compressed=1, archive="device")
+    more: dict[str, Any] = {"top_k_compressed": 1, "archive": "device", "realigner": "contiguous"}
+    found["both forms"] = small("packforcing-lm", SMALL, attend="full", **more)
     found["attention for a retriever"] = small("infllm", SMALL)
     found["incremental"] = small("packforcing-lm", SMALL, realigner="incremental")
     found["top-tokens by attention"] = small(

@@ -112,7 +112,7 @@ def test_a_roll_back_is_exact_or_refused(data):
 @pytest.mark.parametrize("name", ["full", "sliding-window", "streaming", "archive", "packforcing-lm"])
 def test_the_newest_tokens_can_be_taken_back(name):
     """Speculative decoding: one chunk is checked, and the part that was wrong goes."""
-    found = policy(name)
+    found = policy(name, **({"reach": 14} if name == "packforcing-lm" else {}))
     found = attrs.evolve(
         found, recent=None if found.recent is None else 12, block_size=4, refresh="chunk", sink=found.sink
     )
@@ -180,7 +180,7 @@ def test_rows_that_parted_ways_are_saved_and_forked_too(data):
 @pytest.mark.parametrize("name", ["full", "streaming", "archive", "packforcing-lm"])
 @pytest.mark.parametrize("back", [0, 2, "recent"])
 def test_what_was_compacted_and_rolled_back_is_saved_too(name, back, tmp_path):
-    found = policy(name)
+    found = policy(name, **({"reach": 7} if name == "packforcing-lm" else {}))
     recent = None if found.recent is None else 6
     found = attrs.evolve(found, sink=1, recent=recent, block_size=3, chunk_size=4, refresh="chunk")
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)

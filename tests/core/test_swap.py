@@ -103,7 +103,7 @@ def filled(**changes):
         pytest.param({"attend": "compressed"}, "attend cannot change any more", id="attend"),
         pytest.param(
             {"realigner": "original"},
-            "cannot replace one another|stores keys as Contiguous needs them",
+            "cannot replace one another|stores keys as Bounded needs them",
             id="keys stored otherwise",
         ),
         pytest.param(

@@ -20,7 +20,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sliding-window": ("sliding-window", {"recent": 9, "chunk_size": 16}),
     "streaming": ("streaming", SMALL),
     "archive": ("archive", {**SMALL, "top_k": 2}),
-    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "attend": "compressed"}),
+    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "attend": "compressed", "realigner": "contiguous"}),
 }
 
 

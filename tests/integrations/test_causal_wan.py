@@ -126,7 +126,9 @@ def video(wan: CausalWan, clips: list[Tensor], text: Tensor, steps: int = 2) -> 
 @torch.no_grad()
 def test_a_denoise_step_changes_nothing_that_is_stored_and_repeats_itself(policy: str) -> None:
     model, text, clips = build(), prompt(), blocks(7)
-    changes = {} if policy == "full" else ROLLING
+    changes: dict[str, Any] = {} if policy == "full" else dict(ROLLING)
+    if policy == "packforcing-lm":
+        changes["realigner"] = "contiguous"
     with tiered(model, policy, **changes) as wan:
         video(wan, clips[:5], text)
         first = wan.denoise(clips[5], 500.0, text)
@@ -157,7 +159,7 @@ def test_an_archive_elsewhere_gives_the_same_video_bit_for_bit(archive: str) -> 
     model, text, clips = build(), prompt(rows=2), blocks(8, rows=2)
     flows = []
     for location in ("device", archive):
-        with tiered(model, "packforcing-lm", archive=location, **ROLLING) as wan:
+        with tiered(model, "packforcing-lm", realigner="contiguous", archive=location, **ROLLING) as wan:
             flows.append(video(wan, clips, text))
     assert all(torch.equal(a, b) for a, b in zip(*flows, strict=True))
 
@@ -178,10 +180,10 @@ def test_contiguous_and_incremental_attend_alike() -> None:
 def test_rows_do_not_mind_each_other_and_may_have_prompts_of_their_own() -> None:
     model, clips = build(), blocks(6, rows=2)
     texts = [prompt(seed=1), prompt(seed=2)]
-    with tiered(model, "packforcing-lm", **ROLLING) as wan:
+    with tiered(model, "packforcing-lm", realigner="contiguous", **ROLLING) as wan:
         together = video(wan, clips, torch.cat(texts))
     for row, text in enumerate(texts):
-        with tiered(model, "packforcing-lm", **ROLLING) as wan:
+        with tiered(model, "packforcing-lm", realigner="contiguous", **ROLLING) as wan:
             alone = video(wan, [clip[row : row + 1].clone() for clip in clips], text)
         assert all((a[row] - b[0]).abs().max() < 1e-5 for a, b in zip(together, alone, strict=True))
 
@@ -280,7 +282,8 @@ def test_a_backend_that_takes_no_mask_per_head_refuses_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "changes"), [("full", {}), ("streaming", {"sink": 2, "recent": 6}), ("packforcing-lm", ROLLING)]
+    ("policy", "changes"),
+    [("full", {}), ("streaming", {"sink": 2, "recent": 6}), ("packforcing-lm", {**ROLLING, "realigner": "contiguous"})],
 )
 @torch.no_grad()
 def test_a_video_rolls_back_to_the_end_of_a_block_and_its_rows_can_be_chosen(
@@ -321,13 +324,13 @@ def test_a_model_loaded_in_any_dtype_makes_a_video_in_either_mode(
 ) -> None:
     build().save_pretrained(tmp_path)
     model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)  # keeps some weights in float32
-    with mode(), tiered(model, "packforcing-lm", **ROLLING) as wan:
+    with mode(), tiered(model, "packforcing-lm", realigner="contiguous", **ROLLING) as wan:
         text = prompt().to(dtype)
         flows = video(wan, [clip.to(dtype) for clip in blocks(6)], text, steps=3)
         assert all(flow.dtype == dtype and flow.isfinite().all() for flow in flows)
         assert wan.cache is not None
         assert {plane.dtype for plane in planes(wan)} == {dtype}
-    with torch.no_grad(), tiered(build(), "packforcing-lm", **ROLLING) as wan:
+    with torch.no_grad(), tiered(build(), "packforcing-lm", realigner="contiguous", **ROLLING) as wan:
         exact = video(wan, blocks(6), prompt(), steps=3)
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(flows[:6], exact[:6], strict=True))
     assert worst < (1e-5 if dtype == torch.float32 else 0.1)
@@ -455,7 +458,7 @@ def test_further_steps_of_a_block_are_what_they_would_be_if_the_store_were_asked
     model, text, clips = build(), prompt(), blocks(6)
     flows = []
     for asked in (False, True):
-        with tiered(model, "packforcing-lm", **ROLLING) as wan:
+        with tiered(model, "packforcing-lm", realigner="contiguous", **ROLLING) as wan:
             if asked:
                 wan.runner.further_step = lambda *_: None  # type: ignore[method-assign]
             flows.append(video(wan, clips, text, steps=3))

@@ -20,7 +20,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "sliding-window": ("sliding-window", {"recent": 9, "chunk_size": 8}),
     "streaming": ("streaming", {"sink": 2, "recent": 8, "block_size": 4, "chunk_size": 8}),
     "archive": ("archive", {"sink": 2, "recent": 8, "block_size": 4, "top_k": 2, "chunk_size": 8}),
-    "packforcing-lm": ("packforcing-lm", {"sink": 2, "recent": 8, "block_size": 4, "top_k": 2, "chunk_size": 8}),
+    "packforcing-lm": (
+        "packforcing-lm",
+        {"sink": 2, "recent": 8, "block_size": 4, "top_k": 2, "chunk_size": 8, "reach": 12},
+    ),
     "pooled": (
         "packforcing-lm",
         {
@@ -31,11 +34,12 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "chunk_size": 8,
             "attend": "compressed",
             "top_k_compressed": 0,
+            "realigner": "contiguous",
         },
     ),
     "top_k_compressed": (
         "packforcing-lm",
-        {"sink": 1, "recent": 6, "block_size": 3, "top_k": 2, "chunk_size": 7, "top_k_compressed": 2},
+        {"sink": 1, "recent": 6, "block_size": 3, "top_k": 2, "chunk_size": 7, "top_k_compressed": 2, "reach": 9},
     ),
     "incremental-snapkv": (
         "packforcing-lm",

@@ -1,4 +1,4 @@
-"""`contiguous` and `incremental` against attention that is worked out by hand, in float64, layer by layer.
+"""`contiguous`, `bounded` and `incremental` against attention that is worked out by hand, in float64, layer by layer.
 
 What goes into every layer's attention and what comes out of it is taken from the run itself; between the two the
 reference here decides which tokens remain, puts them where DESIGN.md says, rotates them (with complex numbers), and
@@ -21,6 +21,7 @@ from kvtiers_transformers import TransformersCache, tiered
 from tiny_models import attentions, build, feed, tokens
 
 LENGTH = 47
+REACH = 22
 SMALL: dict[str, Any] = {"sink": 3, "recent": 8, "block_size": 4, "chunk_size": 8, "top_k": 2}
 YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -106,6 +107,13 @@ def held_by_hand(
     early = list(range(min(sink, seen)))
     if realigner == "contiguous":
         places = early + [sink + i for i in range(len(mid))] + [t - first + sink + len(mid) for t in late]
+    elif realigner == "bounded":
+        shift, free, placed = max(sink + len(mid) - first, min(0, REACH - first)), sink, []
+        for number in chosen:
+            begin = max(sink + number * block + shift, free)
+            free = begin + block
+            placed += range(begin, free)
+        places = early + placed + [t + shift for t in late]
     else:
         from_mid = first - len(mid)
         places = [t + from_mid - sink for t in early] + [from_mid + i for i in range(len(mid))] + late
@@ -147,7 +155,7 @@ def _worst(
     keep: whether the reference attends what was chosen."""
     family, layout, more = MODELS[name]
     model, ids = build(family, **more), tokens(LENGTH)
-    settings = {**SMALL, **changes}
+    settings = {**SMALL, **({"reach": REACH} if realigner == "bounded" else {}), **changes}
     window = {"sink": settings["sink"], "recent": settings["recent"], "block": settings["block_size"]}
     drops = policy == "streaming"
     rotary, worst, start = model.get_decoder().rotary_emb, 0.0, 0
@@ -203,6 +211,11 @@ def test_a_realigned_context_is_what_one_places_by_hand(
     assert _worst(name, policy, realigner, splits) < 1e-5
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bounded_context_is_what_one_places_by_hand(name: str) -> None:
+    assert _worst(name, "archive", "bounded", (1, 2, 5, 19, 21)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -215,7 +228,7 @@ def test_a_realigned_context_is_what_one_places_by_hand(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("realigner", ["contiguous", "incremental"])
+@pytest.mark.parametrize("realigner", ["contiguous", "bounded", "incremental"])
 def test_odd_budgets_are_placed_by_hand_too(realigner: str, changes: dict[str, Any]) -> None:
     assert _worst("llama", "archive", realigner, (5, *range(33, LENGTH)), **changes) < 1e-5
 
@@ -228,3 +241,8 @@ def test_odd_budgets_are_placed_by_hand_too(realigner: str, changes: dict[str, A
 )
 def test_a_reference_that_is_wrong_by_one_is_noticed(name: str, wrong: dict[str, Any]) -> None:
     assert _worst(name, "archive", "contiguous", (), **wrong) > 0.01
+
+
+def test_a_reference_that_bounds_otherwise_is_noticed() -> None:
+    assert _worst("llama", "archive", "bounded", (), off=1) > 0.01
+    assert _worst("llama", "archive", "bounded", (), reach=REACH + 4) > 0.01

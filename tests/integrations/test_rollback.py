@@ -29,9 +29,9 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "archive-chunk": ("archive", {**SMALL, "top_k": 2, "refresh": "chunk"}),
     "archive-every-3": ("archive", {**SMALL, "top_k": 2, "refresh": 3}),
     "archive-recency": ("archive", {**SMALL, "top_k": 2, "retriever": "recency"}),
-    "packforcing-lm": ("packforcing-lm", {**SMALL, "top_k": 2}),
-    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "attend": "compressed"}),
-    "top_k_compressed": ("packforcing-lm", {**SMALL, "top_k": 2, "top_k_compressed": 2}),
+    "packforcing-lm": ("packforcing-lm", {**SMALL, "top_k": 2, "reach": 12}),
+    "pooled": ("packforcing-lm", {**SMALL, "top_k": 2, "attend": "compressed", "realigner": "contiguous"}),
+    "top_k_compressed": ("packforcing-lm", {**SMALL, "top_k": 2, "top_k_compressed": 2, "realigner": "contiguous"}),
     "snapkv": (
         "archive",
         {**SMALL, "compressor": ("top-tokens", {"keep": 2, "by": "attention"}), "attend": "compressed"},

@@ -259,7 +259,7 @@ def test_a_pass_in_which_a_layer_did_not_run_once_is_refused_and_undone(
     clips, videos = blocks(6), []
     for patched in (False, True):
         model = build()
-        with tiered(model, "packforcing-lm", **ROLLING) as wan:
+        with tiered(model, "packforcing-lm", realigner="contiguous", **ROLLING) as wan:
             found = go_on(wan, clips[:4])
             for timestep in (900.0, 700.0)[:steps]:
                 wan.denoise(clips[4], timestep, prompt())

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kvtiers.blocks import Extent
 from kvtiers.geometry import Geometry
 from kvtiers.slots import Moment
+from kvtiers_policies.bounded import Bounded
 from kvtiers_policies.contiguous import Contiguous
 from kvtiers_policies.first import FirstSteps
 from kvtiers_policies.incremental import Incremental
@@ -51,6 +52,22 @@ def contexts(draw):
         "total": sum(spans),
         "moment": MOMENT,
     }
+
+
+@given(context=contexts(), reach=st.integers(0, 80))
+def test_bounded_keeps_distances_and_gets_no_further_than_it_may(context, reach):
+    placed, sink, recent = Bounded(reach=reach).place(**context), context["sink"], context["recent"]
+    begins = recent + placed.recent_shift
+    assert placed.sink_shift == 0
+    assert begins == max(sink + context["total"], min(recent, reach))
+    if recent <= reach:
+        assert placed.mid_starts.tolist() == context["starts"].tolist()
+    for starts, spans, firsts in zip(context["starts"], context["spans"], placed.mid_starts, strict=True):
+        free = sink
+        for start, span, first in zip(starts[0].tolist(), spans[0].tolist(), firsts[0].tolist(), strict=True):
+            assert first == max(free, begins - (recent - start)), "as far before recent as it was, or the first free"
+            free = first + span
+        assert free <= begins
 
 
 @given(context=contexts())

@@ -1,0 +1,39 @@
+"""Realigner `bounded`: positions are the model's own as long as it knows them, and distances are from then on.
+
+`original` leaves positions alone, so that a long text gets beyond those that the model was trained on. `contiguous`
+never does, but it changes the distance of everything that is recalled. Between them: recent begins at `reach` at most,
+what is recalled keeps its distance to it, and what would lie before the sink takes the first free places behind it.
+Clamping large distances is an idea of ReRoPE (Su, 2023) and of InfLLM (arXiv 2402.04617, section 3.3), which gives all
+distant tokens one position. Deviation: blocks keep their order and their inner distances.
+"""
+
+import attrs
+from attrs import validators as v
+from jaxtyping import Int
+from torch import Tensor
+
+from kvtiers.slots import Moment, Placement, Realigner
+
+
+@attrs.frozen(kw_only=True)
+class Bounded(Realigner):
+    """Recent begins at step `reach` at most, and mid blocks lie as far before it as they were, if there is room.
+
+    reach: the positions that the model knows, less recent and a chunk. The sink stays where it is.
+    """
+
+    reach: int = attrs.field(default=3072, validator=[v.instance_of(int), v.ge(0)])
+
+    def place(
+        self,
+        *,
+        sink: int,
+        starts: Int[Tensor, "*selection chosen"],
+        spans: Int[Tensor, "*selection chosen"],
+        total: int,
+        recent: int,
+        moment: Moment,
+    ) -> Placement:
+        shift = max(sink + total - recent, min(0, self.reach - recent))
+        before = spans.cumsum(-1) - spans
+        return Placement(sink_shift=0, mid_starts=(starts + shift).maximum(before + sink).double(), recent_shift=shift)
