@@ -15,6 +15,7 @@ def packforcing() -> Policy:
         "packforcing-lm",
         compressor=DualBranch(),
         retriever=("affinity", {"heads": "mean", "normalise": "none", "form": "compressed", "queries": 256}),
+        realigner="contiguous",
         attend="compressed",
         sink=8,
         recent=4,
