@@ -34,7 +34,7 @@ def fitted(
     stride: tokens of a forward, for a policy that does not cut it. A policy that compresses after reading keeps the
     limit in tokens once it has, with room for a chunk. Raises `PolicyError` if the smallest size is too large.
     """
-    if attends_everything(policy, geometry):
+    if attends_everything(policy, geometry) or (tokens is None and layer_bytes is None):
         return policy
     if policy.budget is not None:
         tokens = policy.budget if tokens is None else min(tokens, policy.budget)

@@ -35,7 +35,7 @@ from kvtiers_transformers.reading import (
 )
 from kvtiers_transformers.recall_picture import figure_class
 from kvtiers_transformers.smollm2 import load_model
-from kvtiers_transformers.tasks import ALL_TASKS, Encode, TaskText, make_text, texts
+from kvtiers_transformers.tasks import ALL_TASKS, TaskText, make_text, texts
 from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
 
@@ -88,14 +88,18 @@ def text(
             PLAIN[spec](loaded.config)
     at = {size: _at_size(size, chosen, loaded, limits, tokens, console) for size, limits in sizes.items()}
     ids, encode = encoded(document, tokenizer, least=tokens), encoder(tokenizer)
-    made = {(names, seed): _text(names, ids, encode, tokens, seed) for names in texts(wanted) for seed in range(seeds)}
+    made = {
+        (names, seed): make_text(names, ids, encode, tokens=tokens, seed=seed)
+        for names in texts(wanted)
+        for seed in range(seeds)
+    }
     on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens}"
     jobs = {
-        Job(policy=spec, settings=repr(policy), budget=budget, tasks=",".join(names), seed=seed, on=on): policy
+        Job(policy=spec, settings=repr(policy), budget=label, tasks=",".join(names), seed=seed, on=on): policy
         for seed in range(seeds)
         for names in texts(wanted)
         for found in at.values()
-        for spec, (policy, budget) in found.items()
+        for spec, (policy, label) in found.items()
     }
     failed: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -104,9 +108,9 @@ def text(
         for number, (job, policy) in enumerate(jobs.items()):
             progress.update(bar, description=f"{job.policy}, text {job.seed}")
             if job not in results and job.policy not in failed:
-                text = made[tuple(job.tasks.split(",")), job.seed]
+                about = made[tuple(job.tasks.split(",")), job.seed]
                 try:
-                    results.add(job, _measure(loaded, tokenizer, policy, job, text))
+                    results.add(job, _measure(loaded, tokenizer, policy, job, about))
                 except KVTiersError as error:  # the others go on
                     failed.add(job.policy)
                     console.print(f"{job.policy} is left out: {error}", markup=False)
@@ -139,10 +143,6 @@ def _sizes(budget: str) -> dict[str, dict[str, int]]:
     if not found:
         raise PolicyError(f"--budget names no size, as 1024 or 20MB would be; got {budget!r}")
     return found
-
-
-def _text(names: tuple[str, ...], ids: list[int], encode: Encode, tokens: int, seed: int) -> TaskText:
-    return make_text(names, ids, encode, tokens=tokens, seed=seed)
 
 
 def _chosen(spec: str) -> Policy | None:

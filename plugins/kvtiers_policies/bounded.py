@@ -1,10 +1,10 @@
-"""Realigner `bounded`: positions are the model's own as long as it knows them, and distances are from then on.
+"""Realigner `bounded`: positions stay as they are up to a limit; beyond it, what is recalled keeps its distance.
 
 `original` leaves positions alone, so that a long text gets beyond those that the model was trained on. `contiguous`
 never does, but it changes the distance of everything that is recalled. Between them: recent begins at `reach` at most,
 what is recalled keeps its distance to it, and what would lie before the sink takes the first free places behind it.
-Clamping large distances is an idea of ReRoPE (Su, 2023) and of InfLLM (arXiv 2402.04617, section 3.3), which gives all
-distant tokens one position. Deviation: blocks keep their order and their inner distances.
+Clamping large distances is an idea of ReRoPE (Su, 2023) and of InfLLM (arXiv 2402.04617), which gives all distant
+tokens one position. Deviation: blocks keep their order and their inner distances.
 """
 
 import attrs
@@ -19,7 +19,8 @@ from kvtiers.slots import Moment, Placement, Realigner
 class Bounded(Realigner):
     """Recent begins at step `reach` at most, and mid blocks lie as far before it as they were, if there is room.
 
-    reach: the positions that the model knows, less recent and a chunk. The sink stays where it is.
+    reach: at most the positions that the model knows, less recent and a chunk; nothing looks that up. The default is
+    for models of 4,096 positions or more: lower it for others. The sink stays where it is.
     """
 
     reach: int = attrs.field(default=3072, validator=[v.instance_of(int), v.ge(0)])

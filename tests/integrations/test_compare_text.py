@@ -133,6 +133,7 @@ def test_a_policy_of_half_the_size_keeps_half(name: str) -> None:
 
 
 def test_a_size_keeps_to_what_a_policy_says_itself() -> None:
+    assert fitted(policy("archive"), GEOMETRY) == policy("archive"), "without a limit it stays as it is"
     assert fitted(policy("tova", recent=0), GEOMETRY, tokens=512).recent == 0
     budgeted = fitted(policy("h2o", budget=2000), GEOMETRY, tokens=512)
     assert budgeted.budget == 2000
