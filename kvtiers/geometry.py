@@ -32,6 +32,8 @@ class Geometry:
     """Whether all committed blocks are of `steps_per_commit` steps; else that is the most."""
     causal: bool = True
     dtype: torch.dtype = torch.float32
+    known_positions: int | None = attrs.field(default=None, validator=v.optional(_POSITIVE))
+    """How many positions the model was made for; None if nobody knows. A saved cache does not ask for it."""
 
     @query_heads.default
     def _as_many_as_kv(self) -> int:

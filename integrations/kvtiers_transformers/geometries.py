@@ -23,6 +23,12 @@ def geometry_of(decoder: nn.Module, attention: nn.Module) -> Geometry:
     return Geometry(kv_heads=kv_heads, query_heads=heads, head_dim=int(width or config.hidden_size // heads))
 
 
+def known_positions(config: Any) -> int | None:
+    """How many positions a model was made for, as its configuration says; None if it does not say."""
+    known = getattr(config, "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else None
+
+
 def shape_of(geometry: Geometry) -> tuple[int, int, int, int]:
     """(query_heads, kv_heads, head_dim, value_dim)."""
     return geometry.query_heads, geometry.kv_heads, geometry.head_dim, geometry.value_dim

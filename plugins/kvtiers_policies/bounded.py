@@ -19,8 +19,8 @@ from kvtiers.slots import Moment, Placement, Realigner
 class Bounded(Realigner):
     """Recent begins at step `reach` at most, and mid blocks lie as far before it as they were, if there is room.
 
-    reach: at most the positions that the model knows, less recent and a chunk; nothing looks that up. The default is
-    for models of 4,096 positions or more: lower it for others. The sink stays where it is.
+    reach: lowered to half of the positions that the model was made for, where its configuration says how many. So the
+    other half is left for recent and what is being read. The sink stays where it is.
     """
 
     reach: int = attrs.field(default=3072, validator=[v.instance_of(int), v.ge(0)])
@@ -35,6 +35,8 @@ class Bounded(Realigner):
         recent: int,
         moment: Moment,
     ) -> Placement:
-        shift = max(sink + total - recent, min(0, self.reach - recent))
+        known = moment.geometry.known_positions
+        reach = self.reach if known is None else min(self.reach, known // 2)
+        shift = max(sink + total - recent, min(0, reach - recent))
         before = spans.cumsum(-1) - spans
         return Placement(sink_shift=0, mid_starts=(starts + shift).maximum(before + sink).double(), recent_shift=shift)

@@ -149,12 +149,20 @@ def by_hand(
 
 
 def _worst(
-    name: str, policy: str, realigner: str, splits: Sequence[int], *, off: int = 0, keep: bool = True, **changes: Any
+    name: str,
+    policy: str,
+    realigner: str,
+    splits: Sequence[int],
+    *,
+    off: int = 0,
+    keep: bool = True,
+    model_positions: int = 512,
+    **changes: Any,
 ) -> float:
     """The largest error of any layer's attention over a whole run. off: how far the reference misplaces recent tokens;
-    keep: whether the reference attends what was chosen."""
+    keep: whether the reference attends what was chosen; model_positions: how many its configuration says it knows."""
     family, layout, more = MODELS[name]
-    model, ids = build(family, **more), tokens(LENGTH)
+    model, ids = build(family, **more, max_position_embeddings=model_positions), tokens(LENGTH)
     settings = {**SMALL, **({"reach": REACH} if realigner == "bounded" else {}), **changes}
     window = {"sink": settings["sink"], "recent": settings["recent"], "block": settings["block_size"]}
     drops = policy == "streaming"
@@ -214,6 +222,12 @@ def test_a_realigned_context_is_what_one_places_by_hand(
 @pytest.mark.parametrize("name", MODELS)
 def test_a_bounded_context_is_what_one_places_by_hand(name: str) -> None:
     assert _worst(name, "archive", "bounded", (1, 2, 5, 19, 21)) < 1e-5
+
+
+@pytest.mark.parametrize("known", [2 * REACH, 2 * REACH + 1])
+def test_bounded_stays_within_the_positions_that_the_model_was_made_for(known: int) -> None:
+    assert _worst("llama", "archive", "bounded", (5,), model_positions=known, reach=3072) < 1e-5
+    assert _worst("llama", "archive", "bounded", (5,), model_positions=known - 2, reach=3072) > 0.01
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sinks and realigners: which blocks are anchors, and where a context is placed."""
 
+import attrs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,9 +55,11 @@ def contexts(draw):
     }
 
 
-@given(context=contexts(), reach=st.integers(0, 80))
-def test_bounded_keeps_distances_and_gets_no_further_than_it_may(context, reach):
+@given(context=contexts(), reach=st.integers(0, 80), known=st.none() | st.integers(1, 160))
+def test_bounded_keeps_distances_and_gets_no_further_than_it_may(context, reach, known):
+    context["moment"] = attrs.evolve(MOMENT, geometry=attrs.evolve(MOMENT.geometry, known_positions=known))
     placed, sink, recent = Bounded(reach=reach).place(**context), context["sink"], context["recent"]
+    reach = reach if known is None else min(reach, known // 2)
     begins = recent + placed.recent_shift
     assert placed.sink_shift == 0
     assert begins == max(sink + context["total"], min(recent, reach))
