@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import attrs
 
-from kvtiers import Geometry, Policy, PolicyError
+from kvtiers import Compressor, Geometry, Policy, PolicyError
 
 _LEAST_RECENT = 16
 """Steps that stay recent in the smallest size, unless the policy itself has fewer."""
@@ -62,9 +62,11 @@ def fitted(
     if not fits(of_share(0)):
         limits = [f"{tokens:,} tokens"] if tokens is not None else []
         limits += [f"{layer_bytes:,} bytes of a layer"] if layer_bytes is not None else []
+        compressor, grows = type(policy.compressor), type(policy.compressor).scaled is Compressor.scaled
+        keeps = f", or let {compressor.__name__}.scaled() make what it keeps smaller" if grows else ""
         raise PolicyError(
             f"its smallest size still needs more than {' and '.join(limits)}; lower its sink, block_size or "
-            "chunk_size, or raise the budget"
+            f"chunk_size, or raise the budget{keeps}"
         )
     most = max(_LEAST_RECENT, tokens or 2**20)
     scaled = of_share(_largest(lambda share: fits(of_share(share)), 0, most * _STEPS // _LEAST_RECENT))

@@ -15,10 +15,12 @@ ANY_SIZE = "any"
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """One policy on one text. settings: what its name stood for. tasks: those of the text. on: what it was run on."""
+    """One policy on one text. settings: what its name stood for. code: what `code_of` says of it. tasks: those of the
+    text. on: what it was run on."""
 
     policy: str
     settings: str
+    code: str
     budget: str
     tasks: str
     seed: int
@@ -48,16 +50,18 @@ class Results:
     def rows(self, jobs: Sequence[Job], budget: str) -> list[Row]:
         """What was measured of jobs under `budget`, and of other policies on the same texts.
 
-        Where a name stood for other settings before, only its newest settings count.
+        Where a name stood for other settings or other code before, only the newest count.
         """
         mine = [job for job in jobs if job.budget in (budget, ANY_SIZE)]
         known = [job for job in self._rows if job.budget in (budget, ANY_SIZE)]
-        latest = {job.policy: job.settings for job in (*known, *mine)}
+        latest = {job.policy: (job.settings, job.code) for job in (*known, *mine)}
         asked = {(job.tasks, job.seed, job.on) for job in jobs}
         others = [
             job
             for job in known
-            if (job.tasks, job.seed, job.on) in asked and job.settings == latest[job.policy] and job not in mine
+            if (job.tasks, job.seed, job.on) in asked
+            and (job.settings, job.code) == latest[job.policy]
+            and job not in mine
         ]
         return [row for job in (*mine, *others) for row in self._rows.get(job, ())]
 

@@ -35,6 +35,7 @@ from kvtiers_transformers.reading import (
 )
 from kvtiers_transformers.recall_picture import figure_class
 from kvtiers_transformers.smollm2 import load_model
+from kvtiers_transformers.source_code import code_of
 from kvtiers_transformers.tasks import ALL_TASKS, TaskText, make_text, texts
 from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
@@ -60,6 +61,7 @@ OWN_SIZE = "each at its own size"
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the results as they come, the table (Markdown, CSV) and the picture.",
 )
+@click.option("--fresh", is_flag=True, help="Measure anew what is in the folder already.")
 @click.argument("policies", nargs=-1)
 def text(
     model: str,
@@ -69,6 +71,7 @@ def text(
     seeds: int,
     budget: str | None,
     out: Path,
+    fresh: bool,
     policies: tuple[str, ...],
 ) -> None:
     """What policies remember of long texts, what that costs, and how fast they are.
@@ -76,6 +79,7 @@ def text(
     POLICIES are written `name` or `name:setting=value,...`. Caches of transformers itself are rows too:
     `transformers:dynamic`, `transformers:fp8` (8 bits), `transformers:int4` (4 bits, with optimum-quanto). What was
     measured is kept in the folder `--out`, so a comparison that was stopped goes on, and more policies can be added.
+    A policy whose code has changed since is measured anew.
     """
     wanted, specs = _tasks(tasks), tuple(dict.fromkeys(policies or POLICIES))
     chosen = {spec: _chosen(spec) for spec in specs}
@@ -95,22 +99,33 @@ def text(
     }
     on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens}"
     jobs = {
-        Job(policy=spec, settings=repr(policy), budget=label, tasks=",".join(names), seed=seed, on=on): policy
+        Job(
+            policy=spec,
+            settings=repr(policy),
+            code=code_of(policy),
+            budget=label,
+            tasks=",".join(names),
+            seed=seed,
+            on=on,
+        ): policy
         for seed in range(seeds)
         for names in texts(wanted)
         for found in at.values()
         for spec, (policy, label) in found.items()
     }
+    due = list(jobs) if fresh else [job for job in jobs if job not in results]
+    if len(due) < len(jobs):
+        console.print(f"{len(jobs) - len(due)} of {len(jobs)} texts were read before; --fresh reads them again.")
     failed: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("", total=len(jobs))
-        for number, (job, policy) in enumerate(jobs.items()):
+        bar = progress.add_task("", total=len(due))
+        for number, job in enumerate(due):
             progress.update(bar, description=f"{job.policy}, text {job.seed}")
-            if job not in results and job.policy not in failed:
+            if job.policy not in failed:
                 about = made[tuple(job.tasks.split(",")), job.seed]
                 try:
-                    results.add(job, _measure(loaded, tokenizer, policy, job, about))
+                    results.add(job, _measure(loaded, tokenizer, jobs[job], job, about))
                 except KVTiersError as error:  # the others go on
                     failed.add(job.policy)
                     console.print(f"{job.policy} is left out: {error}", markup=False)

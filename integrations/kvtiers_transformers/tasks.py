@@ -118,9 +118,15 @@ def make_text(names: Sequence[str], prose: Sequence[int], encode: Encode, *, tok
     passage = list(prose[first : first + room])
     if "chat" in names:
         return TaskText(document=_chat(planted, passage), questions=questions, planted=(), again=[])
-    depths = sorted(dice.uniform(0.02, 0.98) for _ in planted)
+    depths = sorted(dice.uniform(0.02, 0.98) for _ in planted) if len(planted) > 1 else [_alone_at(seed)]
     document, at = plant(passage, list(zip(depths, planted, strict=True)))
     return TaskText(document=document, questions=questions, planted=tuple(at), again=document[:again])
+
+
+def _alone_at(seed: int) -> float:
+    """How deep the only thing that is planted lies: in the middle of the first text, then where it lay least."""
+    golden = (5**0.5 - 1) / 2
+    return 0.02 + 0.96 * ((0.5 + seed * golden) % 1)
 
 
 def _mixed(by_task: Sequence[Sequence[list[int]]], dice: random.Random) -> list[list[int]]:

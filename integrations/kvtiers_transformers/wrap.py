@@ -321,7 +321,9 @@ def new_cache(
     core = TieredCache(
         policies,
         [
-            attrs.evolve(geometry_of(decoder, attentions[i]), dtype=model.dtype, known_positions=known_positions(config))
+            attrs.evolve(
+                geometry_of(decoder, attentions[i]), dtype=model.dtype, known_positions=known_positions(config)
+            )
             for i in tiers
         ],
         rotaries=rotaries,

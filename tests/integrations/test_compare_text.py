@@ -1,8 +1,13 @@
 """`kvtiers compare text`: tasks hide what they ask for, results are kept as they come, policies fit a budget."""
 
 import csv
+import itertools
 import json
+import linecache
 import re
+import shutil
+import sys
+from importlib import import_module, invalidate_caches
 from pathlib import Path
 
 import attrs
@@ -18,17 +23,34 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import tiny_chat
-from kvtiers import Geometry, PolicyError, policy
+from kvtiers import Blocks, Compressor, Geometry, Moment, PolicyError, policy
 from kvtiers_methods.whole_past import WholePast
 from kvtiers_transformers.budgets import fitted
 from kvtiers_transformers.compare_report import Row, interval, markdown
 from kvtiers_transformers.compare_text import text
 from kvtiers_transformers.plain_cache import PLAIN
 from kvtiers_transformers.reading import encoder
+from kvtiers_transformers.source_code import code_of
 from kvtiers_transformers.tasks import ALL_TASKS, ASKS_FOR_THE_KEY, TASKS, Question, make_text, texts
 from tiny_models import build, given, tokens
 
 GEOMETRY = Geometry(kv_heads=2, query_heads=4, head_dim=16)
+
+
+@attrs.frozen(kw_only=True)
+class AsItIs(Compressor):
+    """Keeps as much of the past whatever the size."""
+
+    rewrites = True
+
+    def age(self, blocks: Blocks, moment: Moment) -> Blocks:
+        raise NotImplementedError
+
+    def compressed_tokens(self, tokens: int) -> int:
+        return tokens
+
+    def mid_tokens(self, geometry: Geometry) -> int:
+        return 700
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +181,8 @@ def test_what_cannot_be_brought_to_a_size_says_so_and_full_stays_as_it_is() -> N
         assert fitted(policy(name), GEOMETRY, tokens=100) == policy(name)
     with pytest.raises(PolicyError, match="its smallest size still needs more than 100 tokens"):
         fitted(policy("archive"), GEOMETRY, tokens=100)
+    with pytest.raises(PolicyError, match=r"or let AsItIs\.scaled\(\) make what it keeps smaller"):
+        fitted(policy("h2o", compressor=AsItIs()), GEOMETRY, tokens=512)
 
 
 @pytest.mark.parametrize("name", ["archive", "packforcing-lm", "h2o", "infllm", "token-merging"])
@@ -202,6 +226,7 @@ def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path:
     assert attended["streaming"] <= 500 < 1400 < attended["full"]
     again = CliRunner().invoke(text, [*asked, "streaming"])
     assert path.read_text().splitlines() == kept
+    assert "4 of 4 texts were read before; --fresh reads them again." in again.output
     assert again.output.count("| transformers:dynamic |") == 1, "what was measured before is left out"
     assert (tmp_path / "out" / "picture.png").stat().st_size > 1000
     assert "| streaming |" in (tmp_path / "out" / "table.md").read_text()
@@ -224,8 +249,62 @@ def test_several_sizes_are_several_tables_and_what_attends_everything_is_measure
         [size, name] for size in ("400", "200") for name in ("transformers:dynamic", "streaming")
     ]
     assert (tmp_path / "table.md").read_text().count("| streaming |") == 2
-    one = CliRunner().invoke(text, [*asked, "--budget", "400", "transformers:dynamic"])
+    one = CliRunner().invoke(text, [*asked, "--budget", "400", "--fresh", "transformers:dynamic"])
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(lines) + 1, "--fresh reads it again"
     assert one.output.count("| streaming |") == 1, "the table of a size has rows of that size"
+
+
+OWN = """
+import attrs
+import {package}.helping
+from kvtiers_methods.h2o import H2O
+@attrs.frozen(kw_only=True)
+class Own(H2O):
+    "{said}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        ({}, False),
+        ({"said": "in other words"}, False),
+        ({"helping": "NUMBER = 3  # in other words"}, False),
+        ({"helping": "NUMBER = 4"}, True),
+        ({"more": "SIGN = -1"}, True),
+    ],
+    ids=str,
+)
+def test_results_of_a_policy_are_those_of_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], counts: bool
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def code(package: str, *, said: str = "as it is", helping: str = "NUMBER = 3", more: str = "") -> str:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "helping.py").write_text(helping)
+        (tmp_path / package / "__init__.py").write_text(OWN.format(package=package, said=said) + more)
+        invalidate_caches()
+        linecache.clearcache()
+        found = code_of(policy("h2o", compressor=import_module(package).Own()))
+        for name in (package, f"{package}.helping"):
+            del sys.modules[name]
+        shutil.rmtree(tmp_path / package)
+        return found
+
+    before = code("own_policy")
+    assert (code("own_policy", **change) != before) == counts
+    assert before != code_of(policy("h2o"))
+    assert code_of(None).startswith("transformers ")
+
+
+def test_a_thing_that_is_planted_alone_lies_in_the_middle_first_and_then_elsewhere() -> None:
+    depths = []
+    for seed in range(5):
+        made = make_text(["single"], PROSE, encode, tokens=4000, seed=seed)
+        depths.append(made.planted[0][0] / len(made.document))
+    assert depths[0] == pytest.approx(0.5, abs=0.02)
+    assert min(abs(a - b) for a, b in itertools.combinations(depths, 2)) > 0.1
 
 
 def test_a_method_that_reads_twice_compresses_before_it_is_asked(folder: Path, tmp_path: Path) -> None:
