@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import attrs
+
 from kvtiers.errors import UnknownPolicyError, suggest
 from kvtiers.geometry import Geometry
 from kvtiers.plugins import HOOKS, registry
@@ -51,9 +53,11 @@ def _settings(made: Policy) -> Iterator[str]:
 
 
 def _options(factory: Any) -> Iterator[str]:
+    types = {field.alias: field.type for field in attrs.fields(factory)} if attrs.has(factory) else {}
     for option in inspect.signature(factory).parameters.values():
         default = "no default" if option.default is option.empty else f"default {option.default!r}"
-        kind = "" if option.annotation is option.empty else f": {inspect.formatannotation(option.annotation)}"
+        found = types.get(option.name) or option.annotation  # a converter takes a field's type from the signature
+        kind = "" if found is option.empty else f": {inspect.formatannotation(found)}"
         yield f"  option {option.name}{kind}, {default}"
     with suppress(Exception):  # an option has no default, it is for video, or it fails: all else is told
         made = factory()

@@ -82,24 +82,34 @@ def wrapped(slots: Iterable[Any], wrap: Callable[[Any, str], Any], more: Iterabl
 
 
 @contextmanager
-def returning(compressor: Any) -> Iterator[None]:
-    """Raise `AssertionError` if `age` returns None at every call, and the compressor does not say that it drops."""
+def compressing(compressor: Any, *, often: bool) -> Iterator[None]:
+    """Raise `AssertionError` if what `age` or `rewrite` makes shows, over all calls, that little was checked.
+
+    It is so if `age` returned None at every call and the compressor does not say that it drops, or if no call left out
+    a token and it does not say that it keeps. often: whether there are so many calls that one would have.
+    """
     kept: list[bool] = []
+    left: list[bool] = []
 
     def noted(original: Any, method: str) -> Any:
-        def call(*args: Any, **named: Any) -> Any:
-            made = original(*args, **named)
+        def call(slot: Any, blocks: Blocks, *args: Any, **named: Any) -> Any:
+            made = original(slot, blocks, *args, **named)
+            given = sum(x.count * x.tokens for x in (blocks, *args) if isinstance(x, Blocks))
             kept.append(made is not None)
+            left.append(not isinstance(made, Blocks) or made.count * made.tokens < given)
             return made
 
-        return call if method == "age" else original
+        return call if method in ("age", "rewrite") else original
 
     with wrapped([compressor], noted):
         yield
-    who = f"{type(compressor).__name__}.age()"
+    name, method = type(compressor).__name__, "rewrite" if compressor.rewrites else "age"
     silent = bool(kept) and not any(kept) and not compressor.drops
     advice = "return what they become, or say drops = True"
-    require(not silent, 1, f"{who} returned None at every call, which drops the blocks; {advice}")
+    require(not silent, 1, f"{name}.{method}() returned None at every call, which drops the blocks; {advice}")
+    whole = often and bool(left) and not any(left) and not (compressor.keeps or compressor.given)
+    raised = f"{name}.{method}() left every token at every call, so that nothing was compressed and little was checked"
+    require(not whole, 1, f"{raised}; check one that leaves a few, as lambda: {name}(...), or say keeps = True")
 
 
 class Calls:

@@ -19,8 +19,10 @@ _LONGEST = 60
 _NAME = re.compile("[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
-def write_package(slot: str, name: str, into: Path) -> Path:
+def write_package(slot: str, name: str, into: Path, *, whole_past: bool = False) -> Path:
     """Write the package `kvtiers-NAME` into the folder `into`, and return its folder.
+
+    whole_past: of a compressor, whether it chooses among all tokens that ever left recent, and not within a block.
 
     Raises `PolicyError` for a name that cannot be one, or whose folder is there already. Nothing is overwritten.
     """
@@ -36,7 +38,11 @@ def write_package(slot: str, name: str, into: Path) -> Path:
     folder = into / f"kvtiers-{name}"
     if folder.exists():
         raise PolicyError(f"{folder} is there already; choose another name, or remove it")
-    usage, code, own_test = (_TEMPLATES / f"{KINDS[slot]}.txt").read_text(encoding="utf-8").split("---\n")
+    if whole_past and slot != "compressor":
+        raise PolicyError(f"--whole-past is for a compressor, got a {slot}")
+    template = "whole_past" if whole_past else KINDS[slot]
+    head, code, own_test = (_TEMPLATES / f"{template}.txt").read_text(encoding="utf-8").split("---\n")
+    said = dict(line.split(": ", 1) for line in head.splitlines())
     words = {
         "slot": slot,
         "kind": KINDS[slot],
@@ -47,8 +53,11 @@ def write_package(slot: str, name: str, into: Path) -> Path:
     }
 
     filled = partial(_filled, words)
-    words |= {"usage": filled(usage.removeprefix("usage: ").strip()), "own_test": filled(own_test)}
+    words |= {"usage": filled(said["usage"]), "own_test": filled(own_test)}
+    words["factory"] = f"lambda: {class_name}({said['few']})" if "few" in said else class_name
+    words["row"] = name if "few" in said else words["usage"].replace('"', "").replace(", ", ":", 1).replace(" ", "")
     words["torch"] = "import torch\n" if "torch." in own_test else ""
+    words["itertools"] = "import itertools\n\n" if "itertools." in own_test else ""
     test = f"tests/test_{module.removeprefix('kvtiers_')}.py"
     files = {f"{module}.py": filled(code)} | {
         path: filled((_TEMPLATES / f"{template}.txt").read_text(encoding="utf-8"))

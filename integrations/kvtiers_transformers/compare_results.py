@@ -26,6 +26,11 @@ class Job:
     seed: int
     on: str
 
+    @property
+    def made_of(self) -> tuple[str, str]:
+        """What a policy was whose name may have stood for others before."""
+        return self.settings, self.code
+
 
 class Results:
     """What was measured, in a file of one JSON line a text. A line that was not written whole is left out."""
@@ -54,7 +59,7 @@ class Results:
         """
         mine = [job for job in jobs if job.budget in (budget, ANY_SIZE)]
         known = [job for job in self._rows if job.budget in (budget, ANY_SIZE)]
-        latest = {job.policy: (job.settings, job.code) for job in (*known, *mine)}
+        latest = {job.policy: job.made_of for job in (*known, *mine)}
         asked = {(job.tasks, job.seed, job.on) for job in jobs}
         others = [
             job

@@ -19,8 +19,8 @@ _NOT_LOOKED_INTO = ("kvtiers", "builtins", "abc", "typing", "torch", "attr", "at
 def code_of(policy: Policy | None) -> str:
     """A hash of the modules that define the choices of `policy`, and of those of their packages that they use.
 
-    Comments and docstrings do not count. The version of kvtiers stands for its core; for a cache of transformers (None),
-    the version of transformers for all.
+    Comments and docstrings do not count. The version of kvtiers stands for its core. A cache of transformers (None) is
+    named by the version of transformers.
     """
     if policy is None:
         return f"transformers {transformers.__version__}"
@@ -33,9 +33,10 @@ def code_of(policy: Policy | None) -> str:
             continue
         module = sys.modules[name]
         found[name] = _bare(module)
-        used = (value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-                for value in vars(module).values())  # fmt: skip
-        waiting += [other for other in used if isinstance(other, str) and _package(other) == _package(name)]
+        for value in vars(module).values():
+            used = value if isinstance(value, ModuleType) else inspect.getmodule(value)
+            if used is not None and _package(used.__name__) == _package(name):
+                waiting.append(used.__name__)
     whole = "\n".join(f"{name}\n{found[name]}" for name in sorted(found))
     return f"kvtiers {kvtiers.__version__} {sha256(whole.encode()).hexdigest()[:12]}"
 

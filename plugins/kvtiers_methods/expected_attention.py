@@ -14,9 +14,8 @@ import torch
 from attrs import validators as v
 from torch import Tensor
 
-from kvtiers.blocks import Blocks
 from kvtiers.slots import Moment
-from kvtiers_methods.whole_past import Past, WholePast, best, fraction, seen_from, unrotated_queries
+from kvtiers_methods.whole_past import Past, WholePast, fraction, seen_from, unrotated_queries
 
 
 @attrs.frozen(kw_only=True)
@@ -32,12 +31,7 @@ class ExpectedAttention(WholePast):
     epsilon: float = fraction(0.0, v.ge(0))
     attention: ClassVar[None] = None
 
-    def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
-        past = Past.of(leaving, mid)
-        return past.block(best(self.scores(past, moment), self.most), close_up=self.close_up)
-
     def scores(self, past: Past, moment: Moment) -> Tensor:
-        """How much each token matters, [batch, kv_heads, tokens]."""
         queries = unrotated_queries(past, moment)
         mean = queries.mean(3)
         apart = queries - mean[:, :, :, None]

@@ -9,9 +9,8 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvtiers.blocks import Blocks
 from kvtiers.slots import Attention, Moment
-from kvtiers_methods.whole_past import Past, WholePast, best
+from kvtiers_methods.whole_past import Past, WholePast
 
 
 @attrs.frozen(kw_only=True)
@@ -20,10 +19,5 @@ class H2O(WholePast):
 
     attention: ClassVar[Attention | None] = "sum"
 
-    def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
-        past = Past.of(leaving, mid)
-        return past.block(best(self.scores(past), self.most), close_up=self.close_up)
-
-    def scores(self, past: Past) -> Tensor:
-        """How much each token matters, [batch, kv_heads, tokens]."""
+    def scores(self, past: Past, moment: Moment) -> Tensor:
         return past.mass()

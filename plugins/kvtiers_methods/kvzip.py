@@ -46,7 +46,7 @@ class KVzip(WholePast):
 
     def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
         past = Past.of(leaving, mid)
-        scores, count = self.scores(past), past.keys.shape[2]
+        scores, count = self.scores(past, moment), past.keys.shape[2]
         repeated = mid is not None and mid.attention is not None and bool(mid.attention.any())
         if not repeated and count > self.longest:
             raise PolicyError(f"a context of {count} tokens is more than longest = {self.longest}; raise it")
@@ -67,8 +67,8 @@ class KVzip(WholePast):
         prompt = context.new_tensor([encode(_PROMPT)]).expand(context.shape[0], -1)
         reconstruct(cache, read, context, prompt)
 
-    def scores(self, past: Past) -> Tensor:
-        """How much each token matters, [batch, kv_heads, tokens]. What leaves now was not repeated, and stays."""
+    def scores(self, past: Past, moment: Moment) -> Tensor:
+        """What leaves now was not repeated, and stays."""
         found = past.noted().amax(2) + past.bias
         stays = torch.zeros_like(found)
         stays[..., -past.leaving.count * past.leaving.tokens :] = 2  # more than any attention

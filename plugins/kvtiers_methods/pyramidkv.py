@@ -7,11 +7,8 @@ of the mean. Deviations: those of `snapkv`.
 import attrs
 from attrs import validators as v
 
-from kvtiers.blocks import Blocks
 from kvtiers.geometry import Geometry
-from kvtiers.slots import Moment
 from kvtiers_methods.snapkv import SnapKV
-from kvtiers_methods.whole_past import Past, best
 
 
 @attrs.frozen(kw_only=True)
@@ -24,12 +21,7 @@ class PyramidKV(SnapKV):
     layers: int = attrs.field(default=32, validator=[v.instance_of(int), v.ge(1)])
     beta: int = attrs.field(default=20, validator=[v.instance_of(int), v.ge(1)])
 
-    def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
-        past = Past.of(leaving, mid)
-        return past.block(best(self.scores(past), self.budget(moment.layer)), close_up=self.close_up)
-
     def budget(self, layer: int) -> int:
-        """How many tokens a layer keeps."""
         if self.layers == 1:
             return self.most
         top = self.most / self.beta

@@ -13,13 +13,12 @@ from attrs import validators as v
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from kvtiers.slots import Attention
-from kvtiers_methods.h2o import H2O
-from kvtiers_methods.whole_past import Past
+from kvtiers.slots import Attention, Moment
+from kvtiers_methods.whole_past import Past, WholePast
 
 
 @attrs.frozen(kw_only=True)
-class SnapKV(H2O):
+class SnapKV(WholePast):
     """Each KV head keeps the `most` tokens that the latest queries attend most, after pooling.
 
     window: how many of the latest queries are looked at. pool: over so many neighbouring tokens the mean is taken; odd.
@@ -34,5 +33,5 @@ class SnapKV(H2O):
         if value % 2 == 0:
             raise ValueError(f"'pool' must be odd, so that a token lies in the middle, got {value}")
 
-    def scores(self, past: Past) -> Tensor:
+    def scores(self, past: Past, moment: Moment) -> Tensor:
         return avg_pool1d(past.mass(), self.pool, 1, self.pool // 2)

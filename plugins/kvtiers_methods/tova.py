@@ -9,18 +9,17 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kvtiers.slots import Attention
-from kvtiers_methods.h2o import H2O
-from kvtiers_methods.whole_past import Past
+from kvtiers.slots import Attention, Moment
+from kvtiers_methods.whole_past import Past, WholePast
 
 
 @attrs.frozen(kw_only=True)
-class TOVA(H2O):
+class TOVA(WholePast):
     """A layer keeps the `most` tokens that its newest query attends most, in the mean over all heads."""
 
     attention: ClassVar[Attention | None] = "latest"
     window: ClassVar[int] = 1
 
-    def scores(self, past: Past) -> Tensor:
+    def scores(self, past: Past, moment: Moment) -> Tensor:
         mass = past.mass()
         return mass.mean(1, keepdim=True).expand_as(mass)

@@ -16,10 +16,9 @@ import torch
 from attrs import validators as v
 from torch import Tensor
 
-from kvtiers.blocks import Blocks
 from kvtiers.rotary import Rotary
 from kvtiers.slots import Moment
-from kvtiers_methods.whole_past import Past, WholePast, best, seen_from, unrotated_queries
+from kvtiers_methods.whole_past import Past, WholePast, seen_from, unrotated_queries
 
 
 @attrs.frozen(kw_only=True)
@@ -33,12 +32,7 @@ class TriAttention(WholePast):
     farthest: int = attrs.field(default=65536, validator=[v.instance_of(int), v.ge(1)])
     attention: ClassVar[None] = None
 
-    def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
-        past = Past.of(leaving, mid)
-        return past.block(best(self.scores(past, moment), self.most), close_up=self.close_up)
-
     def scores(self, past: Past, moment: Moment) -> Tensor:
-        """How much each token matters, [batch, kv_heads, tokens]."""
         queries, rotary = unrotated_queries(past, moment), moment.rotary
         center = queries.mean(3)
         distances = 2.0 ** torch.arange(self.farthest.bit_length(), dtype=torch.float64, device=moment.device)

@@ -98,7 +98,7 @@ class Past:
 
 @attrs.frozen(kw_only=True)
 class WholePast(Compressor):
-    """Of all that ever left recent, at most `most` tokens of each KV head stay.
+    """Of all that ever left recent, at most `most` tokens of each KV head stay: those with the highest `scores`.
 
     close_up: they are placed side by side, under a realigner that closes up; else where they were.
     """
@@ -109,6 +109,18 @@ class WholePast(Compressor):
 
     def scaled(self, share: float) -> Compressor:
         return attrs.evolve(self, most=max(1, round(self.most * share)))
+
+    def scores(self, past: Past, moment: Moment) -> Float[Tensor, "batch kv_heads tokens"]:
+        """How much each token matters; minus infinity where `past.bias` is. A method says it here, or in `rewrite`."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither scores() nor rewrite()")
+
+    def budget(self, layer: int) -> int:
+        """How many tokens a KV head of a layer keeps."""
+        return self.most
+
+    def rewrite(self, leaving: Blocks, mid: Blocks | None, moment: Moment) -> Blocks | None:
+        past = Past.of(leaving, mid)
+        return past.block(best(self.scores(past, moment), self.budget(moment.layer)), close_up=self.close_up)
 
     def age(self, blocks: Blocks, moment: Moment) -> Blocks | None:
         raise PolicyError(f"{type(self).__name__} rewrites all of mid; it does not age blocks")

@@ -13,10 +13,14 @@ from kvtiers.scaffold import KINDS, write_package
 
 
 @pytest.mark.parametrize(
-    "slot", ["compressor", *(pytest.param(slot, marks=pytest.mark.slow) for slot in KINDS if slot != "compressor")]
+    ("slot", "more"),
+    [
+        ("compressor", ["--whole-past"]),
+        *(pytest.param(slot, [], marks=pytest.mark.slow) for slot in KINDS),
+    ],
 )
-def test_the_tests_of_a_new_package_pass_as_it_is_written(slot, tmp_path):
-    done = CliRunner().invoke(main, ["new", slot, f"my-own-{slot}", "--into", str(tmp_path)])
+def test_the_tests_of_a_new_package_pass_as_it_is_written(slot, more, tmp_path):
+    done = CliRunner().invoke(main, ["new", slot, f"my-own-{slot}", "--into", str(tmp_path), *more])
     assert done.exit_code == 0, done.output
     folder = tmp_path / f"kvtiers-my-own-{slot}"
     assert str(folder) in done.output
@@ -62,6 +66,11 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PolicyError, match="cannot be written"):
         write_package("codec", "mine", tmp_path / "file" / "within")
+
+
+def test_only_a_compressor_chooses_among_the_whole_past(tmp_path):
+    with pytest.raises(PolicyError, match="--whole-past is for a compressor, got a codec"):
+        write_package("codec", "mine", tmp_path, whole_past=True)
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -951,7 +951,10 @@ def test_the_code_in_contributing_runs_and_keeps_the_invariants():
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for block in blocks:
         exec(block, space)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    check_compressor(lambda: space["SmallKeys"](most=5), examples=EXAMPLES)
+    geometry = Geometry(kv_heads=1, head_dim=4)
+    assert space["small_keys"]().bound(geometry) == policy("h2o").bound(geometry)
     check_compressor(space["ValueNorm"], examples=EXAMPLES)
     made = policy("archive", retriever=space["MeanKey"](), codec=space["BFloat16"]())
     assert (type(made.retriever).__name__, made.codec.exact) == ("MeanKey", False)
@@ -971,6 +974,11 @@ def test_a_strangers_plugin_in_the_environment_is_drawn_by_no_check_and_no_strat
         assert "broken" in registry().names("compressor")
         assert "broken" not in names.__wrapped__("compressor")
         check_realigner(Twice, examples=EXAMPLES)
+
+
+def test_a_compressor_that_is_too_large_to_be_checked_is_told_so():
+    with pytest.raises(AssertionError, match=r"Latest.rewrite\(\) left every token at every call, so that nothing was"):
+        check_compressor(lambda: Latest(most=10_000))
 
 
 def test_a_compressor_that_forgets_to_return_is_told_so():
