@@ -36,8 +36,8 @@ class Blocks:
     rotated: the keys rotated to their original positions, if known.
     attention: how much each token was attended, by query head, for a compressor or a retriever that asks (`attention`).
     bias: added to a token's logits: log n where it stands for n tokens, -inf where there is none. None means 0.
-    offsets_differ: a compressor sets it if tokens lie otherwise in other blocks, rows or heads, which the shape of a
-        single block of a single row and head cannot show.
+    offsets_differ: a compressor sets it if offsets may differ between blocks, rows or heads. Their shape cannot say so
+        when there is only one block, row and head.
     """
 
     keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]

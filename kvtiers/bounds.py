@@ -125,10 +125,10 @@ class Bounds:
         return {form: self.block_tokens(geometry, form) for form in forms}
 
     def unrotated_slots(self, geometry: Geometry) -> int:
-        """Slots of unrotated keys: of the tokens that may be rotated again, or archived, once they are not current.
+        """Slots of the buffer of unrotated keys. It holds recent and current tokens, which are rotated or archived later.
 
-        Where blocks leave without their keys, those that leave at the next commit are not needed, so that what is held
-        then is what stays recent.
+        If nobody reads the keys of a block that leaves recent, the blocks that leave at the next commit give their
+        slots to the current block.
         """
         if not self.realigner.rotates or self.bound(geometry) is None:
             return 0

@@ -39,9 +39,10 @@ class History(State):
     count: int = number(0)
     """How many blocks are archived."""
     spans: tuple[int, ...] = number(())
-    """The steps of the blocks of other than the greatest length, ascending, where there are such blocks."""
+    """The length in steps of each block that is shorter than `longest`, ascending."""
     compressed_spans: tuple[int, ...] = number(())
-    """The steps at which all blocks in compressed form count, ascending, if any count otherwise than in full."""
+    """How many steps each block's compressed form spans when it is placed, ascending. Empty while all span what the block
+    does."""
     table: Growing = part(factory=lambda: Growing(0))
     """[blocks, 3]: the first step of each block, the steps that it spans, and those at which its compressed form counts
     when it is placed."""
@@ -88,7 +89,8 @@ class History(State):
         for parts in encoded.values():
             who, lead = called(self.layer, codec, "encode"), self.wide
             check_encoded(who, parts, (*lead, digested.count))
-        count, placed = next(iter(forms.values())).count, kept["compressed"].span if "compressed" in kept else span
+        count = next(iter(forms.values())).count
+        compressed_span = kept["compressed"].span if "compressed" in kept else span
         digest = self._digested(digested, moment)
         starts = first + span * torch.arange(count, device=moment.device)
         try:
@@ -102,14 +104,14 @@ class History(State):
                 self.tokens[form].append(blocks, self.count, alike=alike)
             if digest is not None:
                 self.digests.append(digest)
-            steps = (torch.full_like(starts, span), torch.full_like(starts, placed))
+            steps = (torch.full_like(starts, span), torch.full_like(starts, compressed_span))
             self.table.append(torch.stack([starts, *steps], 1))
         except BaseException:
             self._truncate()
             raise
-        if placed != span or self.compressed_spans:
+        if compressed_span != span or self.compressed_spans:
             before = self.compressed_spans or (*self.spans, *[self.longest] * (self.count - len(self.spans)))
-            self.compressed_spans = tuple(sorted((*before, *[placed] * count)))
+            self.compressed_spans = tuple(sorted((*before, *[compressed_span] * count)))
         shorter = () if span == self.longest else (span,) * count
         self.count, self.spans = self.count + count, tuple(sorted((*self.spans, *shorter))) if shorter else self.spans
         return {form: sum(x.nbytes for x in parts.values()) for form, parts in encoded.items()}

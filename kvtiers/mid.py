@@ -46,6 +46,7 @@ class HeldBlocks(State):
     bias: Tensor | None = broadcast()
     attention: Tensor | None = rows()
     span: int = number(0)
+    offsets_differ: bool = number(False)
 
     @staticmethod
     def of(blocks: Blocks) -> "HeldBlocks":

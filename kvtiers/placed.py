@@ -41,7 +41,7 @@ class Placed(State):
     waiting: bool = number(False)
     """Whether the current keys wait, unrotated, for the selection."""
     needed: int | None = number(None)
-    """How many recent tokens' unrotated keys are needed beside those of the current ones. None: all."""
+    """How many recent tokens keep their unrotated keys when current tokens are written. None: all of them."""
 
     @staticmethod
     def of(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer: int) -> "Placed":
@@ -159,9 +159,9 @@ class Placed(State):
         return keys, self.turned(keys, first), values
 
     def _keep(self, keys: Tensor, sink: int) -> None:
-        """Keep unrotated what may be rotated again, or archived, once it is not current; the first `sink` are anchors.
+        """Append the unrotated keys of new tokens, of which the first `sink` are anchors.
 
-        Of recent, as many tokens as are `needed` beside.
+        Recent first gives up the keys beyond `needed`. Anchors are kept only if they are rotated anew.
         """
         window = self.unrotated
         if window is None:

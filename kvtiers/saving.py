@@ -24,7 +24,7 @@ from kvtiers.presets import describe
 from kvtiers.rotary import Rotary
 from kvtiers.rows import LayerRows, RowGroup
 
-FORMAT = "kvtiers-cache-3"
+FORMAT = "kvtiers-cache-4"
 
 
 def save(

@@ -69,8 +69,8 @@ class Compressor(ABC):
     given: ClassVar[bool] = False
     """True if the compressed form comes with the block, in `commit(compressed=...)`; then `age` is not called."""
     alike: ClassVar[bool] = False
-    """True if the tokens of every block that it makes lie alike, for all rows and heads, and have no bias, as long as
-    the blocks that it is given are of one length. Then nothing need be noted of each block, and no bound counts it."""
+    """True if, from blocks of one length, it makes tokens at the same offsets in every block, row and head, without a
+    bias. The cache then stores these offsets once for all blocks."""
     rewrites: ClassVar[bool] = False
     """True if `rewrite` makes all of mid anew whenever blocks leave recent; then nothing is archived or retrieved."""
 

@@ -49,8 +49,7 @@ __all__ = [
     "selection",
 ]  # fmt: skip
 Declared = Callable[[Tensor, Tensor], Tensor]
-_OFTEN = 20
-"""Of so many examples, at least one has blocks of more tokens than two."""
+_OFTEN = 20  # of so many examples, one has longer blocks than of two tokens
 
 
 # ---------------------------------------------------------------------- what an author calls

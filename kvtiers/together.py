@@ -54,7 +54,7 @@ class Joined:
 
 @attrs.frozen(eq=False)
 class SharedBuffer:
-    """What the layers of a batch's groups share. order: which row of the batch each row here is; None: the same one."""
+    """One buffer for the windows of all row groups. order: row i of it is row `order[i]` of the batch (None: row i)."""
 
     rotated: Joined
     unrotated: Joined | None

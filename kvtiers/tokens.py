@@ -29,7 +29,9 @@ class TokenTable(State):
     """[batch, kv_heads, blocks, tokens], from the first block on that has one."""
 
     def append(self, blocks: Blocks, count: int, *, alike: bool) -> None:
-        """Note `blocks`, which come behind `count` others; `alike` if their tokens may lie as those of all others.
+        """Record where the tokens of `blocks` lie, and their bias; `count` blocks are recorded already.
+
+        alike: these tokens may lie at the same offsets as those of every other block.
 
         After an error, `truncate` brings back what was held.
         """

@@ -28,6 +28,7 @@ class Watched(State):
 
     kind: Attention | None = None
     size: int = 0
+    query_heads: int = 1
     committed: Tensor | None = rows()
     """The latest queries of history, [batch, query_heads, <= size, head_dim]."""
     fresh: Tensor | None = rows()
@@ -38,7 +39,8 @@ class Watched(State):
     @staticmethod
     def of(policy: Policy, geometry: Geometry) -> "Watched":
         """What the slots of `policy` ask for."""
-        return Watched(kind=policy.attention, size=policy.compressor.window_queries(geometry))
+        size = policy.compressor.window_queries(geometry)
+        return Watched(kind=policy.attention, size=size, query_heads=geometry.query_heads)
 
     @property
     def counts(self) -> bool:
@@ -95,7 +97,7 @@ class Watched(State):
             got = window.view("attention", where)[..., 0].clone()
         elif placed is None:
             keys = window.planes["rotated"]
-            return None, keys.new_zeros(keys.shape[0], keys.shape[1], tokens, dtype=torch.float32)
+            return None, keys.new_zeros(keys.shape[0], self.query_heads, tokens, dtype=torch.float32)
         else:
             parts = [slice(window.sink_slot, window.sink_slot + window.sink), slice(window.head - first, window.tail)]
             shares = attention(placed, window, parts, None if stop is None else _later(window, placed, stop)).sum(2)

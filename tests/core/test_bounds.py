@@ -117,6 +117,23 @@ def test_the_bias_of_a_form_that_is_given_is_counted(per_head):
     assert "bias" in layer.window.planes
 
 
+def test_forms_that_are_given_lie_where_each_says_though_there_is_one_row_and_head():
+    found = attrs.evolve(policy("packforcing", archive="host", top_k=3, retriever="recency"), compressor=Given())
+    geometry, every = Geometry(kv_heads=1, head_dim=12, grid=(4, 4), steps_per_commit=4, causal=False), []
+    layer = Layer(policy=found, geometry=geometry, rotary=Rotary([torch.ones(2)] * 3, layout="interleaved"))
+    for number in range(12):
+        tokens = torch.randn(1, 1, 64, 12)
+        layer.write(tokens, tokens)
+        layer.select(None)
+        every.append(torch.rand(1, 1, 1, 3, 3))
+        small, starts = torch.randn(1, 1, 1, 3, 12), torch.tensor([4 * number])
+        layer.commit(Blocks(keys=small, values=small, offsets=every[-1], starts=starts, span=4, offsets_differ=True))
+    held = layer.history.tokens["compressed"].offsets
+    assert held is not None
+    first = (layer.timeline.sink + 3) // 4
+    assert torch.equal(held.data, torch.cat(every[first : first + layer.history.count], 2))
+
+
 @attrs.frozen
 class Given(Compressor):
     given: ClassVar[bool] = True

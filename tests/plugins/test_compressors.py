@@ -267,6 +267,18 @@ def test_blocks_come_with_the_attention_that_their_tokens_got_over_the_real_cont
         assert torch.allclose(attention.double(), expected[first], atol=1e-5)
 
 
+def test_without_a_query_every_query_head_gave_nothing():
+    compressor = Noting()
+    layer = layer_of(compressor, sink=0, recent=2, block_size=2)
+    for _ in range(4):
+        keys = torch.randn(2, 2, 2, 4)
+        layer.write(keys, keys)
+        layer.select(None)
+    assert compressor.noted
+    for attention in compressor.noted.values():
+        assert torch.equal(attention, torch.zeros(2, 4, 2))
+
+
 def cells(stop, count):
     """Every row, query head and one of the `count` steps before `stop`."""
     return [(row, head, step) for row in range(2) for head in range(4) for step in range(max(0, stop - count), stop)]
