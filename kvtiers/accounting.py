@@ -36,13 +36,9 @@ def memory_usage_of(layers: Iterable[Layer]) -> list[MemoryUsage]:
             _split(window, layer.current, total)
         history = layer.history
         held = [part for held in (*history.waiting.values(), history.rewritten) if held for part in held.tensors()]
-        waiting |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held}
-        parts = [
-            *history.tensors(),
-            *layer.watched.tensors(),
-            *(layer.placed.mid.tensors() if layer.placed.mid else ()),
-        ]
-        small |= _storages(part for part in parts if part.untyped_storage().data_ptr() not in waiting)
+        waiting |= _storages(held)
+        planes = _storages(plane for window in layer.placed.windows() for plane in window.planes.values())
+        small |= {at: size for at, size in _storages(layer.tensors()).items() if at not in waiting and at not in planes}
         stores += history.stores.values()
     for location, size in bytes_by_location(stores).items():
         total["mid", location] += size

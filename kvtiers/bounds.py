@@ -125,7 +125,7 @@ class Bounds:
         return {form: self.block_tokens(geometry, form) for form in forms}
 
     def unrotated_slots(self, geometry: Geometry) -> int:
-        """Slots of the buffer of unrotated keys. It holds recent and current tokens, which are rotated or archived later.
+        """Slots of the buffer of unrotated keys: of recent and current tokens, which are rotated or archived later.
 
         If nobody reads the keys of a block that leaves recent, the blocks that leave at the next commit give their
         slots to the current block.

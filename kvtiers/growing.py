@@ -95,13 +95,6 @@ class Growing(State):
         """A copy that shares the memory until one side appends."""
         return self._with(self._storage)
 
-    def snapshot(self) -> dict[str, Any]:
-        return {"length": self.length, "storage": self._storage}
-
-    def undo(self, before: Mapping[str, Any]) -> None:
-        self.length = before["length"]
-        self._hold(before["storage"])
-
     def tensors(self) -> Iterator[Tensor]:
         if self._storage is not None:
             yield self._storage.tensor

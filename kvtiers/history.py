@@ -41,8 +41,8 @@ class History(State):
     spans: tuple[int, ...] = number(())
     """The length in steps of each block that is shorter than `longest`, ascending."""
     compressed_spans: tuple[int, ...] = number(())
-    """How many steps each block's compressed form spans when it is placed, ascending. Empty while all span what the block
-    does."""
+    """How many steps each block's compressed form spans when it is placed, ascending. Empty while all span what their
+    block does."""
     table: Growing = part(factory=lambda: Growing(0))
     """[blocks, 3]: the first step of each block, the steps that it spans, and those at which its compressed form counts
     when it is placed."""

@@ -85,9 +85,7 @@ def entries(
     table: Float[Tensor, "batch kv_heads blocks *block"], index: Int[Tensor, "#batch #kv_heads chosen"]
 ) -> Tensor:
     """The entries of the chosen blocks of every row and head."""
-    at = index.expand(*table.shape[:2], -1)
-    lead = at.view(*at.shape, *(1 for _ in table.shape[3:])).expand(*at.shape, *table.shape[3:])
-    return table.gather(2, lead)
+    return table.take_along_dim(index.view(*index.shape, *(1 for _ in table.shape[3:])), 2)
 
 
 def merged(chosen: Fetched, further: Fetched, selection: Selection) -> Fetched:
@@ -101,6 +99,7 @@ def merged(chosen: Fetched, further: Fetched, selection: Selection) -> Fetched:
     each = torch.tensor(sizes, device=index.device).repeat_interleave(torch.tensor(counts, device=index.device))
     owner = rank.repeat_interleave(each, dim=-1)
     at = owner.argsort(dim=-1, stable=True)
+    token = at[..., None]
     lead = index.shape[:2]
     offsets = torch.cat([part.where.offsets.expand(*lead, -1, -1) for part in both], 2)
     starts = torch.cat([part.where.starts.expand(*lead, -1) for part in both], -1).gather(-1, order)
@@ -110,15 +109,12 @@ def merged(chosen: Fetched, further: Fetched, selection: Selection) -> Fetched:
                  for part in both]  # fmt: skip
         bias = torch.cat(parts, -1).gather(-1, at)
     return Fetched(
-        keys=_along_tokens(torch.cat([part.keys for part in both], 2), at),
-        values=_along_tokens(torch.cat([part.values for part in both], 2), at),
+        keys=torch.cat([part.keys for part in both], 2).take_along_dim(token, 2),
+        values=torch.cat([part.values for part in both], 2).take_along_dim(token, 2),
         bias=bias,
-        where=MidTokens(offsets=_along_tokens(offsets, at), starts=starts, placed=starts, owner=owner.gather(-1, at)),
+        where=MidTokens(
+            offsets=offsets.take_along_dim(token, 2), starts=starts, placed=starts, owner=owner.gather(-1, at)
+        ),
         spans=torch.cat([part.spans.expand(*lead, -1) for part in both], -1).gather(-1, order),
         total=chosen.total + further.total,
     )
-
-
-def _along_tokens(x: Float[Tensor, "batch kv_heads tokens width"], at: Int[Tensor, "batch kv_heads tokens"]) -> Tensor:
-    """Reorder tokens, for every row and head on its own."""
-    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -10,21 +10,12 @@ from typing import Any
 
 import attrs
 
-from kvtiers.archive import Archive, Codec
 from kvtiers.errors import PluginError, PolicyError, SlotError, explain, suggest
 from kvtiers.plugins import Registry, registry
 from kvtiers.policy import SLOTS, Policy
-from kvtiers.slots import Compressor, Realigner, Retriever, Sink
 
-KINDS: Mapping[str, type] = {
-    "policy": Policy,
-    "sinks": Sink,
-    "compressor": Compressor,
-    "retriever": Retriever,
-    "realigner": Realigner,
-    "archive": Archive,
-    "codec": Codec,
-}
+_SLOT_FIELDS = [getattr(attrs.fields(Policy), slot) for slot in SLOTS]
+KINDS: Mapping[str, type] = {"policy": Policy, **{field.name: field.type for field in _SLOT_FIELDS}}
 _FIELDS = tuple(field.name for field in attrs.fields(Policy))
 _DEFAULTS = {field.name: None if field.metadata.get("optional") else field.default for field in attrs.fields(Policy)}
 

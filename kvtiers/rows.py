@@ -21,15 +21,9 @@ class PaddingPattern:
 
     def __init__(self, valid: Bool[Tensor, "batch steps"]) -> None:
         host = valid.cpu()
-        patterns: dict[bytes, int] = {}
-        self.pattern_of_row: list[int] = []
-        self.columns: list[Tensor] = []
-        for row in host:
-            key = bytes(row.tolist())
-            if key not in patterns:
-                patterns[key] = len(patterns)
-                self.columns.append(row.nonzero()[:, 0].to(valid.device))
-            self.pattern_of_row.append(patterns[key])
+        patterns, pattern_of_row = host.unique(dim=0, return_inverse=True)
+        self.pattern_of_row: list[int] = pattern_of_row.tolist()
+        self.columns: list[Tensor] = [pattern.nonzero()[:, 0].to(valid.device) for pattern in patterns]
         self.tokens = int(host.sum())
         """Real tokens of all rows."""
 
@@ -180,8 +174,7 @@ class LayerRows:
         """
         layers, shared = self.layers(), self.groups[0].shared
         if shared is None or not shared.holds(layers):
-            shared = SharedBuffer.of(layers, [group.numbers() for group in self.groups])
-            self.groups = tuple(attrs.evolve(group, shared=shared) for group in self.groups)
+            shared = self._joined(layers)
         query, keys, values = (of_rows(x, shared.order) for x in (query, keys, values))
         shared.write(layers, keys, values)
         shared.select(layers, query)
@@ -192,10 +185,15 @@ class LayerRows:
                 yield Chunk(rows=group.rows, columns=slice(0, 1), query=placed, context=context)
             return
         if not shared.holds(layers, room=0):  # mid outgrew the buffer
-            shared = SharedBuffer.of(layers, [group.numbers() for group in self.groups])
-            self.groups = tuple(attrs.evolve(group, shared=shared) for group in self.groups)
+            shared = self._joined(layers)
         placed = turned(layers, query, [layer.committed_steps for layer in layers])
         yield Chunk(rows=shared.order, columns=slice(0, 1), query=placed, context=shared.context(layers))
+
+    def _joined(self, layers: list[Layer]) -> SharedBuffer:
+        """All groups, moved into one buffer."""
+        shared = SharedBuffer.of(layers, [group.numbers() for group in self.groups])
+        self.groups = tuple(attrs.evolve(group, shared=shared) for group in self.groups)
+        return shared
 
     def check_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Raise `GeometryError` unless `rows` names rows that are here. Rows on a GPU are looked at only if parted."""

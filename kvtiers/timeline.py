@@ -82,18 +82,10 @@ class Timeline:
 
     def layout(self, steps: int) -> list[tuple[Extent, Tier]]:
         """Every block of the first `steps` steps with its tier, in order; they tile 0..steps."""
-        if self.cuts is not None:
-            ends = [cut for cut in self.cuts if cut <= steps]
-        else:
-            first = min(self.sink, steps)
-            ends = [*([first] if first else []), *range(first + self.block_size, steps + 1, self.block_size)]
-            if self.start > self.sink:  # what came before a block that was cut short
-                before = [*range(first + self.block_size, self.start, self.block_size), self.start]
-                after = range(self.start + self.block_size, steps + 1, self.block_size)
-                ends = [end for end in [*([first] if first else []), *before, *after] if end <= steps]
-            if steps and (not ends or ends[-1] < steps):
-                ends.append(steps)
-        return [(Extent(a, b), self.tier(a, steps)) for a, b in zip([0, *ends], ends, strict=False)]
+        sink, start = min(self.sink, steps), min(self.start, steps)
+        anchors = [Extent(0, sink)] if sink and self.cuts is None else self.blocks(0, sink)
+        found = [*anchors, *self.blocks(sink, start), *self.blocks(start, steps)]
+        return [(block, self.tier(block.start, steps)) for block in found]
 
     def blocks(self, start: int, stop: int) -> list[Extent]:
         """The blocks from `start` to `stop`; only the last may be cut short (text)."""

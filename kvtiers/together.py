@@ -90,23 +90,17 @@ class SharedBuffer:
         if self.unrotated is not None and layers[0].placed.unrotated is not None:
             slot = layers[0].placed.unrotated.tail
             self.unrotated.planes["unrotated"][:, :, slot : slot + 1] = keys
-        first = 0
-        for layer in layers:
-            stop = first + layer.geometry.batch
+        for layer, own_keys, own_values in zip(layers, _parted(layers, keys), _parted(layers, values), strict=True):
             if layer.plain:
                 layer.advance()
             else:
-                layer.write(keys[first:stop], values[first:stop])
-            first = stop
+                layer.write(own_keys, own_values)
 
     def select(self, layers: Sequence[Layer], query: Tensor) -> None:
         """Let those rows choose blocks whose time it is; layers that watch their queries are shown them."""
-        first = 0
-        for layer in layers:
-            stop = first + layer.geometry.batch
+        for layer, own in zip(layers, _parted(layers, query), strict=True):
             if layer.selects or layer.watched.looks:
-                layer.select(query[first:stop])
-            first = stop
+                layer.select(own)
 
     def context(self, layers: Sequence[Layer]) -> Context:
         """What all rows attend: as much as the longest, of which a mask hides what the others do not hold."""
@@ -122,6 +116,12 @@ class SharedBuffer:
             causal=False,
             locate=_nowhere,
         )
+
+
+def _parted(layers: Sequence[Layer], x: Tensor) -> Sequence[Tensor]:
+    """The rows of each layer."""
+    parts: Sequence[Tensor] = x.split([layer.geometry.batch for layer in layers])
+    return parts
 
 
 def can_share(layer: Layer) -> bool:

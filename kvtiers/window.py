@@ -165,7 +165,8 @@ class Window(State):
     def move(self, planes: dict[str, Tensor], tail: int) -> None:
         """Move everything into `planes` (they may be the own ones), so that it ends at slot `tail`.
 
-        Sometimes the sink lies apart from mid and recent until the next `insert` joins them. It then keeps its slots if it can.
+        Sometimes the sink lies apart from mid and recent until the next `insert` joins them. Then it keeps its slots if
+        it can.
         """
         old, head, own = self.head, tail - self.recent, planes is self.planes
         start = head - self.mid - self.sink
