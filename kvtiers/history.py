@@ -41,8 +41,7 @@ class History(State):
     spans: tuple[int, ...] = number(())
     """The length in steps of each block that is shorter than `longest`, ascending."""
     compressed_spans: tuple[int, ...] = number(())
-    """How many steps each block's compressed form spans when it is placed, ascending. Empty while all span what their
-    block does."""
+    """The steps that each block's compressed form spans, ascending. Empty while all span what their block does."""
     table: Growing = part(factory=lambda: Growing(0))
     """[blocks, 3]: the first step of each block, the steps that it spans, and those at which its compressed form counts
     when it is placed."""
@@ -87,8 +86,7 @@ class History(State):
         codec = self.policy.codec
         encoded = {form: codec.encode(blocks.keys.detach(), blocks.values.detach()) for form, blocks in forms.items()}
         for parts in encoded.values():
-            who, lead = called(self.layer, codec, "encode"), self.wide
-            check_encoded(who, parts, (*lead, digested.count))
+            check_encoded(called(self.layer, codec, "encode"), parts, (*self.wide, digested.count))
         count = next(iter(forms.values())).count
         compressed_span = kept["compressed"].span if "compressed" in kept else span
         digest = self._digested(digested, moment)
