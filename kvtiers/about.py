@@ -16,6 +16,7 @@ from kvtiers.slots import Compressor
 
 _BLOCKS = (16, 32)
 """Sizes of a block, in tokens, for which a compressor says what it leaves."""
+_OF_ARCHIVES = ("retriever", "archive", "codec", "top_k", "top_k_compressed", "attend", "refresh")
 _TEXT = Geometry(kv_heads=1, head_dim=64)
 
 
@@ -45,7 +46,9 @@ def _lines(kind: str, name: str) -> Iterator[str]:
 
 
 def _settings(made: Policy) -> Iterator[str]:
-    yield from (f"  {key} = {value}" for key, value in describe(made).items())
+    for key, value in describe(made).items():
+        idle = key in _OF_ARCHIVES and not made.archives
+        yield f"  {key} = {value}{' (not used: nothing is archived)' if idle else ''}"
     if made.recent is None:
         yield "  A query attends everything."
     elif made.chunk_size is not None and (bound := made.bound(_TEXT)) is not None:  # else it is for video

@@ -2,7 +2,7 @@
 
 import inspect
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -121,7 +121,8 @@ def _with_options(made: Policy, options: Mapping[str, Any], what: str) -> Policy
     for key, value in options.items():
         slots = [slot for slot in SLOTS if key in _options_of(getattr(made, slot))]
         if not slots:
-            _refuse_unknown({key: value}, what)
+            known = [option for slot in SLOTS for option in _options_of(getattr(made, slot))]
+            _refuse_unknown({key: value}, what, known)
         if len(slots) > 1:
             raise PolicyError(
                 f"{what}: {key!r} is an option of {' and of '.join(slots)}; write which, as in "
@@ -145,10 +146,13 @@ def _options_of(choice: Any) -> list[str]:
     return [f.alias or f.name for f in attrs.fields(type(choice)) if f.init] if attrs.has(type(choice)) else []
 
 
-def _refuse_unknown(settings: Mapping[str, Any], what: str) -> None:
+def _refuse_unknown(settings: Mapping[str, Any], what: str, options: Sequence[str] = ()) -> None:
+    """options: those of the choices that it has."""
     for key in settings:
         if key not in _FIELDS:
-            raise PolicyError(f"{what} has no setting {key!r}; settings: {', '.join(_FIELDS)}.{suggest(key, _FIELDS)}")
+            more = f"; options of its choices: {', '.join(options)}" if options else ""
+            near = suggest(key, (*_FIELDS, *options))
+            raise PolicyError(f"{what} has no setting {key!r}; settings: {', '.join(_FIELDS)}{more}.{near}")
 
 
 def _refuse_enormous(what: str, options: Mapping[str, Any]) -> None:

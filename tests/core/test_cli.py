@@ -97,6 +97,13 @@ def test_everything_that_is_installed_can_be_explained():
                 assert f"{name}: a" in about(name)
 
 
+def test_what_a_preset_has_no_use_for_is_said():
+    lines = about("h2o").splitlines()
+    assert "  top_k = 28 (not used: nothing is archived)" in lines
+    assert "  recent = 444" in lines
+    assert "not used" not in about("archive")
+
+
 def test_a_preset_that_fails_does_not_hide_the_others():
     def explode():
         raise RuntimeError("no licence")
