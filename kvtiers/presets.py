@@ -150,7 +150,7 @@ def _refuse_unknown(settings: Mapping[str, Any], what: str, options: Sequence[st
     """options: those of the choices that it has."""
     for key in settings:
         if key not in _FIELDS:
-            more = f"; options of its choices: {', '.join(options)}" if options else ""
+            more = ", and the options of its choices" if options else ""
             near = suggest(key, (*_FIELDS, *options))
             raise PolicyError(f"{what} has no setting {key!r}; settings: {', '.join(_FIELDS)}{more}.{near}")
 

@@ -93,7 +93,11 @@ BAD = [
         "full", {"resent": 3}, PolicyError, "no setting 'resent'; settings: .*Did you mean 'recent'", id="field"
     ),
     pytest.param(
-        "archive", {"digest_bitz": 3}, PolicyError, "options of its choices: .*Did you mean 'digest_bits'", id="option"
+        "archive",
+        {"digest_bitz": 3},
+        PolicyError,
+        "and the options of its choices.*Did you mean 'digest_bits'",
+        id="option",
     ),
     pytest.param("full", {"sink": -1}, PolicyError, "sink must be a whole number of at least 0, got -1", id="negative"),
     pytest.param("full", {"block_size": 0}, PolicyError, "block_size", id="zero block"),
