@@ -59,8 +59,9 @@ def _options(factory: Any) -> Iterator[str]:
     types = {field.alias: field.type for field in attrs.fields(factory)} if attrs.has(factory) else {}
     for option in inspect.signature(factory).parameters.values():
         default = "no default" if option.default is option.empty else f"default {option.default!r}"
-        found = types.get(option.name) or option.annotation  # a converter takes a field's type from the signature
-        kind = "" if found is option.empty else f": {inspect.formatannotation(found)}"
+        # a converter without annotations hides a field's type from the signature
+        found = types.get(option.name) if option.annotation is option.empty else option.annotation
+        kind = "" if found is None else f": {inspect.formatannotation(found)}"
         yield f"  option {option.name}{kind}, {default}"
     with suppress(Exception):  # an option has no default, it is for video, or it fails: all else is told
         made = factory()

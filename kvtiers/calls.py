@@ -83,33 +83,42 @@ def wrapped(slots: Iterable[Any], wrap: Callable[[Any, str], Any], more: Iterabl
 
 @contextmanager
 def compressing(compressor: Any, *, often: bool) -> Iterator[None]:
-    """Raise `AssertionError` if what `age` or `rewrite` makes shows, over all calls, that little was checked.
+    """Raise `AssertionError` if all calls of `age` or `rewrite` together show that something is wrong.
 
-    It is so if `age` returned None at every call and the compressor does not say that it drops, or if no call left out
-    a token and it does not say that it keeps. often: whether there are so many calls that one would have.
+    Either every call returned None, though the compressor does not say that it drops; or every call returned what it
+    was given, so that little was checked. often: whether with so many calls one should have changed something.
     """
-    kept: list[bool] = []
-    left: list[bool] = []
+    forgot: list[bool] = []
+    changed: list[bool] = []
 
     def noted(original: Any, method: str) -> Any:
         def call(slot: Any, blocks: Blocks, *args: Any, **named: Any) -> Any:
             made = original(slot, blocks, *args, **named)
-            given = sum(x.count * x.tokens for x in (blocks, *args) if isinstance(x, Blocks))
-            kept.append(made is not None)
-            left.append(not isinstance(made, Blocks) or made.count * made.tokens < given)
+            forgot.append(made is None)
+            changed.append(not isinstance(made, Blocks) or made.keys.dim() != 5 or _changed(made, blocks, *args))
             return made
 
         return call if method in ("age", "rewrite") else original
 
     with wrapped([compressor], noted):
         yield
-    name, method = type(compressor).__name__, "rewrite" if compressor.rewrites else "age"
-    silent = bool(kept) and not any(kept) and not compressor.drops
+    who = f"{type(compressor).__name__}.{'rewrite' if compressor.rewrites else 'age'}()"
+    silent = bool(forgot) and all(forgot) and not compressor.drops
     advice = "return what they become, or say drops = True"
-    require(not silent, 1, f"{name}.{method}() returned None at every call, which drops the blocks; {advice}")
-    whole = often and bool(left) and not any(left) and not (compressor.keeps or compressor.given)
-    raised = f"{name}.{method}() left every token at every call, so that nothing was compressed and little was checked"
-    require(not whole, 1, f"{raised}; check one that leaves a few, as lambda: {name}(...), or say keeps = True")
+    require(not silent, 1, f"{who} returned None at every call, which drops the blocks; {advice}")
+    idle = often and bool(changed) and not any(changed) and not (compressor.keeps or compressor.given)
+    advice = f"check it with settings that keep few tokens, as in lambda: {type(compressor).__name__}(...)"
+    advice += "" if compressor.rewrites else ", or say keeps = True"
+    require(not idle, 1, f"{who} kept every token at every call, so little was checked; {advice}")
+
+
+def _changed(made: Blocks, blocks: Blocks, mid: Any = None, *_: Any) -> bool:
+    """Whether something was left out, hidden or changed of the blocks that a compressor was given."""
+    given = [part for part in (mid, blocks) if isinstance(part, Blocks)]
+    if made.count * made.tokens < sum(part.count * part.tokens for part in given):
+        return True
+    hidden = made.bias is not None and bool((made.bias == -torch.inf).any())
+    return hidden or (len(given) == 1 and not torch.equal(made.values.flatten(2, 3), blocks.values.flatten(2, 3)))
 
 
 class Calls:

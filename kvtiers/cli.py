@@ -150,7 +150,7 @@ def policies(as_json: bool, name: str | None) -> None:
 @click.argument("slot", type=click.Choice(list(KINDS)))
 @click.argument("name")
 @click.option("--into", default=".", show_default=True, type=click.Path(path_type=Path, file_okay=False))
-@click.option("--whole-past", is_flag=True, help="A compressor that chooses among all tokens that left recent, as h2o.")
+@click.option("--whole-past", is_flag=True, help="A compressor that chooses among all tokens that ever left recent.")
 def new(slot: str, name: str, into: Path, whole_past: bool) -> None:
     """Write a package with a SLOT of your own, called NAME, whose tests pass, to begin with.
 

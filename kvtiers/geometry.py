@@ -33,7 +33,7 @@ class Geometry:
     causal: bool = True
     dtype: torch.dtype = torch.float32
     known_positions: int | None = attrs.field(default=None, validator=v.optional(_POSITIVE))
-    """How many positions the model was made for; None if nobody knows. A saved cache does not ask for it."""
+    """How many positions the model was made for; None if nobody knows. A saved cache may be loaded where it differs."""
 
     @query_heads.default
     def _as_many_as_kv(self) -> int:

@@ -1,4 +1,7 @@
-"""A package of one's own to begin with: `kvtiers new compressor NAME`. Its tests pass as it is written."""
+"""A package of one's own to begin with: `kvtiers new compressor NAME`. Its tests pass as it is written.
+
+Only the template `whole_past` names a plugin: what it begins with comes with kvtiers, but not with its core.
+"""
 
 import keyword
 import re
@@ -31,10 +34,6 @@ def write_package(slot: str, name: str, into: Path, *, whole_past: bool = False)
         raise PolicyError(f"a name is small letters, digits and single dashes, as in my-{slot}, got {name[:80]!r}")
     if any(name in registry().names(kind) for kind in HOOKS) or find_spec(module) is not None:
         raise PolicyError(f"{name!r} is the name of something that is installed already; choose another")
-    if keyword.iskeyword(class_name) or class_name == "Store":
-        raise PolicyError(
-            f"{name!r} cannot be the name of a class in Python, which would be {class_name}; choose another"
-        )
     folder = into / f"kvtiers-{name}"
     if folder.exists():
         raise PolicyError(f"{folder} is there already; choose another name, or remove it")
@@ -43,6 +42,9 @@ def write_package(slot: str, name: str, into: Path, *, whole_past: bool = False)
     template = "whole_past" if whole_past else KINDS[slot]
     head, code, own_test = (_TEMPLATES / f"{template}.txt").read_text(encoding="utf-8").split("---\n")
     said = dict(line.split(": ", 1) for line in head.splitlines())
+    lines = re.findall(r"^(?:from \S+ import|import) (.+)|^class (\w+)", code, re.MULTILINE)
+    if keyword.iskeyword(class_name) or class_name in re.findall(r"\w+", str(lines)):
+        raise PolicyError(f"{name!r} cannot be the name of a class: {class_name} is taken; choose another")
     words = {
         "slot": slot,
         "kind": KINDS[slot],

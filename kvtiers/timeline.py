@@ -45,7 +45,7 @@ class Timeline:
         """Of the first `steps` steps alone."""
         origin = None if self.origin is None else min(self.origin, steps)
         if self.cuts is None:
-            return attrs.evolve(self, origin=origin)
+            return attrs.evolve(self, origin=None if steps <= self.sink else origin)
         cuts = self.cuts[: bisect_right(self.cuts, steps)]
         return attrs.evolve(self, origin=origin, cuts=cuts, sink=min(self.sink, steps))
 

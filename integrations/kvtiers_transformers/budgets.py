@@ -62,11 +62,12 @@ def fitted(
     if not fits(of_share(0)):
         limits = [f"{tokens:,} tokens"] if tokens is not None else []
         limits += [f"{layer_bytes:,} bytes of a layer"] if layer_bytes is not None else []
-        compressor, grows = type(policy.compressor), type(policy.compressor).scaled is Compressor.scaled
-        keeps = f", or let {compressor.__name__}.scaled() make what it keeps smaller" if grows else ""
+        compressor = type(policy.compressor)
+        fixed = policy.compressor.rewrites and compressor.scaled is Compressor.scaled
+        advice = f", or let {compressor.__name__}.scaled() make what it keeps smaller" if fixed else ""
         raise PolicyError(
             f"its smallest size still needs more than {' and '.join(limits)}; lower its sink, block_size or "
-            f"chunk_size, or raise the budget{keeps}"
+            f"chunk_size, or raise the budget{advice}"
         )
     most = max(_LEAST_RECENT, tokens or 2**20)
     scaled = of_share(_largest(lambda share: fits(of_share(share)), 0, most * _STEPS // _LEAST_RECENT))

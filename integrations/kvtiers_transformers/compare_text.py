@@ -79,7 +79,7 @@ def text(
     POLICIES are written `name` or `name:setting=value,...`. Caches of transformers itself are rows too:
     `transformers:dynamic`, `transformers:fp8` (8 bits), `transformers:int4` (4 bits, with optimum-quanto). What was
     measured is kept in the folder `--out`, so a comparison that was stopped goes on, and more policies can be added.
-    A policy whose code has changed since is measured anew.
+    A policy whose code has changed since is measured anew (kvtiers itself counts by its version).
     """
     wanted, specs = _tasks(tasks), tuple(dict.fromkeys(policies or POLICIES))
     chosen = {spec: _chosen(spec) for spec in specs}
@@ -115,7 +115,9 @@ def text(
     }
     due = list(jobs) if fresh else [job for job in jobs if job not in results]
     if len(due) < len(jobs):
-        console.print(f"{len(jobs) - len(due)} of {len(jobs)} texts were read before; --fresh reads them again.")
+        console.print(
+            f"{len(jobs) - len(due)} of {len(jobs)} measurements are there already; --fresh makes them again."
+        )
     failed: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:

@@ -1,62 +1,94 @@
 """A name for what the code of a policy computes, so that results of other code are not taken for its own."""
 
 import ast
-import inspect
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
-from types import ModuleType
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
+from typing import Any
 
+import attrs
 import transformers
 
 import kvtiers
 from kvtiers import Policy
 from kvtiers.policy import SLOTS
 
-_NOT_LOOKED_INTO = ("kvtiers", "builtins", "abc", "typing", "torch", "attr", "attrs")
-"""Packages that versions stand for."""
+_PLUGINS = "kvtiers_"
+_INTEGRATIONS = ("kvtiers_transformers", "kvtiers_diffusers")
 
 
 def code_of(policy: Policy | None) -> str:
-    """A hash of the modules that define the choices of `policy`, and of those of their packages that they use.
+    """A hash of the modules that define the choices of `policy`, and of what they import from their package or plugins.
 
-    Comments and docstrings do not count. The version of kvtiers stands for its core. A cache of transformers (None) is
-    named by the version of transformers.
+    Docstrings and lines of comments do not count. The version of kvtiers stands for its core and integrations, that of
+    transformers for its caches (None).
     """
     if policy is None:
         return f"transformers {transformers.__version__}"
     found: dict[str, str] = {}
-    choices = [type(getattr(policy, slot)) for slot in SLOTS]
-    waiting = [each.__module__ for choice in choices for each in choice.__mro__]
+    waiting = [
+        (each.__module__, each.__module__)
+        for choice in _choices(policy, SLOTS)
+        for each in type(choice).__mro__
+        if _package(each.__module__) not in ("kvtiers", *sys.stdlib_module_names)
+    ]
     while waiting:
-        name = waiting.pop()
-        if name in found or _package(name) in _NOT_LOOKED_INTO or name not in sys.modules:
+        name, by = waiting.pop()
+        other = _package(name) != _package(by)
+        if name in found or (other and (not name.startswith(_PLUGINS) or _package(name) in _INTEGRATIONS)):
             continue
-        module = sys.modules[name]
-        found[name] = _bare(module)
-        for value in vars(module).values():
-            used = value if isinstance(value, ModuleType) else inspect.getmodule(value)
-            if used is not None and _package(used.__name__) == _package(name):
-                waiting.append(used.__name__)
+        path = _source(name)
+        if path is not None:
+            text = path.read_text(encoding="utf-8")
+            tree = ast.parse(text)
+            found[name] = _bare(text, tree)
+            waiting += [(used, name) for used in _imported(tree, name, is_package=path.name == "__init__.py")]
     whole = "\n".join(f"{name}\n{found[name]}" for name in sorted(found))
     return f"kvtiers {kvtiers.__version__} {sha256(whole.encode()).hexdigest()[:12]}"
+
+
+def _choices(holder: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """What these fields hold, and what is within it."""
+    for name in names:
+        choice = getattr(holder, name)
+        if attrs.has(type(choice)):
+            yield choice
+            yield from _choices(choice, tuple(field.name for field in attrs.fields(type(choice))))
 
 
 def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _bare(module: ModuleType) -> str:
-    """The source without comments and docstrings; nothing where there is no source."""
+def _source(module: str) -> Path | None:
+    """The file of a module; None if it has none, or there is no such module."""
     try:
-        tree = ast.parse(inspect.getsource(module))
-    except (OSError, TypeError, SyntaxError):
-        return ""
+        spec = find_spec(module)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    origin = None if spec is None else spec.origin
+    return Path(origin) if origin is not None and origin.endswith(".py") and Path(origin).is_file() else None
+
+
+def _imported(tree: ast.Module, name: str, *, is_package: bool) -> Iterator[str]:
+    """The names of modules that are imported anywhere in a module, and of what might be one."""
+    package = name if is_package else name.rpartition(".")[0]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            said = [part for part in node.body if not _is_text(part)]
-            node.body = said or [ast.Pass()]
-    return ast.unparse(tree)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def _bare(text: str, tree: ast.Module) -> str:
+    """The lines of a module without its docstrings, comments of a line of their own, and empty lines."""
+    said: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            said |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = [line.rstrip() for number, line in enumerate(text.splitlines(), 1) if number not in said]
+    return "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))

@@ -118,7 +118,7 @@ def make_text(names: Sequence[str], prose: Sequence[int], encode: Encode, *, tok
     passage = list(prose[first : first + room])
     if "chat" in names:
         return TaskText(document=_chat(planted, passage), questions=questions, planted=(), again=[])
-    depths = sorted(dice.uniform(0.02, 0.98) for _ in planted) if len(planted) > 1 else [_alone_at(seed)]
+    depths = [_alone_at(seed)] if len(planted) == 1 else sorted(dice.uniform(0.02, 0.98) for _ in planted)
     document, at = plant(passage, list(zip(depths, planted, strict=True)))
     return TaskText(document=document, questions=questions, planted=tuple(at), again=document[:again])
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvtiers.blocks import Blocks
-from kvtiers.errors import PolicyError
+from kvtiers.errors import PolicyError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.slots import Compressor, Moment
 
@@ -112,7 +112,7 @@ class WholePast(Compressor):
 
     def scores(self, past: Past, moment: Moment) -> Float[Tensor, "batch kv_heads tokens"]:
         """How much each token matters; minus infinity where `past.bias` is. A method says it here, or in `rewrite`."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither scores() nor rewrite()")
+        raise SlotError(f"{type(self).__name__} defines neither scores() nor rewrite(); define one of them")
 
     def budget(self, layer: int) -> int:
         """How many tokens a KV head of a layer keeps."""

@@ -14,16 +14,19 @@ from torch import Tensor
 
 from kvtiers.slots import Moment, Placement, Realigner
 
+_REACH = 3072
+
 
 @attrs.frozen(kw_only=True)
 class Bounded(Realigner):
     """Recent begins at step `reach` at most, and mid blocks lie as far before it as they were, if there is room.
 
-    reach: lowered to half of the positions that the model was made for, where its configuration says how many. So the
-    other half is left for recent and what is being read. The sink stays where it is.
+    reach: None takes 3,072, or half of the positions that the model was made for, if its configuration says so and that
+    is less. The rest is for recent and what is being read. Where sink and chosen blocks take more than `reach`, recent
+    begins right behind them. The sink stays where it is.
     """
 
-    reach: int = attrs.field(default=3072, validator=[v.instance_of(int), v.ge(0)])
+    reach: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(0)]))
 
     def place(
         self,
@@ -35,8 +38,9 @@ class Bounded(Realigner):
         recent: int,
         moment: Moment,
     ) -> Placement:
-        known = moment.geometry.known_positions
-        reach = self.reach if known is None else min(self.reach, known // 2)
+        known, reach = moment.geometry.known_positions, self.reach
+        if reach is None:
+            reach = _REACH if known is None else min(_REACH, known // 2)
         shift = max(sink + total - recent, min(0, reach - recent))
         before = spans.cumsum(-1) - spans
         return Placement(sink_shift=0, mid_starts=(starts + shift).maximum(before + sink).double(), recent_shift=shift)

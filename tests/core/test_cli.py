@@ -104,6 +104,11 @@ def test_what_a_preset_has_no_use_for_is_said():
     assert "not used" not in about("archive")
 
 
+def test_the_type_of_an_option_is_told_with_a_converter_or_without():
+    assert "  option epsilon: float, default 0.0" in about("expected-attention").splitlines()
+    assert "option retrieval_heads: collections.abc.Sequence[int] | int | str" in about("duo-attention")
+
+
 def test_a_preset_that_fails_does_not_hide_the_others():
     def explode():
         raise RuntimeError("no licence")

@@ -54,7 +54,12 @@ def test_a_name_that_cannot_be_one_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("keep", "installed already"), ("policies", "installed already"), ("true", "cannot be the name of a class")],
+    [
+        ("keep", "installed already"),
+        ("policies", "installed already"),
+        ("true", "cannot be the name of a class"),
+        ("mapping", "Mapping is taken"),
+    ],
 )
 def test_a_name_that_would_hide_another_is_refused(name, message, tmp_path):
     with pytest.raises(PolicyError, match=message):

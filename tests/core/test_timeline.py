@@ -56,6 +56,15 @@ def test_every_step_has_the_tier_that_the_design_says(timeline, seen):
     assert timeline.tier(seen, seen) == "current"
 
 
+@given(timeline=text, origin=st.integers(0, 40), steps=st.integers(0, 50), seen=seen_counts)
+def test_a_timeline_that_was_compacted_and_cropped_tiles_history_too(timeline, origin, steps, seen):
+    compacted = attrs.evolve(timeline, origin=timeline.sink + origin)
+    layout = compacted.cropped(steps).layout(seen)
+    ends = [0, *(block.stop for block, _ in layout)]
+    assert [block.start for block, _ in layout] == ends[:-1]
+    assert ends[-1] == seen
+
+
 @given(timeline=text | given_grids(), seen=seen_counts)
 def test_the_layout_tiles_history_and_tiers_come_in_order(timeline, seen):
     if timeline.cuts is not None:

@@ -70,6 +70,13 @@ PROSE = encode("a quiet day by the sea " * 400)
 SHARED = tuple(name for name in ALL_TASKS if name != "chat")
 
 
+@pytest.mark.parametrize("names", [("prose",), ("again",), ("prose", "again")], ids=str)
+def test_a_text_in_which_nothing_is_hidden_is_the_document(names: tuple[str, ...]) -> None:
+    made = make_text(names, PROSE, encode, tokens=4000, seed=1)
+    assert decode(made.document) in decode(PROSE)
+    assert (made.planted, dict(made.questions)) == ((), {})
+
+
 @pytest.mark.parametrize("names", [*[(name,) for name in TASKS], SHARED], ids=[*TASKS, "all but chat"])
 def test_a_text_hides_the_answers_and_questions_do_not_tell_them(names: tuple[str, ...]) -> None:
     made = make_text(names, PROSE, encode, tokens=4000, seed=1)
@@ -179,7 +186,7 @@ def test_one_that_reads_twice_has_room_for_a_chunk_and_no_size_in_bytes() -> Non
 def test_what_cannot_be_brought_to_a_size_says_so_and_full_stays_as_it_is() -> None:
     for name in ("full", "kivi"):
         assert fitted(policy(name), GEOMETRY, tokens=100) == policy(name)
-    with pytest.raises(PolicyError, match="its smallest size still needs more than 100 tokens"):
+    with pytest.raises(PolicyError, match=r"its smallest size still needs more than 100 tokens.*raise the budget$"):
         fitted(policy("archive"), GEOMETRY, tokens=100)
     with pytest.raises(PolicyError, match=r"or let AsItIs\.scaled\(\) make what it keeps smaller"):
         fitted(policy("h2o", compressor=AsItIs()), GEOMETRY, tokens=512)
@@ -226,7 +233,7 @@ def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path:
     assert attended["streaming"] <= 500 < 1400 < attended["full"]
     again = CliRunner().invoke(text, [*asked, "streaming"])
     assert path.read_text().splitlines() == kept
-    assert "4 of 4 texts were read before; --fresh reads them again." in again.output
+    assert "4 of 4 measurements are there already; --fresh makes them again." in again.output
     assert again.output.count("| transformers:dynamic |") == 1, "what was measured before is left out"
     assert (tmp_path / "out" / "picture.png").stat().st_size > 1000
     assert "| streaming |" in (tmp_path / "out" / "table.md").read_text()
@@ -256,7 +263,7 @@ def test_several_sizes_are_several_tables_and_what_attends_everything_is_measure
 
 OWN = """
 import attrs
-import {package}.helping
+from {package}.helping import NUMBER
 from kvtiers_methods.h2o import H2O
 @attrs.frozen(kw_only=True)
 class Own(H2O):
@@ -296,6 +303,19 @@ def test_results_of_a_policy_are_those_of_its_code(
     assert (code("own_policy", **change) != before) == counts
     assert before != code_of(policy("h2o"))
     assert code_of(None).startswith("transformers ")
+
+
+def test_a_policy_whose_code_has_changed_is_measured_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--model", str(folder), "--tokens", "600", "--seeds", "1", "--tasks", "prose", "--out", str(tmp_path)]
+    shown = []
+    for code in ("before", "before", "after"):
+        monkeypatch.setattr("kvtiers_transformers.compare_text.code_of", lambda _, code=code: code)
+        shown.append(CliRunner().invoke(text, [*asked, "streaming"]).output)
+    codes = [json.loads(line)["job"]["code"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert codes == ["before", "after"]
+    assert [one.count("| streaming |") for one in shown] == [1, 1, 1], "of two results the newest counts"
 
 
 def test_a_thing_that_is_planted_alone_lies_in_the_middle_first_and_then_elsewhere() -> None:

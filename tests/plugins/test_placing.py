@@ -55,11 +55,12 @@ def contexts(draw):
     }
 
 
-@given(context=contexts(), reach=st.integers(0, 80), known=st.none() | st.integers(1, 160))
+@given(context=contexts(), reach=st.none() | st.integers(0, 80), known=st.none() | st.integers(1, 160))
 def test_bounded_keeps_distances_and_gets_no_further_than_it_may(context, reach, known):
     context["moment"] = attrs.evolve(MOMENT, geometry=attrs.evolve(MOMENT.geometry, known_positions=known))
     placed, sink, recent = Bounded(reach=reach).place(**context), context["sink"], context["recent"]
-    reach = reach if known is None else min(reach, known // 2)
+    if reach is None:
+        reach = 3072 if known is None else min(3072, known // 2)
     begins = recent + placed.recent_shift
     assert placed.sink_shift == 0
     assert begins == max(sink + context["total"], min(recent, reach))
