@@ -276,7 +276,7 @@ class Own(H2O):
     [
         ({}, False),
         ({"said": "in other words"}, False),
-        ({"helping": "NUMBER = 3  # in other words"}, False),
+        ({"helping": "# in other words\nNUMBER = 3"}, False),
         ({"helping": "NUMBER = 4"}, True),
         ({"more": "SIGN = -1"}, True),
     ],
