@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -16,11 +17,16 @@ def geometry_of(decoder: nn.Module, attention: nn.Module) -> Geometry:
     number: Any = attention.layer_idx
     found = shown(decoder, attention, get_layer_types_and_kwargs(config)[0][number])
     if found is not None:
-        return found.geometry()
+        return attrs.evolve(found.geometry(), known_positions=known_positions(config))
     heads = config.num_attention_heads
     width: Any = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Geometry(kv_heads=kv_heads, query_heads=heads, head_dim=int(width or config.hidden_size // heads))
+    return Geometry(
+        kv_heads=kv_heads,
+        query_heads=heads,
+        head_dim=int(width or config.hidden_size // heads),
+        known_positions=known_positions(config),
+    )
 
 
 def known_positions(config: Any) -> int | None:

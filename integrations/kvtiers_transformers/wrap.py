@@ -30,7 +30,7 @@ from kvtiers_transformers.attention import NAME, Forward, running, uncompiled
 from kvtiers_transformers.cache import Outline, TransformersCache
 from kvtiers_transformers.counting import counts_on, unrotated_layers
 from kvtiers_transformers.decoders import attentions_of, decoder_of, tiers_of
-from kvtiers_transformers.geometries import device_of, geometry_of, known_positions, shape_of
+from kvtiers_transformers.geometries import device_of, geometry_of, shape_of
 from kvtiers_transformers.outer import after_outer, around, before_outer, check_layer_mask, padding_mask
 from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
 from kvtiers_transformers.tiered_layer import TieredLayer
@@ -320,12 +320,7 @@ def new_cache(
     rotaries = [Rotary([torch.zeros(0)]) if i in still else one for i, one in zip(tiers, rotaries, strict=True)]
     core = TieredCache(
         policies,
-        [
-            attrs.evolve(
-                geometry_of(decoder, attentions[i]), dtype=model.dtype, known_positions=known_positions(config)
-            )
-            for i in tiers
-        ],
+        [attrs.evolve(geometry_of(decoder, attentions[i]), dtype=model.dtype) for i in tiers],
         rotaries=rotaries,
         numbers=tiers,
         check=check,

@@ -977,7 +977,7 @@ def test_a_strangers_plugin_in_the_environment_is_drawn_by_no_check_and_no_strat
 
 
 def test_a_compressor_that_is_too_large_to_be_checked_is_told_so():
-    with pytest.raises(AssertionError, match=r"Latest.rewrite\(\) left every token at every call, so that nothing was"):
+    with pytest.raises(AssertionError, match=r"Latest.rewrite\(\) kept every token at every call, so little was"):
         check_compressor(lambda: Latest(most=10_000))
 
 
