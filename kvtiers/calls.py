@@ -117,8 +117,10 @@ def _changed(made: Blocks, blocks: Blocks, mid: Any = None, *_: Any) -> bool:
     given = [part for part in (mid, blocks) if isinstance(part, Blocks)]
     if made.count * made.tokens < sum(part.count * part.tokens for part in given):
         return True
+    before = (torch.cat([getattr(part, name).flatten(2, 3) for part in given], 2) for name in ("keys", "values"))
+    after = (part.flatten(2, 3) for part in (made.keys, made.values))
     hidden = made.bias is not None and bool((made.bias == -torch.inf).any())
-    return hidden or (len(given) == 1 and not torch.equal(made.values.flatten(2, 3), blocks.values.flatten(2, 3)))
+    return hidden or not all(map(torch.equal, before, after))
 
 
 class Calls:

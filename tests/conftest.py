@@ -6,7 +6,7 @@ Import nothing of kvtiers above the hook: a module that is imported before it go
 import os
 
 # Before MKL is loaded: the same bits wherever in memory a matrix lies, for the tests that compare bit for bit. Without
-# STRICT, sums depend on the shape of a matrix on CPUs with more than AVX2.
+# STRICT, five of them fail on CPUs with AVX-512.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 from typing import Any

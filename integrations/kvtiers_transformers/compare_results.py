@@ -64,9 +64,7 @@ class Results:
         others = [
             job
             for job in known
-            if (job.tasks, job.seed, job.on) in asked
-            and (job.settings, job.code) == latest[job.policy]
-            and job not in mine
+            if (job.tasks, job.seed, job.on) in asked and job.made_of == latest[job.policy] and job not in mine
         ]
         return [row for job in (*mine, *others) for row in self._rows.get(job, ())]
 

@@ -98,11 +98,12 @@ def text(
         for seed in range(seeds)
     }
     on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens}"
+    codes = {spec: code_of(policy) for spec, policy in chosen.items()}  # a size changes settings alone
     jobs = {
         Job(
             policy=spec,
             settings=repr(policy),
-            code=code_of(policy),
+            code=codes[spec],
             budget=label,
             tasks=",".join(names),
             seed=seed,

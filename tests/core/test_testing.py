@@ -976,6 +976,32 @@ def test_a_strangers_plugin_in_the_environment_is_drawn_by_no_check_and_no_strat
         check_realigner(Twice, examples=EXAMPLES)
 
 
+@attrs.frozen
+class Rounds(Plain):
+    """Every token stays; its key is rounded."""
+
+    def age(self, blocks, moment):
+        return attrs.evolve(blocks, keys=blocks.keys.float().round().to(blocks.keys.dtype), rotated=None)
+
+    def compressed_tokens(self, tokens):
+        return tokens
+
+
+@attrs.frozen
+class Hides(Rounds):
+    """Every token stays in its slot, and a bias hides all but the first of a block."""
+
+    def age(self, blocks, moment):
+        bias = torch.full((1, 1, 1, blocks.tokens), -torch.inf, device=moment.device)
+        bias[..., 0] = 0
+        return attrs.evolve(blocks, bias=bias, rotated=None)
+
+
+@pytest.mark.parametrize("compressor", [Rounds, Hides])
+def test_a_compressor_that_changes_or_hides_tokens_compresses_too(compressor):
+    check_compressor(compressor, examples=25)
+
+
 def test_a_compressor_that_is_too_large_to_be_checked_is_told_so():
     with pytest.raises(AssertionError, match=r"Latest.rewrite\(\) kept every token at every call, so little was"):
         check_compressor(lambda: Latest(most=10_000))
