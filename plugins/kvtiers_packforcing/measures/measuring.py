@@ -52,7 +52,7 @@ class Measures:
     ground_return: Figure = _figure(percent("ground after absence", main=True, paper="subject consistency ↑"))
     ground_stay: Figure = _figure(percent("ground within a visit"))
     dynamic_degree: Figure = _figure(percent("dynamic degree", main=True, paper="dynamic degree ↑"))
-    motion: Figure = _figure(plain("motion", "px / half s", better="truth", truth=4.8, digits=2))
+    motion: Figure = _figure(plain("motion", "px / half s", better="truth", truth=1.9, digits=2))
     prompt: Figure = _figure(percent("prompt agreement", main=True, paper="overall consistency ↑"))
     prompt_drop: Figure = _figure(
         percent("... first 10 s less last", better="lower", truth=0.0, main=True, paper="CLIP drop, turned ↓")

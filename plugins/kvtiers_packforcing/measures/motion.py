@@ -14,7 +14,7 @@ from kvtiers_packforcing.tiny_world import Walks
 _APART = 8
 """Frames between the two places of a thing: half a second."""
 
-MOVES = 1.5
+MOVES = 0.6
 """Pixels in half a second. A thing whose centre goes farther, on average, moves."""
 
 
@@ -23,9 +23,9 @@ def motion(
 ) -> Mapping[str, Figure]:
     """Of the two things of every visit of 2 s and longer, while neither door nor curtain moves.
 
-    * `dynamic_degree`: the share of things that go farther than 1.5 pixels in half a second, on average over the visit;
+    * `dynamic_degree`: the share of things that go farther than 0.6 pixels in half a second, on average over the visit;
       0 to 1, higher is better, truth 1, a still picture 0.
-    * `motion`: how far they go in half a second, in pixels; truth about 4.8, a still picture 0. What is far above
+    * `motion`: how far they go in half a second, in pixels; truth about 1.9, a still picture 0. What is far above
       truth is no merit: it is things that jump.
 
     Where nothing is seen that could move (probability below 1/2), nothing moves: it counts as 0. Noise and flicker are

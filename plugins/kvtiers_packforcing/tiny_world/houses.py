@@ -27,7 +27,7 @@ CURTAIN_GAP = 16
 """Pixels at the left that a drawn curtain leaves free."""
 
 _MARGIN = 2.0
-_PERIODS = (32, 48, 64)
+_PERIODS = (96, 128, 160)
 
 
 @attrs.frozen(eq=False, kw_only=True)

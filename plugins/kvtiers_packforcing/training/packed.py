@@ -44,6 +44,7 @@ class PackedWan:
         self.transformer, self.layout, self.detach_history = transformer, layout, detach_history
         self.rotary: Rotary = rotary_of(transformer)
         self.now: Packing | None = None
+        self.affinities: list[Tensor] | None = None
 
     def __call__(
         self,
@@ -54,13 +55,15 @@ class PackedWan:
         reduced: Float[Tensor, "batch compressed reduced_tokens token_width"] | None = None,
         offsets: Float[Tensor, "reduced_tokens 3"] | None = None,
         starts: Int[Tensor, "batch blocks"] | None = None,
+        affinities: list[Tensor] | None = None,
     ) -> Float[Tensor, "batch streams channels frames height width"]:
         """The flow of every block of every stream.
 
         latents: stream 0 is the (nearly) clean past. sigmas: 0 to 1; a timestep is 1,000 sigma. text: of each block, or
         of each block of each stream. reduced: the reduced tokens of the blocks that `layout.compressed` names, in that
         order. offsets: their positions from the start of their block. starts: the time of each block's first frame;
-        none: blocks follow each other.
+        none: blocks follow each other. affinities: a list that gets, of each layer, how much the mean query of each
+        noisy block likes the mean key of each clean one: [batch, noisy streams, blocks, clean blocks, heads].
         """
         batch, streams, _, frames, height, width = latents.shape
         blocks = sigmas.shape[2]
@@ -80,7 +83,7 @@ class PackedWan:
             packing.reduced = torch.cat((clean[:, None], beside), 1).flatten(0, 2)
             cos, sin = self.rotary.table(_moved(offsets.to(latents.device), starts), latents.dtype)
             packing.reduced_table = (cos[:, :, None], sin[:, :, None])
-        self.now = packing
+        self.now, self.affinities = packing, affinities
         of_streams = text if text.ndim == 5 else text[:, None].expand(-1, streams, -1, -1, -1)
         words = of_streams.flatten(0, 2)
         flow: Tensor = self.transformer(rows, sigmas.flatten() * 1000, words, return_dict=False)[0]
@@ -136,6 +139,9 @@ class PackedAttention:
             part.split((own, more), 4) for part in (query, key, value)
         )
         query, key = (rotary.apply(part, now.table) for part in (query, key))
+        if self.packed_wan.affinities is not None:
+            of_blocks = torch.einsum("bsihd,bjhd->bsijh", query[:, 1:].mean(4), key[:, 0].mean(3))
+            self.packed_wan.affinities.append(of_blocks / query.shape[-1] ** 0.5)
         queries, keys, values = (part.unbind(2) for part in (query, key, value))
         few_query, few_key, few_value = (part[:, 0] for part in (few_query, few_key, few_value))
         if now.reduced_table is not None:

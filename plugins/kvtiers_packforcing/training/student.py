@@ -34,14 +34,16 @@ from kvtiers_packforcing.tiny_world import (
     Clips,
     LinearCodec,
     render,
+    text_table,
 )
 from kvtiers_packforcing.tiny_world.sampling import Sampler
-from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
+from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES, ROOMS
 from kvtiers_packforcing.tiny_world.weights import write_sampler
 from kvtiers_packforcing.training.causal_clips import high_resolution
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError
 from kvtiers_packforcing.training.evaluation import draw_rollout, returns_beyond_the_sink
 from kvtiers_packforcing.training.layout import LAYOUTS, Layout
+from kvtiers_packforcing.training.matching import match_prompts, mismatch
 from kvtiers_packforcing.training.noising import by_frame, draw_clip
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
@@ -83,6 +85,8 @@ class StudentStage(Stage):
                     "width, layers, heads, ffn_width and compressor_width that it was trained with"
                 )
             made.load_state_dict(theirs)
+        if settings.match_prompts:
+            match_prompts(made.get_submodule("transformer"))
         return made
 
     def _made(self, settings: StudentConfig) -> nn.ModuleDict:
@@ -148,11 +152,20 @@ class StudentStage(Stage):
             low = self.low_resolution(clips, latents, wan.layout)
         clean = torch.lerp(latents, dirt[:, 1], dirt[:, 0])
         earlier = random.Random(f"earlier {self.config.run.seed}/{step}").randint(1, _EARLIER_BLOCKS)
+        weight = self.config.model.match_weight
+        affinities: list[Tensor] | None = [] if weight else None
         with mixed(self.config.run, latents.device):
-            flow = self.predict(wan, clean, noisy, sigmas, text, starts=starts, low=low, earlier=earlier, told=told)
+            flow = self.predict(
+                wan, clean, noisy, sigmas, text, starts=starts, low=low, earlier=earlier, told=told,
+                affinities=affinities,
+            )  # fmt: skip
         off = (flow - (noise - latents[:, None])).square()
         own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (-1, BLOCK_FRAMES)).mean((0, 1, 2, 4, 5, 6))
-        return off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
+        loss, figures = off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
+        if affinities is not None:
+            apart = mismatch(torch.stack(affinities[1:]).float().mean(-1), clips)  # the first layer knows no prompt yet
+            loss, figures["mismatch"] = loss + weight * apart, apart.detach()
+        return loss, figures
 
     def predict(
         self,
@@ -166,12 +179,13 @@ class StudentStage(Stage):
         low: Tensor | None = None,
         earlier: int = 1,
         told: Tensor | None = None,
+        affinities: list[Tensor] | None = None,
     ) -> Tensor:
         """The flow of noisy streams, given a clean past. [batch, streams, channels, frames, height, width]
 
         low: what `low_resolution` gave for the layout. earlier: how many blocks before itself a block attends its own
         reduced tokens, in a layout in which it does: as if that block had shown the same. told: which noisy streams are
-        told their prompts, [batch, streams]; none: all. The others are given zeros.
+        told their prompts, [batch, streams]; none: all. The others are given zeros. affinities: see `PackedWan`.
         """
         count = sigmas.shape[2]
         blocks = wan.layout.compressed(count)
@@ -186,7 +200,8 @@ class StudentStage(Stage):
         if told is not None:
             heard = torch.cat((torch.ones_like(told[:, :1]), told), 1)
             text = text[:, None] * heard[:, :, None, None, None]
-        return wan(torch.cat((clean[:, None], noisy), 1), levels, text, starts=starts, **more)[:, 1:]
+        every = torch.cat((clean[:, None], noisy), 1)
+        return wan(every, levels, text, starts=starts, affinities=affinities, **more)[:, 1:]
 
     def low_resolution(self, clips: Clips, latents: Tensor, layout: Layout) -> Tensor | None:
         """The tokens of the compressor's low-resolution branch, of the blocks that a layout compresses.
@@ -219,7 +234,8 @@ class StudentStage(Stage):
         """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
 
         Where a room returns that the first block does not show, `sink_window` and `window` cannot know it. If
-        `packforcing` is no better there, the model does not use its memory.
+        `packforcing` is no better there, the model does not use its memory. `return_misnamed` is that of `packforcing`
+        where the room that returns is told another room's name. If it is no worse, the model does not know its prompts.
         """
         clips = returns_beyond_the_sink(16)
         latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)
@@ -228,15 +244,21 @@ class StudentStage(Stage):
         noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator).to(self.device)
         noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
         at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
-        found = {}
-        for name, layout in LAYOUTS.items():
+        rows, found = torch.arange(len(at)), {}
+
+        def errors(layout: Layout, text: Tensor) -> tuple[float, float]:
             with packed(self.transformer, layout) as wan:
                 low = self.low_resolution(clips, latents, layout)
                 flow = self.predict(wan, latents, noisy, sigmas, text, low=low)
             off = ((flow - (noise - latents[:, None])) * by_frame(sigmas)).square()
             by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6)).cpu()
-            found[f"return_{name}"] = float(by_block[torch.arange(len(at)), at].mean())
-            found[f"all_{name}"] = float(by_block.mean())
+            return float(by_block[rows, at].mean()), float(by_block.mean())
+
+        for name, layout in LAYOUTS.items():
+            found[f"return_{name}"], found[f"all_{name}"] = errors(layout, text)
+        misnamed, rooms = text.clone(), clips.walks.rooms[rows, clips.blocks[rows, at]]
+        misnamed[rows, at, 0] = text_table()[(rooms + 1) % len(ROOMS)].to(self.device)
+        found["return_misnamed"] = errors(LAYOUTS["packforcing"], misnamed)[0]
         draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=_STEPS))
         return found
 

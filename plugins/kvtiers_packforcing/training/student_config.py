@@ -9,7 +9,7 @@ from attrs import validators as v
 
 from kvtiers.errors import suggest
 from kvtiers_packforcing.tiny_world import CLIP_BLOCKS
-from kvtiers_packforcing.training.config import Phase, TrainingConfigError, number, whole
+from kvtiers_packforcing.training.config import Phase, TrainingConfigError, number, whole, yes_or_no
 from kvtiers_packforcing.training.layout import LAYOUTS
 
 _SHARES = {"packforcing": 0.5, "sink_window": 0.1, "compressed_past": 0.25, "no_sink": 0.05, "full": 0.1}
@@ -19,8 +19,12 @@ _SHARES = {"packforcing": 0.5, "sink_window": 0.1, "compressed_past": 0.25, "no_
 class StudentConfig:
     """The size of the transformer and its compressor, and what clips are like.
 
-    start: what another run of this stage exported, with whose weights this one begins; none: random ones.
-    autoencoder: the folder of a trained one, for the compressor's low-resolution branch; none: its other branch alone.
+    start: what another run of this stage exported, with whose weights this one begins; None: random ones.
+    match_prompts: whether those weights are changed first, so that the model tells rooms apart by name and attends
+    earlier blocks of the same name more.
+    match_weight: of a loss that asks the queries of noisy blocks to like the keys of earlier blocks of the same room
+    more than those of other rooms; 0: there is none.
+    autoencoder: the folder of a trained one, for the compressor's low-resolution branch; None: its other branch alone.
     compressor_width: channels after the first convolution of the compressor's HR branch; each later one doubles them.
     clean_noise: the most noise that the clean past is given, as a share. position_gap_share: how often a clip's blocks
     are placed with gaps of up to `position_gap_blocks` blocks, so that positions beyond a clip's length are trained.
@@ -29,6 +33,8 @@ class StudentConfig:
     """
 
     start: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
+    match_prompts: bool = yes_or_no(default=False)
+    match_weight: float = number(0.0, default=0.0)
     autoencoder: str | None = attrs.field(default=None, validator=v.optional(v.instance_of(str)))
     width: int = whole(12, default=128)
     layers: int = whole(1, default=4)
@@ -44,6 +50,11 @@ class StudentConfig:
         if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
             raise TrainingConfigError(
                 f"width must be heads times an even number of at least 6, got {self.width} and {self.heads} heads"
+            )
+        if self.match_prompts and (self.layers < 2 or self.width // self.heads < 12):
+            raise TrainingConfigError(
+                "match_prompts needs at least 2 layers and heads of 12 channels, got "
+                f"{self.layers} and {self.width // self.heads}; change the size, or leave it out"
             )
 
 
