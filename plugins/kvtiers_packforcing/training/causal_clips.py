@@ -79,7 +79,7 @@ class CausalClips:
         """
         count = sigmas.shape[2]
         blocks = self.layout.compressed(count)
-        more: dict[str, Tensor] = {}
+        more: dict[str, Any] = {}
         if blocks:
             tokens = high_resolution(self.compressor, clean, count, blocks)
             if low is not None:

@@ -48,7 +48,8 @@ def mismatch(affinities: Float[Tensor, "layers batch streams blocks earlier"], c
     pairs = ((earlier & same)[..., None] & (earlier & ~same)[:, :, None]).to(affinities.device)
     above = affinities[..., None] - affinities[..., None, :]
     off = ((_MARGIN - above).clamp(min=0) / _MARGIN).square().mean((0, 2)) * pairs
-    return (off.sum((1, 2, 3)) / pairs.sum((1, 2, 3)).clamp(min=1)).mean()
+    found: Tensor = (off.sum((1, 2, 3)) / pairs.sum((1, 2, 3)).clamp(min=1)).mean()
+    return found
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def _spread(embedder: Any, every: Tensor, names: int, draw: torch.Generator) -> 
     common = before[:names].mean(0)
     taken = torch.linalg.qr(torch.cat((before[names:], common[None])).T)[0]
     own = torch.randn(before.shape[1], names, generator=draw)
-    own = torch.linalg.qr(own - taken @ (taken.T @ own))[0]
+    own = torch.as_tensor(torch.linalg.qr(own - taken @ (taken.T @ own))[0])
     wanted = torch.cat((common + _APART * own.T, before[names:]))
     nn.init.orthogonal_(embedder.linear_1.weight, generator=draw)
     embedder.linear_1.bias.zero_()
@@ -141,8 +142,9 @@ def _inputs(
             noisy = torch.lerp(latents, noise, timestep / 1000)
             for prompt in prompts:
                 transformer(noisy, torch.full((len(latents),), timestep), prompt.expand(len(latents), -1, -1))
-    by_name = torch.stack(found).unflatten(0, (len(_TIMESTEPS), len(prompts))).transpose(0, 1)
-    return by_name.flatten(1, 3)
+    by_name: Tensor = torch.stack(found).unflatten(0, (len(_TIMESTEPS), len(prompts))).transpose(0, 1)
+    of_name: Tensor = by_name.flatten(1, 3)
+    return of_name
 
 
 @contextmanager
