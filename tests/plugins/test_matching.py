@@ -116,3 +116,8 @@ def test_the_loss_reaches_what_carries_names():
         made.transformer.blocks[2].attn1.to_k,
     )
     assert all(carrier.weight.grad.norm() > 0 for carrier in carriers), "the flow cannot: its last layer begins at zero"
+
+
+def test_a_single_layer_cannot_be_asked_to_match():
+    with pytest.raises(TrainingConfigError, match="match_weight needs at least 2 layers, got 1"):
+        stage(match_prompts=False, match_weight=0.1, layers=1)

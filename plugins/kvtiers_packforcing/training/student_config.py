@@ -51,6 +51,10 @@ class StudentConfig:
             raise TrainingConfigError(
                 f"width must be heads times an even number of at least 6, got {self.width} and {self.heads} heads"
             )
+        if self.match_weight and self.layers < 2:
+            raise TrainingConfigError(
+                f"match_weight needs at least 2 layers, got {self.layers}: the first one knows no prompt yet"
+            )
         if self.match_prompts and (self.layers < 2 or self.width // self.heads < 12):
             raise TrainingConfigError(
                 "match_prompts needs at least 2 layers and heads of 12 channels, got "
