@@ -75,6 +75,43 @@ def test_a_packed_forward_equals_the_cache_block_by_block(policy):
             assert (wan(latents, sigmas, text) - wanted).abs().max() > 1e-4, "the layout makes no difference"
 
 
+def test_affinities_are_of_the_form_that_is_attended():
+    """Recomputed from what the norms gave: whole sink and recent block, reduced tokens of what lies between."""
+    model, network, latents, sigmas, text = parts()
+    layout, found, normed = Layout(), [], []
+    for layer in model.blocks:
+        for norm in (layer.attn1.norm_q, layer.attn1.norm_k):
+            norm.register_forward_hook(lambda _, __, out: normed.append(out))
+    with packed(model, layout) as wan:
+        wan(latents, sigmas, text, affinities=found, **reduced_tokens(network, layout, latents))
+    rotary, (batch, streams, blocks), heads = wan.rotary, sigmas.shape, model.config.num_attention_heads
+    own = FRAMES * (HIGH // 2) * (WIDE // 2)
+    whole = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (FRAMES, HIGH // 2, WIDE // 2)), indexing="ij"), -1)
+
+    def mean(tokens, positions, at):
+        moved = positions.double() + torch.tensor([at * FRAMES, 0, 0])
+        return rotary.apply(tokens, rotary.table(moved, tokens.dtype)).mean(-2)
+
+    for layer, affinity in enumerate(found):
+        query, key = (
+            part.unflatten(2, (heads, -1)).transpose(1, 2).unflatten(0, (batch, streams, blocks))
+            for part in normed[2 * layer : 2 * layer + 2]
+        )
+        for block in range(blocks):
+            of_block = mean(query[:, 1:, block, :, :own], whole.flatten(0, 2), block)
+            for past, form in layout.history(block):
+                part, at = (slice(own), whole.flatten(0, 2)) if form == "full" else (slice(own, None), OFFSETS)
+                wanted = (of_block * mean(key[:, 0, past, :, part], at, past)[:, None]).sum(-1) / query.shape[-1] ** 0.5
+                assert torch.allclose(affinity[:, :, block, past], wanted, atol=1e-5), (layer, block, past)
+    assert len(found) == len(model.blocks) == 2
+    (of_compressor,) = torch.autograd.grad(found[0][:, :, 3, 1].sum(), network.layers[-1].weight, retain_graph=True)
+    (of_none,) = torch.autograd.grad(
+        found[0][:, :, 3, 0].sum(), network.layers[-1].weight, retain_graph=True, materialize_grads=True
+    )
+    assert of_compressor.norm() > 0
+    assert of_none.norm() == 0, "the first layer's whole keys know nothing of the compressor"
+
+
 @torch.no_grad()
 def test_only_the_distance_between_blocks_counts():
     model, network, latents, sigmas, text = parts()

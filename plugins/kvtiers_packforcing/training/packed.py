@@ -63,7 +63,8 @@ class PackedWan:
         of each block of each stream. reduced: the reduced tokens of the blocks that `layout.compressed` names, in that
         order. offsets: their positions from the start of their block. starts: the time of each block's first frame;
         none: blocks follow each other. affinities: a list that gets, of each layer, how much the mean query of each
-        noisy block likes the mean key of each clean one: [batch, noisy streams, blocks, clean blocks, heads].
+        noisy block likes the mean key of each clean one, in the form in which it attends that one: [batch, noisy
+        streams, blocks, clean blocks, heads].
         """
         batch, streams, _, frames, height, width = latents.shape
         blocks = sigmas.shape[2]
@@ -139,13 +140,12 @@ class PackedAttention:
             part.split((own, more), 4) for part in (query, key, value)
         )
         query, key = (rotary.apply(part, now.table) for part in (query, key))
-        if self.packed_wan.affinities is not None:
-            of_blocks = torch.einsum("bsihd,bjhd->bsijh", query[:, 1:].mean(4), key[:, 0].mean(3))
-            self.packed_wan.affinities.append(of_blocks / query.shape[-1] ** 0.5)
-        queries, keys, values = (part.unbind(2) for part in (query, key, value))
         few_query, few_key, few_value = (part[:, 0] for part in (few_query, few_key, few_value))
         if now.reduced_table is not None:
             few_query, few_key = (rotary.apply(part, now.reduced_table) for part in (few_query, few_key))
+        if self.packed_wan.affinities is not None:
+            self.packed_wan.affinities.append(_affinity(now.layout, query[:, 1:], key[:, 0], few_key))
+        queries, keys, values = (part.unbind(2) for part in (query, key, value))
         few_queries, few_keys, few_values = (part.unbind(1) for part in (few_query, few_key, few_value))
         clean = tuple([self._past(part[:, 0]) for part in parts] for parts in (keys, values))
         streams, blocks = now.shape[1:]
@@ -238,6 +238,22 @@ def _moved(
     moved = positions.expand(*starts.shape, -1, -1).clone()
     moved[..., 0] += starts[..., None]
     return moved
+
+
+def _affinity(layout: Layout, query: Tensor, key: Tensor, few_key: Tensor) -> Tensor:
+    """Logits of mean queries and mean keys of blocks: [batch, noisy streams, blocks, clean blocks, heads].
+
+    query: of noisy blocks. key, few_key: of clean ones, whole and reduced. The layout says which of them are attended.
+    """
+    query, means = query.mean(4) / query.shape[-1] ** 0.5, [key.mean(3)]
+    if few_key.shape[3]:
+        means.append(few_key.mean(3))
+    whole, *reduced = (torch.einsum("bsihd,bjhd->bsijh", query, mean) for mean in means)
+    if not reduced:
+        return whole
+    blocks = range(key.shape[1])
+    forms = [[dict(layout.history(block)).get(past) == "compressed" for past in blocks] for block in blocks]
+    return torch.where(torch.tensor(forms, device=key.device)[..., None], reduced[0], whole)
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
