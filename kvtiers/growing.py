@@ -1,4 +1,4 @@
-"""A tensor that grows by doubling, shared by forks until one of them writes: what tables and archives are made of."""
+"""A tensor that grows by a quarter, shared by forks until one of them writes: what tables and archives are made of."""
 
 import math
 import weakref
@@ -11,6 +11,11 @@ from torch import Tensor
 
 from kvtiers.errors import SavedCacheError
 from kvtiers.state import Saved, State
+
+
+def grown(slots: int) -> int:
+    """The slots that a full buffer is given instead: a quarter more. On average a token is copied at most 4 times."""
+    return slots + slots // 4
 
 
 def lasting(shape: Sequence[int], *, like: Tensor, pinned: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -28,7 +33,7 @@ class _Storage:
 
 
 class Growing(State):
-    """A tensor that grows along one axis by doubling, so that appending is cheap and nothing is concatenated.
+    """A tensor that grows along one axis by a quarter, so that appending is cheap and nothing is concatenated.
 
     pinned: in page-locked host memory, from which a GPU copies without waiting. Forks share the memory until one side
     appends.
@@ -75,10 +80,10 @@ class Growing(State):
         if held is None or not self._fits(rows):
             shape = list(rows.shape)
             shape[self.axis] = self._slots_after(rows)
-            grown = lasting(shape, like=rows, pinned=self.pinned)
+            wider = lasting(shape, like=rows, pinned=self.pinned)
             if self.data is not None:
-                grown.narrow(self.axis, 0, self.length).copy_(self.data)
-            held = _Storage(grown)
+                wider.narrow(self.axis, 0, self.length).copy_(self.data)
+            held = _Storage(wider)
         held.tensor.narrow(self.axis, self.length, rows.shape[self.axis]).copy_(rows)
         self._hold(held)
         self.length += rows.shape[self.axis]
@@ -120,7 +125,7 @@ class Growing(State):
     def _slots_after(self, rows: Tensor) -> int:
         needed = self.length + rows.shape[self.axis]
         have = 0 if self._storage is None else self._storage.tensor.shape[self.axis]
-        return have if needed <= have else max(needed, 2 * have)
+        return have if needed <= have else max(needed, grown(have))
 
     def _hold(self, storage: _Storage | None) -> None:
         if storage is not self._storage:

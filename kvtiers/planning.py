@@ -3,6 +3,7 @@
 import attrs
 
 from kvtiers.geometry import Geometry
+from kvtiers.growing import grown
 from kvtiers.policy import Policy
 
 
@@ -40,7 +41,7 @@ class Cost:
     cached_bytes: keys and values of the attended history, as papers count: without the block (or chunk) that attends,
         or of everything if nothing bounds what is attended.
     device_bytes: the most that is allocated there, with current slots, unrotated copies, digests, and an archive on the
-        device; what grows does so by doubling, and is counted twice. archive_bytes: archived elsewhere, counted once.
+        device; what grows does so by a quarter, which is counted too. archive_bytes: archived elsewhere, counted once.
     growth_bytes: what the archive grows by in `Shape.growth_steps`, wherever it is.
     work: multiplications of attention, relative to attending everything.
     """
@@ -76,7 +77,7 @@ def cost(policy: Policy, shape: Shape) -> Cost:
     return Cost(
         attended=attended,
         cached_bytes=(attended - without) * shape.token_bytes,
-        device_bytes=shape.layers * (_doubled(policy, shape, blocks) if allocated is None else allocated),
+        device_bytes=shape.layers * (_growing(policy, shape, blocks) if allocated is None else allocated),
         archive_bytes=0 if policy.archive.location == "device" else blocks * of_block,
         growth_bytes=shape.growth_steps // block * of_block if archives else 0,
         work=attended / shape.tokens,
@@ -90,8 +91,8 @@ def _mid(policy: Policy, shape: Shape, past: int) -> int:
     return (chosen + further) * policy.block_tokens(shape.geometry, "compressed")
 
 
-def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:
-    """The most bytes that one layer holds on the device if its window grows, which it does by doubling."""
+def _growing(policy: Policy, shape: Shape, blocks: int) -> int:
+    """The most bytes that one layer holds on the device if its window grows."""
     geometry = shape.geometry
     slots = shape.tokens
     if not policy.in_place:
@@ -103,4 +104,4 @@ def _doubled(policy: Policy, shape: Shape, blocks: int) -> int:
         rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
         chosen = rows * (3 * 8 + max(policy.block_tokens(geometry, form) for form in policy.forms) * 8 * (axes + 1))
         held += blocks * (policy.hot_bytes(geometry) + chosen)
-    return 2 * held
+    return grown(held)

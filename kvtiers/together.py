@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtiers.blocks import Context
 from kvtiers.checks import admit
 from kvtiers.errors import SelectionError
-from kvtiers.growing import lasting
+from kvtiers.growing import grown, lasting
 from kvtiers.layer import Layer
 from kvtiers.window import Window
 
@@ -35,8 +35,8 @@ class Joined:
         """Move `windows` of `rows` rows each into one buffer, so that they end at the same slot."""
         tail = max(window.room_before + window.recent for window in windows)
         slots = max(window.capacity or window.slots for window in windows)
-        if slots <= tail:  # grow by doubling, and only when it is full: rows may be selected at every token
-            slots = tail + 1 if windows[0].capacity else max(tail + 1, 2 * slots)
+        if slots <= tail:  # grow only when it is full: rows may be selected at every token
+            slots = tail + 1 if windows[0].capacity else max(tail + 1, grown(slots))
         planes, parts = {}, [dict[str, Tensor]() for _ in windows]
         for name, like in windows[0].planes.items():
             planes[name] = lasting((sum(rows), like.shape[1], slots, like.shape[3]), like=like).zero_()

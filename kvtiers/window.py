@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import attrs
 from torch import Tensor, float32
 
-from kvtiers.growing import lasting
+from kvtiers.growing import grown, lasting
 from kvtiers.state import State, number, rows
 
 Planes = Mapping[str, Tensor]
@@ -21,7 +21,7 @@ Planes = Mapping[str, Tensor]
 class Window(State):
     """Named planes of per-token tensors, [batch, heads, slots, width], that are written in place.
 
-    capacity: slots; None: as many as it takes, by doubling. front: slots kept free before recent for sink and mid;
+    capacity: slots; None: as many as it takes. front: slots kept free before recent for sink and mid;
     None: as many as they have. A layer has one window that attention reads, and one of unrotated keys if keys may be
     rotated again, whose tokens are recent and current alone.
     """
@@ -158,7 +158,7 @@ class Window(State):
         """Move everything so that recent starts at slot `head`, with `extra` slots behind the tail; grow if need be."""
         needed, made = head + self.recent + extra, self.planes
         if needed > self.slots:
-            room = needed if self.capacity is not None else max(needed, 2 * self.slots)
+            room = needed if self.capacity is not None else max(needed, grown(self.slots))
             made = {name: lasting((*x.shape[:2], room, x.shape[3]), like=x) for name, x in self.planes.items()}
         self.move(made, head + self.recent)
 

@@ -1,4 +1,4 @@
-"""What the archives in memory share: a store whose parts grow by doubling, on the device or in the host's memory."""
+"""What the archives in memory share: a store whose parts grow, on the device or in the host's memory."""
 
 from collections.abc import Hashable, Iterable, Mapping
 

@@ -57,7 +57,7 @@ def test_what_is_planned_covers_what_is_then_held_and_attended(data, steps):
 
 
 @given(data=st.data(), steps=st.integers(1, 48))
-def test_a_policy_without_a_bound_never_holds_more_than_twice_what_it_needs(data, steps):
+def test_a_policy_without_a_bound_never_holds_more_than_a_quarter_above_what_it_needs(data, steps):
     setting = data.draw(settings_of(policies(recent=None) | policies(retriever="all") | policies(chunk_size=None)))
     shape = Shape(name="", layers=1, geometry=setting.geometry, steps=steps, growth_steps=1, growth_unit="step")
     planned, layer = cost(setting.policy, shape).device_bytes, setting.layer()
@@ -65,7 +65,7 @@ def test_a_policy_without_a_bound_never_holds_more_than_twice_what_it_needs(data
         assert bytes_in(memory_usage_of([layer]), "device") <= planned
 
 
-def test_all_of_a_video_takes_up_to_twice_its_size_as_its_buffer_doubles():
+def test_all_of_a_video_takes_up_to_a_quarter_more_than_its_size_as_its_buffer_grows():
     geometry = Geometry(kv_heads=2, head_dim=12, grid=(2, 3), steps_per_commit=4, causal=False)
     layer, held, planned = Layer(policy=policy("full"), geometry=geometry), [], []
     for number in range(1, 20):
@@ -74,7 +74,7 @@ def test_all_of_a_video_takes_up_to_twice_its_size_as_its_buffer_doubles():
         shape = attrs.evolve(WAN, layers=1, geometry=geometry, steps=4 * number)
         held.append(bytes_in(memory_usage_of([layer]), "device"))
         planned.append(cost(policy("full"), shape).device_bytes)
-        assert cost(policy("full"), shape).cached_bytes * 2 == planned[-1]
+        assert cost(policy("full"), shape).cached_bytes * 5 // 4 == planned[-1]
     assert all(have <= most for have, most in zip(held, planned, strict=True))
     assert max(have / most for have, most in zip(held, planned, strict=True)) > 0.9
 

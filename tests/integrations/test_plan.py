@@ -39,7 +39,7 @@ def test_the_published_figures_are_printed() -> None:
     code, printed = planned("--model", "wan2.1-t2v-1.3b", "--size", "832x480", "--seconds", "120")
     assert code == 0
     found = rows(printed)
-    assert found["full"][:3] == ["748,800", "138.02", "276.04"]
+    assert found["full"][:3] == ["748,800", "138.02", "172.52"]
     assert found["packforcing"][:2] == ["27,872", "3.99"]
     assert "without the current block" in " ".join(printed.split())
     windows = {"full", "packforcing", "rolling-window", "sink-rolling-window", "memrope", "longlive"}
