@@ -45,6 +45,10 @@ WALK = Walks.written(
 )  # fmt: skip
 """Returns after 5, 6, 9, 15 and 15 s."""
 
+NOT_NOTICED = {("collapsed", "prompt"): 1}
+"""How many of the weakest strengths of a damage a figure need not notice: a room that is told wrongly or not is counted
+whole, and with a little noise rooms are still told apart."""
+
 BY_MEASURE = {
     **dict.fromkeys(
         ("identity", "identity_net", "identity_5_15", "identity_15_60", "recognised", "elsewhere"), identity
@@ -118,7 +122,8 @@ def test_the_codec_costs_little_of_what_counts(truth):
 )
 def test_the_stronger_a_damage_the_worse_the_figure(truth, damage, figure, sign):
     make, strengths = DAMAGES[damage]
-    videos = (truth, *(make(truth, WALK, strength) for strength in strengths))
+    too_weak = NOT_NOTICED.get((damage, figure), 0)
+    videos = (truth, *(make(truth, WALK, strength) for strength in strengths[too_weak:]))
     found = [BY_MEASURE[figure](video, WALK)[figure].mean() for video in videos]
     worse = [sign * (after - before) for before, after in pairwise(found)]
     assert worse[0] > 0, f"the weakest is not noticed: {found}"

@@ -234,8 +234,10 @@ class StudentStage(Stage):
         """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
 
         Where a room returns that the first block does not show, `sink_window` and `window` cannot know it. If
-        `packforcing` is no better there, the model does not use its memory. `return_misnamed` is that of `packforcing`
-        where the room that returns is told another room's name. If it is no worse, the model does not know its prompts.
+        `packforcing` is no better there, the model does not use its memory. `mismatch` says how far queries are from
+        liking blocks of their own room more, in the form in which they attend them; 1: not at all. `return_misnamed` is
+        that of `packforcing` where the room that returns is told another room's name. If it is no worse, the model does
+        not know its prompts.
         """
         clips = returns_beyond_the_sink(16)
         latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)
@@ -244,21 +246,28 @@ class StudentStage(Stage):
         noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator).to(self.device)
         noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
         at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
-        rows, found = torch.arange(len(at)), {}
+        rows, named = torch.arange(len(at)), len(self.transformer.blocks) > 1  # the first layer knows no prompt yet
 
-        def errors(layout: Layout, text: Tensor) -> tuple[float, float]:
+        def figures(layout: Layout, text: Tensor) -> dict[str, float]:
+            affinities: list[Tensor] | None = [] if named else None
             with packed(self.transformer, layout) as wan:
                 low = self.low_resolution(clips, latents, layout)
-                flow = self.predict(wan, latents, noisy, sigmas, text, low=low)
+                flow = self.predict(wan, latents, noisy, sigmas, text, low=low, affinities=affinities)
             off = ((flow - (noise - latents[:, None])) * by_frame(sigmas)).square()
             by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6)).cpu()
-            return float(by_block[rows, at].mean()), float(by_block.mean())
+            found = {"return": float(by_block[rows, at].mean()), "all": float(by_block.mean())}
+            if affinities is not None:
+                found["mismatch"] = float(mismatch(torch.stack(affinities[1:]).float().mean(-1), clips))
+            return found
 
-        for name, layout in LAYOUTS.items():
-            found[f"return_{name}"], found[f"all_{name}"] = errors(layout, text)
+        found = {
+            f"{figure}_{name}": value
+            for name, layout in LAYOUTS.items()
+            for figure, value in figures(layout, text).items()
+        }
         misnamed, rooms = text.clone(), clips.walks.rooms[rows, clips.blocks[rows, at]]
         misnamed[rows, at, 0] = text_table()[(rooms + 1) % len(ROOMS)].to(self.device)
-        found["return_misnamed"] = errors(LAYOUTS["packforcing"], misnamed)[0]
+        found["return_misnamed"] = figures(LAYOUTS["packforcing"], misnamed)["return"]
         draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=_STEPS))
         return found
 
