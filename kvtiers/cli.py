@@ -7,7 +7,6 @@ with the reason and breaks nothing else.
 """
 
 import json
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from kvtiers.about import about
 from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError, explain
 from kvtiers.planning import Shape, cost
 from kvtiers.plugins import Plugin, registry
-from kvtiers.policy import SLOTS, Policy
-from kvtiers.presets import describe, policy
+from kvtiers.policy import SLOTS
+from kvtiers.presets import describe, parse, policy
 from kvtiers.scaffold import KINDS, write_package
 
 try:
@@ -231,48 +230,6 @@ def _shape(model: str, **wanted: Any) -> Shape:
     factories = [registry().factory("shape", name) for name in registry().names("shape")]
     known = " ".join(line for each in factories for line in (each.__doc__ or "").strip().splitlines()[:1])
     raise PolicyError(f"no installed plugin knows a model {model!r}; known are: {known} {' '.join(reasons)}".rstrip())
-
-
-_WHOLE, _FRACTION = re.compile("-?[0-9]+"), re.compile(r"-?[0-9]{1,40}\.[0-9]{1,40}")
-
-
-def _meant(value: str, spec: str) -> Any:
-    """A number, true or false; else the text itself."""
-    if _FRACTION.fullmatch(value):
-        return float(value)
-    if value in ("true", "false"):
-        return value == "true"
-    if not _WHOLE.fullmatch(value):
-        return value
-    try:
-        return int(value)
-    except ValueError as error:  # Python reads no number of more than 4,300 digits
-        raise PolicyError(f"{spec[:40]!r}...: a number of {len(value):,} digits is too large") from error
-
-
-def parse(spec: str) -> Policy:
-    """`name` or `name:setting=value,...`, as in `NAME:top_k=8,retriever=NAME,retriever.OPTION=VALUE`."""
-    name, _, settings = spec.partition(":")
-    changes: dict[str, Any] = {}
-    options: dict[str, dict[str, Any]] = {}
-    for part in filter(None, settings.split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals:
-            raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
-        slot, dot, option = key.partition(".")
-        meant = _meant(value, spec)
-        if dot:
-            options.setdefault(slot, {})[option] = meant
-        else:
-            changes[key] = meant
-    for slot, of_slot in options.items():
-        if slot not in SLOTS or slot not in changes:
-            raise PolicyError(
-                f"{spec!r}: an option of a slot follows its name, as in retriever=NAME,retriever.OPTION=VALUE; the "
-                f"slots are {', '.join(SLOTS)}"
-            )
-        changes[slot] = (changes[slot], of_slot)
-    return policy(name, **changes)
 
 
 def _table(*columns: str) -> Table:

@@ -1,6 +1,7 @@
 """Policies by name: presets and slot choices that plugins provide, put together, read from TOML, and written down."""
 
 import inspect
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from kvtiers.errors import PluginError, PolicyError, SlotError, explain, suggest
 from kvtiers.plugins import Registry, registry
 from kvtiers.policy import SLOTS, Policy
 
+_WHOLE, _FRACTION = re.compile("-?[0-9]+"), re.compile(r"-?[0-9]{1,40}\.[0-9]{1,40}")
 _SLOT_FIELDS = [getattr(attrs.fields(Policy), slot) for slot in SLOTS]
 KINDS: Mapping[str, type] = {"policy": Policy, **{field.name: field.type for field in _SLOT_FIELDS}}
 _FIELDS = tuple(field.name for field in attrs.fields(Policy))
@@ -246,3 +248,48 @@ def _names_of(plugins: Registry, slot: str, made: type) -> list[str]:
             factories[name] = plugins.factory(slot, name)
     exact = [name for name, factory in factories.items() if factory is made]
     return exact + [name for name, factory in factories.items() if not isinstance(factory, type)]
+
+
+def parse(spec: str) -> Policy:
+    """The policy that a line names: a preset, and what is changed of it."""
+    name, changes = changes_of(spec)
+    return policy(name, **changes)
+
+
+def changes_of(spec: str) -> tuple[str, dict[str, Any]]:
+    """`name` or `name:setting=value,...`, as in `NAME:top_k=8,retriever=NAME,retriever.OPTION=VALUE`."""
+    name, _, settings = spec.partition(":")
+    changes: dict[str, Any] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for part in filter(None, settings.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise PolicyError(f"{spec!r}: settings are written key=value, got {part!r}")
+        slot, dot, option = key.partition(".")
+        meant = _value(value, spec)
+        if dot:
+            options.setdefault(slot, {})[option] = meant
+        else:
+            changes[key] = meant
+    for slot, of_slot in options.items():
+        if slot not in SLOTS or slot not in changes:
+            raise PolicyError(
+                f"{spec!r}: an option of a slot follows its name, as in retriever=NAME,retriever.OPTION=VALUE; the "
+                f"slots are {', '.join(SLOTS)}"
+            )
+        changes[slot] = (changes[slot], of_slot)
+    return name, changes
+
+
+def _value(value: str, spec: str) -> Any:
+    """A number, true or false; else the text itself."""
+    if _FRACTION.fullmatch(value):
+        return float(value)
+    if value in ("true", "false"):
+        return value == "true"
+    if not _WHOLE.fullmatch(value):
+        return value
+    try:
+        return int(value)
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise PolicyError(f"{spec[:40]!r}...: a number of {len(value):,} digits is too large") from error

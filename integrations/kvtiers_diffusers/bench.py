@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kvtiers import bytes_in
-from kvtiers.cli import parse
+from kvtiers.presets import parse
 from kvtiers_diffusers.causal_wan import CausalWan, tiered
 from kvtiers_diffusers.processors import Pass, TieredSelfAttention
 from kvtiers_diffusers.schedule import TIMESTEPS, clean, noised, warped

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvtiers
 from kvtiers import Codec, Policy
-from kvtiers.cli import parse
+from kvtiers.presets import parse
 from kvtiers_transformers.cache import TransformersCache
 from kvtiers_transformers.reading import (
     Needle,

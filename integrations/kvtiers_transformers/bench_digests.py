@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvtiers import Geometry, Policy, PolicyError
-from kvtiers.cli import parse
+from kvtiers.presets import parse
 from kvtiers_transformers.cache import TransformersCache
 from kvtiers_transformers.reading import (
     Needle,

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvtiers import Policy, bytes_in
-from kvtiers.cli import parse
+from kvtiers.presets import parse
 from kvtiers_transformers.reading import (
     Needle,
     depths_option,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvtiers import Policy
-from kvtiers.cli import parse
+from kvtiers.presets import parse
 from kvtiers_transformers.cache import TransformersCache
 from kvtiers_transformers.reading import encoded, model_option, narrow_table, numbers
 from kvtiers_transformers.smollm2 import load_model

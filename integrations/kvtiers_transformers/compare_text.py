@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvtiers import Policy, PolicyError, bytes_in
-from kvtiers.cli import parse
 from kvtiers.errors import KVTiersError, suggest
+from kvtiers.presets import parse
 from kvtiers_transformers.budgets import attends_everything, fitted
 from kvtiers_transformers.compare_report import Row, markdown, write_report
 from kvtiers_transformers.compare_results import ANY_SIZE, Job, Results

@@ -13,13 +13,13 @@ from click.testing import CliRunner
 
 from kvtiers.__main__ import main as program
 from kvtiers.about import about
-from kvtiers.cli import main, parse
+from kvtiers.cli import main
 from kvtiers.errors import PolicyError, UnknownPolicyError
 from kvtiers.geometry import Geometry
 from kvtiers.hookspecs import hookimpl
 from kvtiers.plugins import registry
 from kvtiers.policy import SLOTS
-from kvtiers.presets import policy
+from kvtiers.presets import parse, policy
 
 
 def run(*arguments: str):

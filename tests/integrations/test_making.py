@@ -15,7 +15,7 @@ from kvtiers_packforcing.tiny_world import LinearCodec, Walks, embed_walks, psnr
 from kvtiers_packforcing.tiny_world.gather import main as gather_command
 from kvtiers_packforcing.tiny_world.making import CodecDecoder, make_videos
 from kvtiers_packforcing.tiny_world.sampling import Sampler
-from kvtiers_packforcing.tiny_world.variants import choose_variants, variants
+from kvtiers_packforcing.tiny_world.variants import choose_variants, published, variants
 from kvtiers_packforcing.tiny_world.weights import WeightsError, load_models, read_sampler, write_sampler, write_sums
 from kvtiers_packforcing.training import config_of
 from kvtiers_packforcing.training.student import StudentStage
@@ -168,10 +168,34 @@ def test_the_codec_decodes_block_by_block_what_it_decodes_at_once():
     assert psnr(streamed, codec.decode(latents).clamp(-1, 1)) > 100
 
 
+@pytest.mark.parametrize("name", published())
+def test_published_methods_attend_no_more_than_five_blocks(name):
+    longer = Walks.written(("hall", 3), ("attic", 2), ("hall", 4))
+    *_, before, last = make_videos(MODELS, choose_variants(name), longer, sampler=ONE_STEP, decoder="codec")
+    if name == "quant-videogen":
+        assert last[name].attended == 9 * 128
+    else:
+        assert 256 < before[name].attended == last[name].attended <= 640
+    assert last[name].latents.isfinite().all()
+
+
+def test_variants_and_presets_can_be_changed_where_they_are_named():
+    names = "packforcing:top_k=3,retriever=recency,full,rolling-forcing:sink=4,recent=12"
+    one, two, three = choose_variants(names, window_blocks=3)
+    assert (one.name, one.policy) == ("packforcing:top_k=3,retriever=recency", "packforcing")
+    assert one.options == {"sink": 4, "recent": 4, "top_k": 3, "retriever": "recency"}
+    assert two == variants()["full"]
+    assert (three.policy, three.options) == ("rolling-forcing", {"sink": 4, "recent": 12})
+    (last,) = list(make_videos(MODELS, [one], WALK, sampler=ONE_STEP, decoder="codec"))[-1].values()
+    assert last.attended == 3 * 128 + 2 * 4
+
+
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
     [
         (lambda: choose_variants("packforcing,roling-window"), UnknownPolicyError, "Did you mean 'rolling-window'"),
+        (lambda: choose_variants("my-preset:top_k=3"), UnknownPolicyError, "and presets of other plugins"),
+        (lambda: choose_variants("full:top_k"), PolicyError, "settings are written key=value, got 'top_k'"),
         (lambda: choose_variants(" , "), UnknownPolicyError, "no policies are named; choose from full, "),
         (lambda: make_videos(MODELS, [], WALK), PolicyError, "at least one memory"),
         (lambda: make_videos(MODELS, ALL[:1] * 2, WALK), PolicyError, "each name once"),
@@ -180,7 +204,7 @@ def test_the_codec_decodes_block_by_block_what_it_decodes_at_once():
         (lambda: Sampler(kind="heun"), ValueError, "'kind' must be in"),
         (lambda: Sampler(guidance=-1.0), ValueError, "'guidance' must be >= 0"),
     ],
-    ids=["near", "none", "empty", "twice", "seeds", "steps", "kind", "guidance"],
+    ids=["near", "foreign", "unread", "none", "empty", "twice", "seeds", "steps", "kind", "guidance"],
 )
 def test_what_cannot_be_made_is_refused_at_once(ask, error, message):
     with pytest.raises(error, match=message):

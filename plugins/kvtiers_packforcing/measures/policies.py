@@ -78,6 +78,9 @@ def policies(
         results = Results(seconds=seconds)
         ceiling = codec(weights / "autoencoder" if decoder == "autoencoder" else None)
         console, models = Console(), load_models(weights)
+        for variant in chosen:  # what cannot be remembered so is refused before anything is made
+            with variant.remember(models):
+                pass
         sampler = models.sampler if steps is None else attrs.evolve(models.sampler, steps=steps)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:

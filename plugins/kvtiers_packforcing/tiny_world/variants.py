@@ -1,12 +1,10 @@
 """The memories that are compared in the tiny world: presets, set to its blocks, and PackForcing with a part missing.
 
-A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. The model was trained on clips of five blocks, of
-which one is the sink, one recent and one the current block. `packforcing` attends those three and `top_k` compressed
-ones, 448 tokens with the paper's 16. The windows are not to lose for want of room: they attend five whole blocks, 640
-tokens. In the last phase of training four in ten steps have PackForcing's layout, and a fourth those of the windows
-and of `full`, with up to five blocks in full. One in twenty has no sink. No layout has what `recency`,
-`original-positions`, `mean-pool`, `random-compressor`, `hr-only` and `lr-only` show a model: those take a part away
-from the trained one.
+A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. `packforcing` attends its sink, one recent and the
+current block whole, and `top_k` compressed ones: 448 tokens with the paper's 16. The windows are not to lose for want of
+room: they attend five whole blocks, 640 tokens, and published methods at most as many. Most steps of training have
+PackForcing's layout, and others those of the windows and of `full`. No layout has what `recency`, `mean-pool`,
+`original-positions`, `random-compressor`, `hr-only`, `lr-only` and most published methods show a model.
 """
 
 from collections.abc import Mapping
@@ -18,6 +16,8 @@ import torch
 from attrs import validators as v
 
 from kvtiers.errors import UnknownPolicyError, suggest
+from kvtiers.plugins import registry
+from kvtiers.presets import changes_of
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ TOP_K = 16
 class Variant:
     """One way to remember.
 
-    policy: the name of a preset. options: what is changed of it.
+    name: what it was asked for by. policy: the name of a preset. options: what is changed of it.
     compressor: whether the compressor's convolutions are the trained ones, or `random`.
     """
 
@@ -90,18 +90,62 @@ def variants(*, top_k: int = TOP_K, window_blocks: int = 5) -> dict[str, Variant
     return {variant.name: variant for variant in made}
 
 
+def published() -> dict[str, Variant]:
+    """Other people's methods, set to the world's blocks: at most five whole blocks are attended, or as much as that.
+
+    Rolling Forcing's anchor is `sink-rolling-window` here, and LongLive is, too, but that it makes recent frames anew
+    where the prompt changes. `quant-videogen` attends everything.
+    """
+    whole, rewritten = BLOCK_FRAMES, {"sink": 0, "recent": 0}
+    options: dict[str, dict[str, Any]] = {
+        "deep-forcing": {"sink": 2 * whole, "recent": whole, "compressor": ("deep-forcing", {"frames": whole})},
+        "fademem": rewritten | {"compressor": ("fademem", {"frames": 4 * whole, "horizon": 4 * whole})},
+        "framepack": {"recent": whole, "compressor": ("framepack", {"frames": whole, "levels": 4})},
+        "infinity-rope": {
+            "sink": whole,
+            "recent": whole,
+            "realigner": ("block-relativistic", {"onset": 3 * whole}),
+        },
+        "memflow": {
+            "sink": whole,
+            "recent": 2 * whole,
+            "compressor": ("memflow", {"frames": whole}),
+            "realigner": "contiguous",
+        },
+        "memrope": {"sink": whole, "recent": 2 * whole},
+        "quant-videogen": {"recent": whole, "codec": ("quant-videogen", {"centroids": 16, "group": 32})},
+    }
+    return {name: Variant(name=name, policy=name, options=changes) for name, changes in options.items()}
+
+
 def choose_variants(names: str, **settings: Any) -> list[Variant]:
-    """The variants whose names `names` lists, separated by commas. Raises `UnknownPolicyError`."""
-    known = variants(**settings)
-    chosen = list(dict.fromkeys(filter(None, (name.strip() for name in names.split(",")))))
-    if not chosen:
+    """What `names` lists, separated by commas: variants, published methods, and presets of other plugins.
+
+    Each may be changed, as in `packforcing:top_k=8,sink=0,full`: what has an equals sign and no colon belongs to the
+    name before. Raises `UnknownPolicyError`, and `PolicyError` if a change cannot be read.
+    """
+    known = variants(**settings) | published()
+    specs: list[str] = []
+    for part in filter(None, (name.strip() for name in names.split(","))):
+        if "=" in part and ":" not in part and specs:
+            specs[-1] += f",{part}"
+        else:
+            specs.append(part)
+    if not specs:
         raise UnknownPolicyError(f"no policies are named; choose from {', '.join(known)}")
-    for name in chosen:
-        if name not in known:
-            raise UnknownPolicyError(
-                f"unknown policy {name!r}; the tiny world compares {', '.join(known)}.{suggest(name, known)}"
-            )
-    return [known[name] for name in chosen]
+    return [_chosen(spec, known) for spec in dict.fromkeys(specs)]
+
+
+def _chosen(spec: str, known: Mapping[str, Variant]) -> Variant:
+    name, changes = changes_of(spec)
+    others = registry().names("policy")
+    if name not in known and name not in others:
+        raise UnknownPolicyError(
+            f"unknown policy {name!r}; the tiny world compares {', '.join(known)}, and presets of other plugins."
+            f"{suggest(name, [*known, *others])}"
+        )
+    variant = known.get(name) or Variant(name=name, policy=name)
+    return attrs.evolve(variant, name=spec, options={**variant.options, **changes}) if changes else variant
 
 
 def _random(trained: Any) -> Any:
