@@ -1,8 +1,8 @@
 """The memories that are compared in the tiny world: presets, set to its blocks, and PackForcing with a part missing.
 
 A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. `packforcing` attends its sink, one recent and the
-current block whole, and `top_k` compressed ones: 448 tokens with the paper's 16. The windows are not to lose for want of
-room: they attend five whole blocks, 640 tokens, and published methods at most as many. Most steps of training have
+current block whole, and `top_k` compressed ones: 448 tokens with the paper's 16. The windows are not to lose for want
+of room: they attend five whole blocks, 640 tokens, and published methods at most as many. Most steps of training have
 PackForcing's layout, and others those of the windows and of `full`. No layout has what `recency`, `mean-pool`,
 `original-positions`, `random-compressor`, `hr-only`, `lr-only` and most published methods show a model.
 """
