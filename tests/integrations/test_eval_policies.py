@@ -53,6 +53,32 @@ def test_the_table_is_what_the_memories_made(weights, tmp_path):
         assert found["block_seconds"]["mean"] > 0
 
 
+def test_what_was_kept_is_not_made_again(weights, tmp_path):
+    shape = ("--weights", weights, "--seeds", 1, "--seconds", "2,4", "--decoder", "codec")
+    kept, tables = tmp_path / "kept.jsonl", [tmp_path / f"{name}.json" for name in "abc"]
+
+    def made(table, policies, *words):
+        done = ask(*shape, "--policies", policies, "--json", table, "--keep", kept, *words)
+        assert done.exit_code == 0, done.output
+        lines = [json.loads(line) for line in kept.read_text().splitlines()]
+        return [(line["of"]["row"], line["of"]["walk"], line["of"]["sampler"]["steps"]) for line in lines]
+
+    one = ("--walks", 1, "--steps", 1)
+    assert made(tables[0], "full", *one) == [("full", 0, 1)]
+    assert made(tables[1], "full,rolling-window", "--walks", 2, "--steps", 1) == [
+        ("full", 0, 1), ("rolling-window", 0, 1), ("full", 1, 1), ("rolling-window", 1, 1),
+    ]  # fmt: skip
+    text = kept.read_text()
+    made(tables[2], "full,rolling-window", "--walks", 2, "--steps", 1)
+    assert kept.read_text() == text, "something was made again"
+    assert tables[2].read_text() == tables[1].read_text(), "times of making included"
+    assert ("full", 0, 2) in made(tables[0], "full", "--walks", 1, "--steps", 2), "other settings are not the same"
+    kept.write_text(text[:-20])
+    again = ask(*shape, "--policies", "full,rolling-window", "--keep", kept, "--walks", 2, "--steps", 1)
+    assert again.exit_code == 0, again.output
+    assert [json.loads(line)["of"]["walk"] for line in kept.read_text().splitlines()[4:]] == [1], "a torn line was lost"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

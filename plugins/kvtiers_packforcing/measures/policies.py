@@ -1,6 +1,7 @@
 """`kvtiers eval policies`: the same walks made under many memories, and all measures of what came out."""
 
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kvtiers.errors import KVTiersError
 from kvtiers_packforcing.measures.figures import Figure
+from kvtiers_packforcing.measures.kept import Kept
 from kvtiers_packforcing.measures.lengths import seconds_option
 from kvtiers_packforcing.measures.results import Results
 from kvtiers_packforcing.measures.rows import codec, measure_rows
@@ -21,7 +23,7 @@ from kvtiers_packforcing.measures.visits import MeasureError
 from kvtiers_packforcing.tiny_world import Walks
 from kvtiers_packforcing.tiny_world.sampling import Sampler
 from kvtiers_packforcing.tiny_world.variants import TOP_K, Variant, choose_variants, variants
-from kvtiers_packforcing.tiny_world.weights import SHIPPED, Models, check_weights, load_models
+from kvtiers_packforcing.tiny_world.weights import SHIPPED, Models, check_weights, fingerprint, load_models
 
 _WALK = "evaluation walk"
 Decoder = Literal["autoencoder", "codec"]
@@ -52,6 +54,11 @@ Decoder = Literal["autoencoder", "codec"]
 )
 @click.option("--weights", default=SHIPPED, type=click.Path(path_type=Path), help="Models.  [default: those shipped]")
 @click.option("--all", "everything", is_flag=True, help="Show all measures, not the main ones only.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keep the figures of each walk and memory here as they come. What is there already is not made again.",
+)
 @click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write figures, walk by walk.")
 def policies(
     policies: str,
@@ -64,6 +71,7 @@ def policies(
     decoder: Decoder,
     weights: Path,
     everything: bool,
+    keep: Path | None,
     out: Path | None,
 ) -> None:
     """Make videos of the tiny world under many memories, and measure them: a column for each memory.
@@ -72,8 +80,9 @@ def policies(
     """
     try:
         chosen = choose_variants(policies, top_k=top_k, window_blocks=window_blocks)
-        if out is not None and not out.parent.is_dir():
-            raise MeasureError(f"--json: there is no folder {out.parent}; make it first")
+        for option, path in (("--json", out), ("--keep", keep)):
+            if path is not None and not path.parent.is_dir():
+                raise MeasureError(f"{option}: there is no folder {path.parent}; make it first")
         check_weights(weights)
         results = Results(seconds=seconds)
         ceiling = codec(weights / "autoencoder" if decoder == "autoencoder" else None)
@@ -82,6 +91,7 @@ def policies(
             with variant.remember(models):
                 pass
         sampler = models.sampler if steps is None else attrs.evolve(models.sampler, steps=steps)
+        kept = None if keep is None else Kept(keep, _made_with(weights, sampler, decoder, results.seconds))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("seconds made", total=walks * len(chosen) * max(seconds))
@@ -89,16 +99,26 @@ def policies(
                 walk = Walks.of_seeds([f"{_WALK} {nth}"], max(seconds))
                 measure_rows([ceiling], [(nth, walk)], results)
                 for variant in chosen:
-                    measure_variant(
-                        models,
-                        variant,
-                        walk,
-                        range(nth * seeds, (nth + 1) * seeds),
-                        results,
-                        sampler=sampler,
-                        decoder=decoder,
-                        done=lambda: progress.advance(bar),
-                    )
+                    drawn = range(nth * seeds, (nth + 1) * seeds)
+                    of = {"memory": repr(variant), "walk": nth, "seeds": [drawn.start, drawn.stop]}
+                    found = None if kept is None else kept.find(variant.name, of)
+                    if found is not None:
+                        progress.advance(bar, max(seconds))
+                    else:
+                        found = Results(seconds=seconds)
+                        measure_variant(
+                            models,
+                            variant,
+                            walk,
+                            drawn,
+                            found,
+                            sampler=sampler,
+                            decoder=decoder,
+                            done=lambda: progress.advance(bar),
+                        )
+                        if kept is not None:
+                            kept.keep(variant.name, of, found)
+                    results.take(found)
                 if out is not None:
                     results.write(out)
     except KVTiersError as error:
@@ -106,6 +126,16 @@ def policies(
     results.print(Console(), everything=everything)
     if out is not None:
         click.echo(f"All figures are in {out}")
+
+
+def _made_with(weights: Path, sampler: Sampler, decoder: Decoder, seconds: Sequence[int]) -> dict[str, Any]:
+    return {
+        "weights": fingerprint(weights),
+        "sampler": attrs.asdict(sampler),
+        "decoder": decoder,
+        "seconds": list(seconds),
+        "kvtiers": metadata.version("kvtiers"),
+    }
 
 
 def measure_variant(

@@ -66,10 +66,19 @@ class Results:
 
     def note(self, row: str, figures: Mapping[int, Mapping[str, Figure]]) -> None:
         """Add figures that are not measured on pixels, at each length, by the names of `COST_SCALES`."""
+        lengths = self.rows.setdefault(row, {})
         for length, named in figures.items():
-            kept = self.rows.setdefault(row, {}).setdefault(length, {})
+            kept = lengths.setdefault(length, {})
             for name, figure in named.items():
                 kept.setdefault(name, []).append(figure)
+
+    def take(self, other: "Results") -> None:
+        """Add all figures of other results to these."""
+        for row, lengths in other.rows.items():
+            self.note(row, {})
+            for length, named in lengths.items():
+                for name, figures in named.items():
+                    self.rows[row].setdefault(length, {}).setdefault(name, []).extend(figures)
 
     def summaries(self, row: str, seconds: int) -> Mapping[str, Summary]:
         """The figures of a row's videos at a length, by name."""

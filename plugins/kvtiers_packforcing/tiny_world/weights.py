@@ -61,6 +61,12 @@ def check_weights(folder: Path | str = SHIPPED) -> None:
         raise WeightsError(f"{folder} lacks the file {SUMS}, so that nobody can tell whether its weights are whole")
 
 
+def fingerprint(folder: Path | str) -> str:
+    """One hash for all weights in a folder."""
+    sums = [_sum(Path(folder) / name) for name in _names(Path(folder))]
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
 def write_sums(folder: Path | str) -> None:
     """Write `sha256` for the weights in `folder`."""
     folder = Path(folder)
