@@ -24,7 +24,6 @@ from kvtiers_packforcing.dual_branch import DualBranch
 from kvtiers_packforcing.network import HighResolution
 from kvtiers_packforcing.seeding import seed_of
 from kvtiers_packforcing.tiny_world import (
-    CLIP_BLOCKS,
     FIRST_FRAME,
     FRAMES_PER_BLOCK,
     HEIGHT,
@@ -231,44 +230,52 @@ class StudentStage(Stage):
     @torch.no_grad()
     @uncompiled()
     def evaluate(self, folder: Path, step: int) -> Mapping[str, float]:
-        """How well clean latents are told from noisy ones, in returns that are not trained on, by layout.
+        """`told` in returns that are not trained on, by layout.
 
         Where a room returns that the first block does not show, `sink_window` and `window` cannot know it. If
-        `packforcing` is no better there, the model does not use its memory. `mismatch` says how far queries are from
-        liking blocks of their own room more, in the form in which they attend them; 1: not at all. `return_misnamed` is
-        that of `packforcing` where the room that returns is told another room's name. If it is no worse, the model does
-        not know its prompts.
+        `packforcing` is no better there, the model does not use its memory. `return_misnamed` is its error where the
+        room that returns is told another room's name. If it is no worse, the model does not know its prompts.
         """
         clips = returns_beyond_the_sink(16)
-        latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)
-        generator = torch.Generator().manual_seed(seed_of("evaluation"))
-        sigmas = torch.tensor([0.95, 0.8, 0.5], device=self.device)[None, :, None].expand(len(latents), -1, CLIP_BLOCKS)
-        noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator).to(self.device)
-        noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
-        at = torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
-        rows, named = torch.arange(len(at)), len(self.transformer.blocks) > 1  # the first layer knows no prompt yet
-
-        def figures(layout: Layout, text: Tensor) -> dict[str, float]:
-            affinities: list[Tensor] | None = [] if named else None
-            with packed(self.transformer, layout) as wan:
-                low = self.low_resolution(clips, latents, layout)
-                flow = self.predict(wan, latents, noisy, sigmas, text, low=low, affinities=affinities)
-            off = ((flow - (noise - latents[:, None])) * by_frame(sigmas)).square()
-            by_block = off.unflatten(3, (CLIP_BLOCKS, -1)).mean((1, 2, 4, 5, 6)).cpu()
-            found = {"return": float(by_block[rows, at].mean()), "all": float(by_block.mean())}
-            if affinities is not None:
-                found["mismatch"] = float(mismatch(torch.stack(affinities[1:]).float().mean(-1), clips))
-            return found
-
         found = {
             f"{figure}_{name}": value
             for name, layout in LAYOUTS.items()
-            for figure, value in figures(layout, text).items()
+            for figure, value in self.told(clips, layout).items()
         }
-        misnamed, rooms = text.clone(), clips.walks.rooms[rows, clips.blocks[rows, at]]
-        misnamed[rows, at, 0] = text_table()[(rooms + 1) % len(ROOMS)].to(self.device)
-        found["return_misnamed"] = figures(LAYOUTS["packforcing"], misnamed)["return"]
+        found["return_misnamed"] = self.told(clips, LAYOUTS["packforcing"], misnamed=True)["return"]
         draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=_STEPS))
+        return found
+
+    @torch.no_grad()
+    def told(self, clips: Clips, layout: Layout, *, misnamed: bool = False) -> Mapping[str, float]:
+        """How well clean latents are told from noisy ones. The noise is the same every time.
+
+        * `return`: the mean squared error of the clean latents where a room returns, over three levels of noise.
+        * `all`: that of all blocks.
+        * `mismatch`: how far queries are from liking blocks of their own room more, in the form in which they attend
+          them; 1: not at all. It is left out of a model of one layer.
+
+        clips: of kind `return`. misnamed: whether the block of the return is told the name of another room.
+        """
+        latents, text = self.codec.encode(clips.pixels()).to(self.device), clips.text().to(self.device)
+        blocks = clips.blocks.shape[1]
+        rows, at = torch.arange(len(latents)), torch.tensor([clips.returns(row) or 0 for row in range(len(latents))])
+        if misnamed:
+            rooms = clips.walks.rooms[rows, clips.blocks[rows, at]]
+            text[rows, at, 0] = text_table()[(rooms + 1) % len(ROOMS)].to(self.device)
+        generator = torch.Generator().manual_seed(seed_of("evaluation"))
+        sigmas = torch.tensor([0.95, 0.8, 0.5], device=self.device)[None, :, None].expand(len(latents), -1, blocks)
+        noise = torch.randn(len(latents), 3, *latents.shape[1:], generator=generator).to(self.device)
+        noisy = torch.lerp(latents[:, None], noise, by_frame(sigmas))
+        affinities: list[Tensor] = []
+        with packed(self.transformer, layout) as wan:
+            low = self.low_resolution(clips, latents, layout)
+            flow = self.predict(wan, latents, noisy, sigmas, text, low=low, affinities=affinities)
+        off = ((flow - (noise - latents[:, None])) * by_frame(sigmas)).square()
+        by_block = off.unflatten(3, (blocks, -1)).mean((1, 2, 4, 5, 6)).cpu()
+        found = {"return": float(by_block[rows, at].mean()), "all": float(by_block.mean())}
+        if affinities[1:]:  # the first layer knows no prompt yet
+            found["mismatch"] = float(mismatch(torch.stack(affinities[1:]).float().mean(-1), clips))
         return found
 
     @torch.no_grad()
