@@ -4,6 +4,7 @@ from kvtiers.archive import Archive, Codec
 from kvtiers.blocks import Form
 from kvtiers.errors import BudgetError
 from kvtiers.geometry import Geometry
+from kvtiers.growing import grown
 from kvtiers.slots import Attention, Compressor, Realigner, Retriever, Sink
 
 _BLOCK_WITHOUT_SLACK = 16
@@ -127,12 +128,12 @@ class Bounds:
     def unrotated_slots(self, geometry: Geometry) -> int:
         """Slots of the buffer of unrotated keys: of recent and current tokens, which are rotated or archived later.
 
-        If nobody reads the keys of a block that leaves recent, the blocks that leave at the next commit give their
-        slots to the current block.
+        0: there is none, or it grows. If nobody reads the keys of a block that leaves recent, the blocks that leave at
+        the next commit give their slots to the current block.
         """
-        if not self.realigner.rotates or self.bound(geometry) is None:
-            return 0
         recent, current = self._recent_bound(geometry), self.chunk_size or 0
+        if not self.realigner.rotates or self.recent is None or (geometry.causal and not current):
+            return 0
         if not geometry.causal:
             current = 0 if self.leaves_without_keys and geometry.even and recent else self.block_steps(geometry)
         return (recent + current) * geometry.tokens_per_step + self.slack(geometry)
@@ -160,7 +161,7 @@ class Bounds:
 
         Counted: the window with current slots and slack, unrotated keys, the latest queries and what attention they
         gave, biases, digests, what is noted of the selection, and an archive on the device of `archived_blocks` blocks.
-        Growing tensors hold at most twice what they need.
+        Growing tensors hold at most a quarter more than they need.
         """
         bound, slots = self.bound(geometry), self.slots(geometry)
         if bound is None or slots is None:
@@ -189,7 +190,7 @@ class Bounds:
         chosen = self.retriever.count(self.top_k, archived_blocks) + self.top_k_compressed
         tokens = max(self.block_tokens(geometry, form) for form in self.forms)
         held += chosen * rows * (4 * 8 + tokens * 8 * (axes + 1))
-        return held + 2 * archived_blocks * self.hot_bytes(geometry)
+        return held + grown(archived_blocks * self.hot_bytes(geometry))
 
     def hot_bytes(self, geometry: Geometry) -> int:
         """Bytes that one archived block keeps on the device: digests, where it lies, and itself if it is there."""

@@ -97,9 +97,9 @@ def _growing(policy: Policy, shape: Shape, blocks: int) -> int:
     slots = shape.tokens
     if not policy.in_place:
         slots += policy.anchors(geometry) * geometry.tokens_per_step + (policy.mid_bound(geometry) or 0)
-    rotates = policy.realigner.rotates and not policy.in_place
-    of_token = policy.token_bytes(geometry) + policy.attention_bytes(geometry)
-    held = slots * (of_token + (geometry.key_bytes if rotates else 0))
+    held = slots * (policy.token_bytes(geometry) + policy.attention_bytes(geometry))
+    if policy.realigner.rotates and not policy.in_place:
+        held += (policy.unrotated_slots(geometry) or slots) * geometry.key_bytes
     if policy.archives:
         rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
         chosen = rows * (3 * 8 + max(policy.block_tokens(geometry, form) for form in policy.forms) * 8 * (axes + 1))
