@@ -48,5 +48,5 @@ def save_models(models: Models, folder: Path) -> Path:
     with TemporaryDirectory() as runs:
         for name in ("transformer", "compressor", "autoencoder"):
             getattr(models, name).save_pretrained(Path(runs) / name)
-        gather(Path(runs) / "autoencoder", Path(runs), folder)
+        gather(Path(runs) / "autoencoder", [Path(runs)], folder)
     return folder

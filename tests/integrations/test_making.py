@@ -227,6 +227,14 @@ def test_weights_that_runs_wrote_are_gathered_in_half_the_bytes(tmp_path):
         config = (tmp_path / "weights" / part / "config.json").read_text()
         assert str(tmp_path) not in config, "a private folder is told"
     weight = next(models.compressor.parameters())
+    before, other = weight.clone(), tmp_path / "other"
+    weight.mul_(3)
+    for part in ("transformer", "compressor"):
+        getattr(models, part).save_pretrained(other / part)
+    done = CliRunner().invoke(gather_command, [*given, "--student", str(other)])
+    assert done.exit_code == 0, done.output
+    mean = next(load_models(tmp_path / "weights").compressor.parameters())
+    assert torch.equal(mean, (2 * before).half().float()), "of several students the mean is taken"
     weight.fill_(1e6)
     models.compressor.save_pretrained(runs / "compressor")
     done = CliRunner().invoke(gather_command, given)

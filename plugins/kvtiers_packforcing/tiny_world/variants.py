@@ -2,7 +2,8 @@
 
 A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. `packforcing` attends its sink, one recent and the
 current block whole, and `top_k` compressed ones: 448 tokens with the paper's 16. The windows are not to lose for want
-of room: they attend five whole blocks, 640 tokens, and published methods at most as many. Most steps of training have
+of room: they attend five whole blocks, 640 tokens. `archive` attends as many, two of which it chooses from all of the
+past, which lies whole on the host. Published methods attend at most as many. Most steps of training have
 PackForcing's layout, and others those of the windows and of `full`. No layout has what `recency`, `mean-pool`,
 `original-positions`, `random-compressor`, `hr-only`, `lr-only` and most published methods show a model.
 """
@@ -61,22 +62,26 @@ class Variant:
 def variants(*, top_k: int = TOP_K, window_blocks: int = 5) -> dict[str, Variant]:
     """All of them, by name.
 
-    top_k: compressed blocks that are attended. window_blocks: blocks that the windows attend, the current one (and the
-    sink, where there is one) included. `sink-rolling-window` is closed up behind its sink, since the model has not seen
-    positions that lie minutes apart.
+    top_k: compressed blocks that are attended. window_blocks: blocks that the windows and `archive` attend, the current
+    one (and the sink, where there is one) included. `sink-rolling-window` and `archive` are closed up behind their
+    sink, since the model has not seen positions that lie minutes apart.
     """
     window = BLOCK_FRAMES * (window_blocks - 1)
-    ours: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
+    ends = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES}
+    ours: dict[str, Any] = ends | {"top_k": top_k}
 
     def changed(name: str, compressor: Literal["trained", "random"] = "trained", **changes: Any) -> Variant:
         return Variant(name=name, policy="packforcing", options=ours | changes, compressor=compressor)
 
     pooled = ("mean-pool", {"ratio": BLOCK_TOKENS // COMPRESSED_TOKENS})
     sink_window = {"sink": BLOCK_FRAMES, "recent": window - BLOCK_FRAMES, "realigner": "contiguous"}
+    whole: dict[str, Any] = ends | {"top_k": max(1, window_blocks - 3), "archive": "host"}
+    whole |= {"realigner": "contiguous", "chunk_size": None}
     made = [
         Variant(name="full", policy="full"),
         Variant(name="rolling-window", policy="rolling-window", options={"recent": window}),
         Variant(name="sink-rolling-window", policy="sink-rolling-window", options=sink_window),
+        Variant(name="archive", policy="archive", options=whole),
         changed("packforcing"),
         changed("no-sink", sink=0),
         changed("sink-16", sink=16),
