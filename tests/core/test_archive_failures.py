@@ -146,7 +146,7 @@ def test_when_one_of_two_forms_is_refused_neither_is_held():
 def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive):
     found = policy(
         "archive",
-        archive=(archive, {"limit_bytes": 3_000}),
+        archive=(archive, {"limit_bytes": 2_000}),
         realigner="original",
         retriever="all",
         sink=1,
@@ -158,7 +158,7 @@ def test_a_byte_limit_is_a_clear_error_and_every_token_is_still_attended(archive
         found = attrs.evolve(found, retriever=policy("archive", retriever="recency").retriever, top_k=999)
     setting = Setting(policy=found, geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0)
     layer, tokens, start = setting.layer(), setting.tokens, 0
-    with pytest.raises(ArchiveFullError, match=r"limit_bytes = 3,000.*Nothing was lost"):  # noqa: PT012 (some append)
+    with pytest.raises(ArchiveFullError, match=r"limit_bytes = 2,000.*Nothing was lost"):  # noqa: PT012 (some append)
         while True:
             now = tokens.part(start, start + 4)
             layer.write(now.keys, now.values)
