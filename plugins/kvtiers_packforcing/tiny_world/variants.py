@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLOCK_TOKENS, COMPRESSED_TOKENS = 128, 4
 """Tokens of a block, whole and compressed."""
 TOP_K = 16
-"""Compressed blocks that are attended, as in the paper. A clip that is trained on has at most 3 of them."""
+"""Compressed blocks that are attended, as in the paper. A clip of eight blocks has at most 5 of them."""
 
 
 @attrs.frozen(kw_only=True)
