@@ -46,8 +46,8 @@ WALK = Walks.written(
 """Returns after 5, 6, 9, 15 and 15 s."""
 
 NOTICED_FROM = {("collapsed", "prompt"): 0.2}
-"""From which strength on a figure must notice a damage, if not from the weakest: `prompt` counts whole blocks, and with a
-little noise rooms are still told apart."""
+"""From which strength on a figure must notice a damage, if not from the weakest: `prompt` counts whole blocks, and with
+a little noise rooms are still told apart."""
 
 BY_MEASURE = {
     **dict.fromkeys(
