@@ -23,7 +23,7 @@ CONTRACT := $(addprefix tests/integrations/test_,versions.py odd_models.py refus
 METHODS := transformers:dynamic archive packforcing-lm streaming sliding-window snapkv pyramidkv:layers=30 adakv h2o tova \
 	expected-attention triattention kvzip infllm shadowkv archive:retriever=page-bounds token-merging kivi
 
-.PHONY: help install demo test test-versions test-slow compare distances test-deep lint bench wheel-test clean
+.PHONY: help install demo test test-versions test-presses test-slow compare distances test-deep lint bench wheel-test clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -50,6 +50,9 @@ test: $(INSTALLED) ## run the tests
 test-versions: $(INSTALLED) ## run tests of the integrations with the oldest transformers and diffusers that are supported
 	@PYTHON='$(BIN)/python' bash .ci/test-versions $(PARALLEL) $(or $(ARGS),$(CONTRACT))
 
+test-presses: $(INSTALLED) ## run the tests of presses with kvpress, which is brought beside the environment
+	@PYTHON='$(BIN)/python' bash .ci/test-presses --benchmark-disable $(or $(ARGS),tests/integrations/test_presses.py)
+
 test-slow: $(MODEL) ## run the tests that need a real model or much time
 	@echo "kvtiers: running the slow tests"
 	@$(PYTEST) -q -m "slow and not gpu" --benchmark-disable $(ARGS)
@@ -75,7 +78,7 @@ wheel-test: $(INSTALLED) ## build the wheel, install it where nothing else is, r
 	@PYTHON='$(BIN)/python' bash .ci/wheel-test
 
 clean: ## remove what was built (not the environment, nor the model in the cache folder)
-	@rm -rf .wheel .versions build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .wheel .versions .presses build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

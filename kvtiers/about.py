@@ -63,7 +63,7 @@ def _options(factory: Any) -> Iterator[str]:
         found = types.get(option.name) if option.annotation is option.empty else option.annotation
         kind = "" if found is None else f": {inspect.formatannotation(found)}"
         yield f"  option {option.name}{kind}, {default}"
-    with suppress(Exception):  # an option has no default, it is for video, or it fails: all else is told
+    with suppress(Exception, SystemExit):  # an option has no default, it is for video, or it fails: all else is told
         made = factory()
         if isinstance(made, Compressor) and not (made.keeps or made.drops or made.rewrites):
             left = ", ".join(f"{size} tokens to {made.block_tokens(size, _TEXT)}" for size in _BLOCKS)

@@ -16,6 +16,7 @@ from kvtiers.accounting import MemoryUsage, memory_usage_of
 from kvtiers.archive import Archive, ByteBudget
 from kvtiers.blocks import Blocks, Context, Extent, Tier
 from kvtiers.changes import check_policy, check_together, one_per_layer, why_not_crop
+from kvtiers.checks import check_layer
 from kvtiers.errors import CropError, GeometryError
 from kvtiers.events import Event
 from kvtiers.geometry import Geometry
@@ -284,6 +285,8 @@ class TieredCache:
             for layer in rows.layers():
                 check_policy(layer, policy)
         check_together(self.policies, each, {one.archive: self.budget(one.archive).nbytes for one in self.policies})
+        for policy, geometry, rotary, number in zip(each, self.geometries, self.rotaries, self.numbers, strict=True):
+            check_layer(policy, geometry, rotary, number)
         with self.all_or_nothing():
             for rows, policy in zip(self.layers, each, strict=True):
                 for layer in rows.layers():

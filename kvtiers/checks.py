@@ -25,6 +25,12 @@ def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer
             f"realigner {type(policy.realigner).__name__} rotates keys to their placed positions, but layer "
             f"{layer} has no rotary embedding; use a realigner that leaves positions alone"
         )
+    for turns in (compressor, policy.retriever):
+        if turns.needs_rotary and rotary is None:
+            raise RotaryError(
+                f"{type(turns).__name__} turns keys or queries by itself, and layer {layer} was not told how its model "
+                "rotates; give it a Rotary (of no channels, Rotary([torch.zeros(0)]), for a model that does not rotate)"
+            )
     if geometry.causal and compressor.given:
         raise SlotError(
             f"compressor {type(compressor).__name__} is given the compressed form of a block when it is committed, and "

@@ -1,5 +1,7 @@
 """Which tokens of a context the current ones may see."""
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -7,11 +9,15 @@ from torch import Tensor
 from kvtiers.timeline import Timeline
 
 
+@lru_cache(maxsize=2)
 def causal(current: int, tokens: int, device: torch.device) -> Bool[Tensor, "current tokens"]:
-    """All history, and of the current tokens those that are not later."""
-    return torch.ones(current, tokens, dtype=torch.bool, device=device).tril(tokens - current)
+    """All history, and of the current tokens those that are not later. Layers that ask for the same share one tensor,
+    which is not to be changed."""
+    with torch.inference_mode(False):  # it is remembered
+        return torch.ones(current, tokens, dtype=torch.bool, device=device).tril(tokens - current)
 
 
+@lru_cache(maxsize=2)
 def dropping(
     timeline: Timeline, recent_start: int, committed: int, steps: int, device: torch.device
 ) -> Bool[Tensor, "current tokens"]:
@@ -19,6 +25,11 @@ def dropping(
 
     The context holds the sink and steps `recent_start` to `steps`; the current tokens are steps `committed` to `steps`.
     """
+    with torch.inference_mode(False):  # it is remembered
+        return _dropping(timeline, recent_start, committed, steps, device)
+
+
+def _dropping(timeline: Timeline, recent_start: int, committed: int, steps: int, device: torch.device) -> Tensor:
     now = torch.arange(committed, steps, device=device)[:, None]
     anchors = torch.arange(min(timeline.sink, steps), device=device)
     step = torch.cat([anchors, torch.arange(recent_start, steps, device=device)])

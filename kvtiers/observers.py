@@ -10,7 +10,7 @@ _log = logging.getLogger("kvtiers")
 
 
 class Observers:
-    """Tells a cache's own observer, and those of plugins, of every event. It never raises an `Exception`.
+    """Tells a cache's own observer, and those of plugins, of every event. It raises nothing of theirs.
 
     It is false while nobody listens, so that an event need not even be made.
     """
@@ -25,7 +25,7 @@ class Observers:
         if self.own is not None:
             try:
                 self.own(event)
-            except Exception:  # noqa: BLE001 - an observer never breaks generation
+            except (Exception, SystemExit):  # noqa: BLE001 - an observer never breaks generation
                 _log.warning("observer %r failed and is not called again", self.own, exc_info=True)
                 self.own = None
         registry().observe(event)

@@ -190,7 +190,7 @@ class Registry:
             try:
                 if plugin.observe is not None:
                     plugin.observe(event)
-            except Exception:  # noqa: BLE001 - an observer never breaks generation
+            except (Exception, SystemExit):  # noqa: BLE001 - an observer never breaks generation
                 self._observers = tuple(other for other in self._observers if other is not plugin)
                 _log.warning("observer %s failed and is not called again", plugin.origin, exc_info=True)
 

@@ -14,11 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvtiers.blocks import Blocks, Extent, Form
-from kvtiers.errors import SlotError
+from kvtiers.errors import PolicyError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.rotary import Rotary
 
 Attention = Literal["sum", "latest", "max"]
+_COUNTED = 100_000
+"""Blocks that are looked at one by one to find where the anchors end."""
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -28,7 +30,8 @@ class Moment:
     step: how many steps are history. keys_rotated: whether stored keys are rotated to their original positions by the
     model (under a realigner that leaves positions alone) or not rotated. blocks_differ: whether archived blocks differ
     in length, so that a shorter one has zeros in place of digests that it lacks. prompt: the embedding of the prompt,
-    if there is one (video). prompt_keys: the keys that the layer's cross-attention makes of it, once it has. queries:
+    if there is one (video). rotary: how the model rotates; it may be None unless a policy says that it `needs_rotary`.
+    prompt_keys: the keys that the layer's cross-attention makes of it, once it has. queries:
     the latest queries, as many as `Compressor.window_queries` says, rotated as keys are.
     """
 
@@ -54,6 +57,11 @@ class Sink(ABC):
     def steps(self, sink: int, block: int = 1) -> int:
         """How many steps from the beginning are anchors, where blocks have `block` steps."""
         end = 0
+        if sink // block > _COUNTED:
+            raise PolicyError(
+                f"{type(self).__name__} would be asked for each of {sink // block:,} blocks whether it is an anchor; "
+                f"let it define steps(), or give a sink of at most {_COUNTED:,} blocks"
+            )
         while end < sink and self.is_anchor(Extent(end, end + block), sink):
             end += block
         return end
@@ -73,6 +81,11 @@ class Compressor(ABC):
     bias. The cache then stores these offsets once for all blocks."""
     rewrites: ClassVar[bool] = False
     """True if `rewrite` makes all of mid anew whenever blocks leave recent; then nothing is archived or retrieved."""
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether it turns keys or queries by itself, so that it must know how the model rotates (`Moment.rotary`)."""
+        return False
 
     @property
     def attention(self) -> Attention | None:
@@ -142,6 +155,11 @@ class Retriever(ABC):
     """False if blocks can be chosen by their number alone."""
     attends_all: ClassVar[bool] = False
     """True if every archived block is attended, however many there are."""
+
+    @property
+    def needs_rotary(self) -> bool:
+        """As `Compressor.needs_rotary`."""
+        return False
 
     @property
     def digests(self) -> Form:

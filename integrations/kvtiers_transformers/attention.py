@@ -124,12 +124,17 @@ def tiered_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
+    *dropout: float,
     kvtiers: LayerRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend through a layer's tiers. query, key, value: [batch, heads, tokens, head_dim]; returns
-    [batch, tokens, heads, head_dim]. A layer that is not tiered gets the model's own attention and mask."""
+    [batch, tokens, heads, head_dim]. A layer that is not tiered gets the model's own attention and mask.
+
+    dropout: models name it; a library that wraps attention functions, as kvpress does, may give it by its place.
+    """
     forward = running.get()
+    kwargs |= dict(zip(("dropout",), dropout, strict=False))
     config: Any = module.config
     backend: str = getattr(config, "own", config)._attn_implementation
     if backend == NAME:

@@ -315,8 +315,11 @@ def new_cache(
         )
     policies = kvtiers.resolve(policy, layers=tiers, **changes)
     rotates = policies[0].realigner.rotates
-    rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if rotates else None for i in tiers]
-    still = unrotated_layers(decoder) if rotates else set[int]()
+    asks = rotates or any(one.compressor.needs_rotary or one.retriever.needs_rotary for one in policies)
+    rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if asks else None for i in tiers]
+    still = unrotated_layers(decoder) if asks else set[int]()
+    if asks and not rotates:
+        still |= {i for i, one in zip(tiers, rotaries, strict=True) if one is None}  # nothing to turn
     rotaries = [Rotary([torch.zeros(0)]) if i in still else one for i, one in zip(tiers, rotaries, strict=True)]
     core = TieredCache(
         policies,

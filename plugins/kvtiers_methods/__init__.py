@@ -1,6 +1,7 @@
 """Published methods as plugins, one file each. Each names its paper's section, and where it deviates from it."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 
 from kvtiers.archive import Codec
 from kvtiers.hookspecs import hookimpl
@@ -22,6 +23,7 @@ from kvtiers_methods.landmarks import Landmarks
 from kvtiers_methods.low_rank import LowRank
 from kvtiers_methods.memflow import MemFlow
 from kvtiers_methods.memrope import MemRoPE
+from kvtiers_methods.press import by_name
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.quant_videogen import QuantVideoGen
 from kvtiers_methods.snapkv import SnapKV
@@ -30,11 +32,14 @@ from kvtiers_methods.tova import TOVA
 from kvtiers_methods.triattention import TriAttention
 from kvtiers_methods.unrotated import Unrotated
 
+_KVPRESS = find_spec("kvpress") is not None
+
 
 @hookimpl
 def kvtiers_compressors() -> Mapping[str, Callable[..., Compressor]]:
     """What becomes of blocks that leave recent, or of the whole past."""
     return {
+        **({"press": by_name} if _KVPRESS else {}),
         "h2o": H2O,
         "tova": TOVA,
         "snapkv": SnapKV,
@@ -75,6 +80,7 @@ def kvtiers_codecs() -> Mapping[str, Callable[..., Codec]]:
 def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
     """Methods with sizes. DuoAttention has none: its heads are a matter of the model."""
     return {
+        **({"press": presets.press} if _KVPRESS else {}),
         "h2o": presets.h2o,
         "kivi": presets.kivi,
         "tova": presets.tova,

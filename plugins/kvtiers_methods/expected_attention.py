@@ -30,6 +30,7 @@ class ExpectedAttention(WholePast):
     future: int = attrs.field(default=512, validator=[v.instance_of(int), v.ge(1)])
     epsilon: float = fraction(0.0, v.ge(0))
     attention: ClassVar[None] = None
+    needs_rotary: ClassVar[bool] = True
 
     def scores(self, past: Past, moment: Moment) -> Tensor:
         queries = unrotated_queries(past, moment)

@@ -38,6 +38,10 @@ class InfLLM(Retriever):
     representatives: int = attrs.field(default=4, validator=[v.instance_of(int), v.ge(1)])
     distance: int | None = attrs.field(default=None, validator=v.optional([v.instance_of(int), v.ge(0)]))
 
+    @property
+    def needs_rotary(self) -> bool:
+        return self.distance is not None
+
     def digest(self, blocks: Blocks, moment: Moment) -> Float[Tensor, "batch kv_heads blocks group head_dim"]:
         """The sum of the representatives' keys, for each query head of a KV head: all that the score needs."""
         if blocks.attention is None:

@@ -24,6 +24,7 @@ from kvtiers_methods.landmarks import Landmarks
 from kvtiers_methods.low_rank import LowRank
 from kvtiers_methods.memflow import MemFlow
 from kvtiers_methods.memrope import MemRoPE
+from kvtiers_methods.press import Press
 from kvtiers_methods.pyramidkv import PyramidKV
 from kvtiers_methods.quant_videogen import QuantVideoGen
 from kvtiers_methods.snapkv import SnapKV
@@ -72,6 +73,11 @@ def triattention() -> Policy:
 def kvzip() -> Policy:
     """Everything, until `kvtiers_methods.kvzip.reconstruct` is called. Source: KVzip (arXiv 2505.23416)."""
     return attrs.evolve(_half(KVzip(most=1016)), recent=None)
+
+
+def press() -> Policy:
+    """What a scorer press of kvpress keeps (`press` names it), and the newest tokens. Source: kvpress."""
+    return _half(Press())
 
 
 def infllm() -> Policy:

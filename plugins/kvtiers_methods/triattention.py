@@ -31,13 +31,14 @@ class TriAttention(WholePast):
     window: int = attrs.field(default=128, validator=[v.instance_of(int), v.ge(1)])
     farthest: int = attrs.field(default=65536, validator=[v.instance_of(int), v.ge(1)])
     attention: ClassVar[None] = None
+    needs_rotary: ClassVar[bool] = True
 
     def scores(self, past: Past, moment: Moment) -> Tensor:
         queries, rotary = unrotated_queries(past, moment), moment.rotary
         center = queries.mean(3)
         distances = 2.0 ** torch.arange(self.farthest.bit_length(), dtype=torch.float64, device=moment.device)
         scores = center @ seen_from(past, moment, distances).mT  # the series, its pairs written out
-        if rotary is not None:
+        if rotary is not None and rotary.width:
             scattered = _norms(queries, rotary).mean(3) - _norms(center, rotary)
             scaling = rotary.scaling if moment.keys_rotated else rotary.scaling**2
             scores = scores + scaling * scattered @ _norms(past.keys.float(), rotary).mT

@@ -21,11 +21,12 @@ from kvtiers.slots import Compressor, Moment
 class Past:
     """The tokens of mid and of what leaves recent, in order of origin. Offsets are counted from step 0.
 
-    attention: by query head, if the compressor asked for it. bias: what is added to a token's logits; minus infinity
-    for a token that a head does not have.
+    first: the step at which mid begins, right behind the sink. attention: by query head, if the compressor asked for
+    it. bias: what is added to a token's logits; minus infinity for a token that a head does not have.
     """
 
     leaving: Blocks
+    first: Int[Tensor, " 1"]
     keys: Float[Tensor, "batch kv_heads tokens head_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
     offsets: Float[Tensor, "batch kv_heads tokens axes"]
@@ -44,6 +45,7 @@ class Past:
         masses = [part.attention.flatten(2, 3) for part in parts if part.attention is not None]
         return cls(
             leaving=leaving,
+            first=parts[0].starts[:1],
             keys=torch.cat([part.keys.flatten(2, 3) for part in parts], 2),
             values=torch.cat([part.values.flatten(2, 3) for part in parts], 2),
             offsets=torch.cat(offsets, 2),
@@ -70,7 +72,7 @@ class Past:
         close_up: bool,
         bias: Float[Tensor, "batch kv_heads kept"] | None = None,
     ) -> Blocks:
-        """Tokens `at` as one block from step 0 on. close_up: they are placed one step after the other."""
+        """Tokens `at` as one block that begins where mid does. close_up: they are placed one step after the other."""
         keys, values, offsets = (
             part.take_along_dim(at[..., None], 2)[:, :, None] for part in (self.keys, self.values, self.offsets)
         )
@@ -78,7 +80,8 @@ class Past:
         if self.attention is not None:
             group = self.attention.shape[1] // at.shape[1]
             attention = self.attention.gather(2, at.repeat_interleave(group, 1))[:, :, None]
-        span = int(self.leaving.starts[-1]) + self.leaving.span
+        span = int(self.leaving.starts[-1]) + self.leaving.span - int(self.first)
+        offsets[..., 0] -= self.first
         if close_up:
             span, time = keys.shape[3], torch.arange(keys.shape[3], device=keys.device)
             offsets = torch.cat([time[:, None].expand_as(offsets[..., :1]), offsets[..., 1:]], -1)
@@ -87,7 +90,7 @@ class Past:
             keys=keys,
             values=values,
             offsets=offsets,
-            starts=self.leaving.starts[:1] * 0,
+            starts=self.first,
             span=span,
             offsets_differ=True,
             rotated=None,
@@ -197,16 +200,23 @@ def unrotated_queries(past: Past, moment: Moment) -> Float[Tensor, "batch kv_hea
     return queries
 
 
+def rotated_keys(past: Past, moment: Moment) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+    """Keys in float32, as they are rotated at their original positions."""
+    keys = past.keys.float()
+    if moment.keys_rotated or moment.rotary is None:
+        return keys
+    rotated: Tensor = moment.rotary.rotate(keys, past.offsets)
+    return rotated
+
+
 def seen_from(
     past: Past, moment: Moment, steps: Float[Tensor, " steps"]
 ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
     """Keys in float32, so that the product with an unrotated query is the mean over where it may be asked: `steps`
     further than now."""
-    keys, rotary = past.keys.float(), moment.rotary
+    keys, rotary = rotated_keys(past, moment), moment.rotary
     if rotary is None:
         return keys
-    if not moment.keys_rotated:
-        keys = rotary.rotate(keys, past.offsets)
     asked = torch.zeros(len(steps), past.offsets.shape[-1], dtype=torch.float64, device=keys.device)
     asked[:, 0] = moment.step + steps
     cos, sin = (part.mean(0).expand(keys.shape[2], -1) for part in rotary.table(-asked))

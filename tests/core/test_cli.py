@@ -262,6 +262,18 @@ def test_a_model_that_one_plugin_trips_over_is_asked_of_the_next():
     assert "'0 leaves' of plugin 'odd' of (given) failed: SystemExit: 3" in str(shown.exception)
 
 
+def test_a_factory_that_leaves_is_told_of_without_what_it_would_make():
+    class Odd:
+        @hookimpl
+        def kvtiers_retrievers(self):
+            return {"leaves": lambda count=3: sys.exit(count)}
+
+    with registry().registered(Odd(), "odd"):
+        shown = run("policies", "leaves")
+    assert shown.exit_code == 0, shown.exception
+    assert "option count, default 3" in shown.output
+
+
 EXITS = """
 import sys
 from kvtiers.hookspecs import hookimpl

@@ -88,14 +88,17 @@ def test_the_caches_own_observer_and_those_of_plugins_hear_the_same(plug):
 
 
 @pytest.mark.parametrize("fails_at", [Committed, Archived, Recalled, Selected, Compressed])
-def test_an_observer_of_a_cache_that_raises_is_logged_and_not_called_again_and_nothing_else_changes(fails_at, caplog):
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_an_observer_of_a_cache_that_raises_is_logged_and_not_called_again_and_nothing_else_changes(
+    fails_at, error, caplog
+):
     setting = setting_of("packforcing-lm", top_k_compressed=1)
     quiet, loud, called = setting.cache(), None, []
 
     def fails(event: Event) -> None:
         called.append(event)
         if isinstance(event, fails_at):
-            raise ValueError("deaf")
+            raise error("deaf")
 
     loud = setting.cache(observe=fails)
     with caplog.at_level(logging.WARNING, logger="kvtiers"):
@@ -114,11 +117,12 @@ def test_an_observer_of_a_cache_that_raises_is_logged_and_not_called_again_and_n
     assert held[0] == held[1] == dict.fromkeys(("full", "compressed"), one.history.count)
 
 
-def test_a_failing_observer_of_a_plugin_takes_no_others_events(plug, caplog):
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_failing_observer_of_a_plugin_takes_no_others_events(error, plug, caplog):
     setting, own, other = setting_of("archive"), [], []
 
     def fails(_: Event) -> None:
-        raise ValueError("deaf")
+        raise error("deaf")
 
     plug(fails)
     plug(other.append)

@@ -44,6 +44,29 @@ def assert_same_future(one: TieredCache, other: TieredCache, tokens: Stream, len
         assert x == y
 
 
+@pytest.mark.parametrize("location", ["device", "host", "disk"])
+def test_what_an_archive_held_is_loaded_to_where_it_lives(location, tmp_path, monkeypatch):
+    """Blocks of a `device` archive go where the cache goes; they stayed on the CPU. Others do not pass the device."""
+    small = {"sink": 1, "recent": 3, "block_size": 2, "top_k": 2, "chunk_size": 4, "archive": location}
+    setting = Setting(
+        policy=policy("archive", **small), geometry=Geometry(kv_heads=2, head_dim=4), rotary=rotary(4), seed=0
+    )
+    cache = setting.cache()
+    go_on(cache, setting.tokens, [4, 4, 4], 0)
+    assert cache.only(0).history.count
+    cache.save(tmp_path / "saved")
+    found = {}
+
+    def look(layer):
+        written = layer.history.stores["full"].parts()
+        found.update(store=written, window=layer.window.planes)
+
+    monkeypatch.setattr("kvtiers.layer.check_filled", look)  # it looks at values, and `meta` has none
+    setting.cache().load(tmp_path / "saved", device="meta")
+    assert all(x.is_meta for x in found["window"].values())
+    assert all(x.is_meta == (location == "device") for x in found["store"].values())
+
+
 @given(data=st.data())
 def test_what_was_saved_goes_on_exactly(data):
     setting = data.draw(settings_of())

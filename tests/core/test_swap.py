@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtiers import testing
+from kvtiers.cache import TieredCache
 from kvtiers.changes import check_policy
-from kvtiers.errors import ArchiveFullError, BudgetError, SwapError
+from kvtiers.errors import ArchiveFullError, BudgetError, RotaryError, SwapError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
+from kvtiers_policies.affinity import Affinity
 from strategies import (
     STEPS,
     Setting,
@@ -176,6 +178,22 @@ def test_an_empty_cache_takes_any_policy_that_rotates_alike():
         cache.write(0, now.keys, now.values)
         cache.select(0, now.query)
     assert cache.tier_counts()["dropped"] == 5
+
+
+class Turning(Affinity):
+    """Turns keys by itself, it says."""
+
+    needs_rotary = True
+
+
+def test_what_turns_keys_by_itself_must_be_told_how_the_model_rotates():
+    """It would otherwise take keys that the model rotated for keys that were not."""
+    geometry, chosen = Geometry(kv_heads=2, head_dim=4), policy("archive", retriever=Turning())
+    cache = TieredCache(policy("archive"), [geometry])
+    for wrong in (lambda: TieredCache(chosen, [geometry]), lambda: cache.swap(chosen)):
+        with pytest.raises(RotaryError, match="Turning turns keys or queries by itself, and layer 0 was not told"):
+            wrong()
+    TieredCache(chosen, [geometry], rotaries=[rotary(4)]).swap(policy("archive"))
 
 
 def test_a_cache_that_was_rolled_back_to_nothing_begins_as_the_new_policy_says():

@@ -256,6 +256,28 @@ def test_a_rewritten_mid_is_placed_and_rotated_once(realigner: str) -> None:
         assert (got - torch.cat(out, 1)).abs().max() < CLOSE, f"step {now}"
 
 
+@pytest.mark.parametrize("name", ["h2o", "expected-attention", "triattention"])
+def test_a_whole_past_of_which_all_stays_is_placed_where_it_was(name: str) -> None:
+    """Behind a sink, too: mid begins where the sink ends."""
+    model, ids = build("llama"), tokens(TOKENS)
+    sizes = {"sink": 4, "recent": RECENT, "block_size": 2, "chunk_size": 4, "most": TOKENS}
+    with tiered(model, name, realigner="contiguous", **sizes) as cache:
+        assert distance(feed(model, ids, cache, ()), plain(model, ids)) < CLOSE
+
+
+@pytest.mark.parametrize("family", ["llama", "glm", "gpt2"])
+def test_triattention_is_told_how_a_model_rotates_that_rotates_keys_by_itself(family: str) -> None:
+    """Under `original`, too; it had taken rotated queries for queries before rotation."""
+    model, ids = build(family), tokens(TOKENS)
+    sizes = {"sink": 0, "recent": RECENT, "block_size": 2, "chunk_size": 4, "most": MOST, "window": 16}
+    kept = []
+    for realigner in ("original", "unrotated") if family != "gpt2" else ("original",):
+        with tiered(model, "triattention", realigner=realigner, **sizes) as cache:
+            feed(model, ids, cache, ())
+            kept.append([layer.history.rewritten.offsets for layer in cache.core.every_layer()])
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True)) if family != "gpt2" else kept
+
+
 def test_log_n_brings_merged_tokens_nearer_to_what_they_were() -> None:
     """A merged token that stands for n counts n times; without that the error is larger. Exact where all are equal."""
     g = torch.Generator().manual_seed(0)
