@@ -81,6 +81,23 @@ def test_the_generator_moves_by_the_difference_of_the_scores(start):
     assert figures["gap"] > 0
 
 
+def test_every_few_step_is_an_exit_step_and_about_as_often(start, monkeypatch):
+    made, exits = distill_stage(start, model={"timesteps": [1000, 750, 500, 250]}), []
+    first = made.generated(0, [0])
+    monkeypatch.setattr(made, "_make", lambda names, steps: exits.append(steps) or first)
+    for step in range(1, 201):
+        made.generated(step, [0])
+    assert sorted(set(exits)) == [1, 2, 3, 4]
+    assert min(exits.count(step) for step in (1, 2, 3, 4)) > 30
+
+
+def test_the_critic_makes_five_steps_for_one_of_the_generator_unless_it_is_told_otherwise(start):
+    fields = attrs.fields_dict(type(distill_stage(start).config.model))
+    made = distill_stage(start, model={"critic_updates": fields["critic_updates"].default}, phase={"steps": 12})
+    turns = [made.turn(step) for step in range(12)]
+    assert turns == (["critic"] * 5 + ["model"]) * 2
+
+
 def block_gradients(made, block, *, detach):
     """Of x0 of one block, in the noisy inputs and in the generated past."""
     clips = made._make(["a"], 2)

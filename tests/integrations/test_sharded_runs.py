@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from kvtiers_packforcing.training import Trainer, TrainingConfigError, config_of
 from kvtiers_packforcing.training.autoencoder import AutoencoderStage
 from kvtiers_packforcing.training.sharing import Share
+from tiny_hub import write_base, write_self_forcing
 from tiny_student import distill_stage, distill_table, export_student
 
 
@@ -87,6 +88,28 @@ def test_two_processes_go_on_from_one_as_one_does_and_one_can_go_on_from_two(tmp
         assert torch.equal(weight, two[f"critic.model.{name}"])
     exported = load_file(tmp_path / "shared" / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(part, two[f"average.transformer.{name}"]) for name, part in exported.items())
+
+
+@pytest.mark.slow
+def test_a_wan_in_shards_is_evaluated_saved_and_exported(tmp_path):
+    """One process makes a second stage for that, while the others wait: it may not wait for them in turn."""
+    write_base(tmp_path / "base")
+    write_self_forcing(tmp_path / "start.pt")
+    (tmp_path / "prompts.txt").write_text("a cat in the snow\n\na dog in the rain\n")
+    model = {"base": str(tmp_path / "base"), "start": str(tmp_path / "start.pt"), "height": 64, "width": 64}
+    model |= {"prompts": str(tmp_path / "prompts.txt"), "frames": 16, "sink_blocks": 1, "compressor_widths": [8] * 4}
+    run = {"stage": "distill-wan", "folder": str(tmp_path / "run"), "sharding": "fsdp2", "evaluate_every": 2}
+    table = {
+        "run": run | {"log_every": 1, "save_every": 2},
+        "model": model | {"timesteps": [1000, 500], "critic_updates": 1, "negative_prompt": "rain"},
+        "phases": [{"steps": 2, "peak_rate": 1e-3, "critic_rate": 1e-3, "clips": 2}],
+    }
+    (tmp_path / "run.toml").write_text(written(table))
+    launch(tmp_path / "run.toml")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "latent_std" in lines[-1]
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert (tmp_path / "run" / "export" / "transformer").is_dir()
 
 
 def test_a_stage_that_cannot_be_cut_says_so():

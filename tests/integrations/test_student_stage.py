@@ -248,7 +248,8 @@ def test_layouts_are_drawn_as_often_as_the_phase_says():
     ],
     ids=["width", "layout", "no share", "negative", "no table", "autoencoder", "noise", "no number", "long clip"],
 )
-def test_a_student_that_cannot_be_is_refused(changes, says):
+def test_a_student_that_cannot_be_is_refused_before_a_model_is_made(changes, says, monkeypatch):
+    monkeypatch.setattr(StudentStage, "_made", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(TrainingConfigError, match=says):
         stage(**changes)
 

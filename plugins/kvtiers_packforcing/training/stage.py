@@ -1,7 +1,7 @@
 """What a stage of training has to say: its model, its loss at a step, and how well it does."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,8 +24,21 @@ class Stage(abc.ABC):
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         torch.manual_seed(seed_of(config.run.seed, "weights"))  # modules of others draw their first weights from it
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        self.device = self.place()
         self.model = self.make_model(config.model).to(self.device)
+
+    @staticmethod
+    def place() -> torch.device:
+        """Where this process trains."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+
+    @classmethod
+    def preparation(cls, config: TrainingConfig) -> Callable[[], object]:
+        """What one process does before any makes a stage, such as writing a file that all of them read.
+
+        Every process asks, so that an error in the configuration ends them all.
+        """
+        return lambda: None
 
     @abc.abstractmethod
     def make_model(self, settings: Any) -> nn.Module:

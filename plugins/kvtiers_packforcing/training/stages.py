@@ -8,6 +8,7 @@ from kvtiers.errors import suggest
 from kvtiers_packforcing.training.autoencoder import AutoencoderStage
 from kvtiers_packforcing.training.config import TrainingConfig, TrainingConfigError, config_of, read_table
 from kvtiers_packforcing.training.distill import DistillStage
+from kvtiers_packforcing.training.sharing import once
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student import StudentStage
 from kvtiers_packforcing.training.wan import WanDistillStage
@@ -26,8 +27,10 @@ def load_config(path: Path | str) -> TrainingConfig:
 
 
 def make_stage(config: TrainingConfig) -> Stage:
-    """The stage that a configuration names, with its model."""
-    return STAGES[config.run.stage](config)
+    """The stage that a configuration names, with its model. Every process calls it at the same time."""
+    kind = STAGES[config.run.stage]
+    once(kind.preparation(config))
+    return kind(config)
 
 
 def _classes(table: Mapping[str, Any]) -> tuple[type, type]:

@@ -9,7 +9,7 @@ either.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from kvtiers_packforcing.training.matching import match_prompts, mismatch
 from kvtiers_packforcing.training.noising import by_frame, draw_clip
 from kvtiers_packforcing.training.packed import PackedWan, packed
 from kvtiers_packforcing.training.precision import mixed, prepare, uncompiled
-from kvtiers_packforcing.training.saved import check_student, frozen_autoencoder, load_student
+from kvtiers_packforcing.training.saved import check_autoencoder, check_student, frozen_autoencoder, load_student
 from kvtiers_packforcing.training.sharding import gathered, shard
 from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
@@ -66,15 +66,22 @@ class StudentStage(Stage):
     phase_config = StudentPhase
 
     def __init__(self, config: TrainingConfig) -> None:
+        self.preparation(config)
         super().__init__(config)
         self.codec = LinearCodec.load()
         self.offsets = DualBranch().offsets(BLOCK_FRAMES, _GRID)
         prepare(self.transformer, config.run)
         self.vae: Any = frozen_autoencoder(config.model.autoencoder, self.device)
 
+    @classmethod
+    def preparation(cls, config: TrainingConfig) -> Callable[[], object]:
+        """There is nothing to do. Raises `TrainingConfigError` for folders that hold no models."""
+        check_autoencoder(config.model.autoencoder)
+        if config.model.start is not None:
+            check_student("start", config.model.start)
+        return super().preparation(config)
+
     def make_model(self, settings: StudentConfig) -> nn.Module:
-        if settings.start is not None:
-            check_student("start", settings.start)
         made = self._made(settings)
         if settings.start is not None:
             theirs, ours = load_student(settings.start).state_dict(), made.state_dict()

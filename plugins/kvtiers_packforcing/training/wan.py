@@ -5,7 +5,7 @@ Source: PackForcing (arXiv 2603.25730) section 4.1. The generator starts from a 
 frames of a clip at one noise level; the teacher is guided away from a negative prompt, the critic is not guided.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from kvtiers_packforcing.training.dmd import Score
 from kvtiers_packforcing.training.embeddings import Embeddings, encoder_of, read_prompts
 from kvtiers_packforcing.training.estimate import Outline, absent_model, outline_of
 from kvtiers_packforcing.training.precision import prepare
-from kvtiers_packforcing.training.sharing import once
 from kvtiers_packforcing.training.wan_config import WanDistillConfig, WanDistillPhase
 
 _SCALE = 8
@@ -46,16 +45,9 @@ class WanDistillStage(Distillation):
 
     def __init__(self, config: TrainingConfig) -> None:
         settings: WanDistillConfig = config.model
-        settings.check()
+        self.preparation(config)()  # nothing is left to do where `make_stage` was asked for this stage
         self.embeddings = embeddings_of(settings)
-        known = self.embeddings.is_there
         super().__init__(config)
-
-        def embed() -> None:
-            if not known:
-                self.embeddings.write(encoder_of(settings.base, self.device))
-
-        once(embed)  # every process waits, whatever it found: one may have come when another had written already
         self._negative = self.embeddings.of([len(self.embeddings.prompts) - 1]).to(self.device)
         read: Any = AutoencoderKLWan.from_pretrained(settings.base, subfolder="vae", torch_dtype=torch.float32)
         self.autoencoder = read.eval().requires_grad_(False).to(self.device)
@@ -71,6 +63,20 @@ class WanDistillStage(Distillation):
             layout=settings.layout,
         )
         self._decoder = StreamingDecoder(self.autoencoder)
+
+    @classmethod
+    def preparation(cls, config: TrainingConfig) -> Callable[[], object]:
+        """Embed the prompts, unless that was done."""
+        settings: WanDistillConfig = config.model
+        settings.check()
+        embeddings = embeddings_of(settings)
+        known = embeddings.is_there
+
+        def embed() -> None:
+            if not known:
+                embeddings.write(encoder_of(settings.base, cls.place()))
+
+        return embed
 
     def make_model(self, settings: WanDistillConfig) -> nn.Module:
         transformer = _transformer(settings.base)
