@@ -28,7 +28,8 @@ def about(name: str) -> str:
     kinds = [kind for kind in ("policy", *SLOTS) if name in registry().names(kind)]
     if not kinds:
         known = sorted({known for kind in ("policy", *SLOTS) for known in registry().names(kind)})
-        raise UnknownPolicyError(f"nothing installed is called {name!r}; see `kvtiers policies`.{suggest(name, known)}")
+        near = suggest(name.partition(":")[0].lower(), known)
+        raise UnknownPolicyError(f"nothing installed is called {name!r}; see `kvtiers policies`.{near}")
     return "\n\n".join("\n".join(_lines(kind, name)) for kind in kinds)
 
 

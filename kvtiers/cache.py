@@ -280,13 +280,12 @@ class TieredCache:
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
         """Go on under another policy. What would need tokens that are gone raises `SwapError` and changes nothing."""
         each = one_per_layer(policies, len(self.layers))
-        for rows, geometry, policy in zip(self.layers, self.geometries, each, strict=True):
-            policy.check_budget(geometry)
+        parts = zip(each, self.geometries, self.rotaries, self.numbers, self.layers, strict=True)
+        for policy, geometry, rotary, number, rows in parts:
+            check_layer(policy, geometry, rotary, number)
             for layer in rows.layers():
                 check_policy(layer, policy)
         check_together(self.policies, each, {one.archive: self.budget(one.archive).nbytes for one in self.policies})
-        for policy, geometry, rotary, number in zip(each, self.geometries, self.rotaries, self.numbers, strict=True):
-            check_layer(policy, geometry, rotary, number)
         with self.all_or_nothing():
             for rows, policy in zip(self.layers, each, strict=True):
                 for layer in rows.layers():
@@ -301,10 +300,7 @@ class TieredCache:
         extra: Mapping[str, Any] | None = None,
         beside: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write everything to one safetensors file, whole or not at all.
-
-        extra, beside: plain data and tensors to keep with it.
-        """
+        """Write everything to one safetensors file, whole or not at all; `extra` and `beside` are kept with it."""
         saving.save(self.layers, self._outline(), Path(path), dict(extra or {}), dict(beside or {}))
 
     def load(

@@ -34,13 +34,22 @@ class Row:
     seconds_per_token: float | None
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and half of its 95% interval by Student's t; None for fewer than two values."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    t = _T[min(len(values) - 1, len(_T)) - 1]
-    return mean, t * statistics.stdev(values) / len(values) ** 0.5
+def interval(values: Sequence[float], *, shares: bool = False) -> tuple[float, float, float]:
+    """The mean and its 95% interval; that is the mean itself for fewer than two values.
+
+    By Student's t; of `shares` of answers by Wilson's score, as if each text were one question: those of one text stand
+    or fall together, and a few that were all answered do not show that all will be.
+    """
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return mean, mean, mean
+    if shares:
+        z = statistics.NormalDist().inv_cdf(0.975)
+        middle, root = mean + z * z / (2 * count), z * (mean * (1 - mean) / count + z * z / (4 * count**2)) ** 0.5
+        low, high = ((middle + sign * root) / (1 + z * z / count) for sign in (-1, 1))
+        return mean, max(0.0, low), min(1.0, high)
+    half = _T[min(count - 1, len(_T)) - 1] * statistics.stdev(values) / count**0.5
+    return mean, mean - half, mean + half
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -91,8 +100,9 @@ def _score(task: str, scores: Sequence[float]) -> str:
     if not scores:
         return ""
     scale, digits = (1, 2) if task in PERPLEXITIES else (100, 0)
-    mean, half = interval([scale * score for score in scores])
-    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    found = interval(scores, shares=task not in PERPLEXITIES)
+    mean, low, high = (f"{scale * one:.{digits}f}" for one in found)
+    return mean if len(scores) < 2 else f"{mean} ({low} to {high})"
 
 
 def _draw(tables: Mapping[str, Sequence[Row]], title: str, out: Path) -> None:

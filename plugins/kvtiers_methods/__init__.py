@@ -91,6 +91,7 @@ def kvtiers_policies() -> Mapping[str, Callable[[], Policy]]:
         "triattention": presets.triattention,
         "kvzip": presets.kvzip,
         "infllm": presets.infllm,
+        "quest": presets.quest,
         "shadowkv": presets.shadowkv,
         "token-merging": presets.token_merging,
         "memrope": presets.memrope,

@@ -1,8 +1,8 @@
-"""Presets. A query of text attends at most 1,024 tokens, or as many in the mean where layers or heads differ.
+"""Presets. A token of text attends about 1,024 tokens, or as many in the mean where layers or heads differ.
 
-`kivi` attends everything; it saves bytes. So does `kvzip`, until it is told to compress. Those that say so are for
-video; their lengths are latent frames, in blocks of three as a rule: where whole blocks do not come to a setting, the
-next one comes in as well.
+`kivi` attends everything, and `kvzip` does until it is told to compress. Those that say so are for video; their lengths
+are latent frames, in blocks of three as a rule: where whole blocks do not come to a setting, the next one comes in as
+well.
 """
 
 import attrs
@@ -85,6 +85,14 @@ def infllm() -> Policy:
     return policy("archive", retriever=InfLLM(representatives=4), archive="host", block_size=32, top_k=14)
 
 
+def quest() -> Policy:
+    """Blocks of 16 by the bounds of their keys, in each channel. Source: Quest (arXiv 2406.10774) section 3.
+
+    Deviation: the paper attends everything in the first two layers.
+    """
+    return policy("archive", retriever="page-bounds")
+
+
 def shadowkv() -> Policy:
     """Keys of low rank, fetched by landmarks with every token, and outliers. Source: ShadowKV (arXiv 2410.21465)."""
     return policy(
@@ -105,7 +113,11 @@ def token_merging() -> Policy:
 
 
 def kivi() -> Policy:
-    """Everything is attended, the newest 128 tokens exactly, older ones in 2 bits. Source: KIVI (arXiv 2402.02750)."""
+    """Everything is attended, the newest 128 tokens exactly, older ones in 2 bits. Source: KIVI (arXiv 2402.02750).
+
+    Deviation: the paper reads them back inside attention; here what is attended lies in the window as it is read back,
+    so that what is small is the archive, on any device, and not the window.
+    """
     return policy("archive", codec=Kivi(), retriever="all", sink=0, recent=128, block_size=32)
 
 
@@ -123,11 +135,12 @@ def memrope() -> Policy:
 
 
 def longlive() -> Policy:
-    """Video: three anchor frames and a window of twelve, three of them current. Source: LongLive (arXiv 2509.22622).
+    """Video: a window of twelve frames, three of them anchors and three current. Source: LongLive (arXiv 2509.22622).
 
+    The sizes are those of the authors' configuration, in which the anchors count as part of the window.
     Where the prompt changes, call `rewind_recent()` and commit those frames again under the new one (its KV recache).
     """
-    return policy("streaming", sink=3, recent=9, realigner="original", chunk_size=None)
+    return policy("streaming", sink=3, recent=6, realigner="original", chunk_size=None)
 
 
 def deep_forcing() -> Policy:

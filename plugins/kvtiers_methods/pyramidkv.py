@@ -7,6 +7,7 @@ of the mean. Deviations: those of `snapkv`.
 import attrs
 from attrs import validators as v
 
+from kvtiers.errors import PolicyError
 from kvtiers.geometry import Geometry
 from kvtiers_methods.snapkv import SnapKV
 
@@ -15,17 +16,22 @@ from kvtiers_methods.snapkv import SnapKV
 class PyramidKV(SnapKV):
     """The layers of a model keep `most` tokens a KV head in the mean.
 
-    layers: of the model. beta: how many times less than the mean the highest layer keeps.
+    layers: of the model; with too many, the mean is higher. beta: how many times less than the mean the highest layer
+    keeps.
     """
 
     layers: int = attrs.field(default=32, validator=[v.instance_of(int), v.ge(1)])
     beta: int = attrs.field(default=20, validator=[v.instance_of(int), v.ge(1)])
 
     def budget(self, layer: int) -> int:
+        if layer >= self.layers:
+            raise PolicyError(
+                f"pyramidkv was told of {self.layers} layers, and is asked for layer {layer}; set `layers`"
+            )
         if self.layers == 1:
             return self.most
         top = self.most / self.beta
-        down = 2 * (self.most - top) * (self.layers - 1 - min(layer, self.layers - 1)) / (self.layers - 1)
+        down = 2 * (self.most - top) * (self.layers - 1 - layer) / (self.layers - 1)
         return max(1, round(top + down))
 
     def mid_tokens(self, geometry: Geometry) -> int:

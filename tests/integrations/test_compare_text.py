@@ -406,14 +406,14 @@ def test_the_models_own_caches_are_asked_as_kvtiers_is(name: str) -> None:
     assert torch.equal(logits[0], logits[2])
 
 
-def test_an_interval_is_students() -> None:
-    assert interval([3.0]) == (3.0, None)
-    mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == 2
-    assert half == pytest.approx(4.303 / 3**0.5)
+def test_an_interval_is_students_and_that_of_shares_is_wilsons() -> None:
+    assert interval([3.0]) == (3.0, 3.0, 3.0)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert interval([1.0] * 10, shares=True) == pytest.approx((1, 0.7225, 1), abs=1e-4)
+    assert interval([1.0, 0.0, 0.0, 0.0], shares=True) == pytest.approx((0.25, 0.0456, 0.6994), abs=1e-4)
     row = Row(
         policy="a", task="single", seed=0, score=0.5, attended=9, device_bytes=10**6, host_bytes=0, read_per_second=7.0,
         seconds_per_token=0.01,
     )  # fmt: skip
     shown = markdown([row, attrs.evolve(row, seed=1, score=1.0)])
-    assert "| a | 75 ± 318 | 9 | 1.0 | 0.0 | 7 | 10.0 |" in shown
+    assert "| a | 75 (18 to 98) | 9 | 1.0 | 0.0 | 7 | 10.0 |" in shown

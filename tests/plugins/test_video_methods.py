@@ -224,7 +224,7 @@ def test_rolling_forcing_sees_the_anchor_turned_to_right_before_the_window():
 
     got, wanted = [*fed(policy("rolling-forcing", recent=6), stream)], windowed(stream, 2, turned)
     own = windowed(stream, 2, lambda first, now: (0, first, now))
-    longlive = [*fed(policy("longlive", recent=6), stream)]
+    longlive = [*fed(policy("longlive"), stream)]
     near("longlive", distance(longlive, own), distance(longlive, wanted), apart=APART)
     near("rolling-forcing", *(distance(made, wanted) for made in (got, own)), apart=APART)
 
