@@ -93,7 +93,8 @@ class Context:
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
     current: int
     mask: Bool[Tensor, "current tokens"] | Bool[Tensor, "batch 1 current tokens"] | None
-    """True where a current token may attend; None where every token may, or where plain causal order says it all."""
+    """True where a current token may attend; None where every token may, or where plain causal order says it all.
+    Layers may share it: it must not be changed."""
     causal: bool
     """True when `mask` is None because plain causal order says it all (no history yet)."""
     banded: bool = False

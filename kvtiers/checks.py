@@ -28,8 +28,8 @@ def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer
     for turns in (compressor, policy.retriever):
         if turns.needs_rotary and rotary is None:
             raise RotaryError(
-                f"{type(turns).__name__} turns keys or queries by itself, and layer {layer} was not told how its model "
-                "rotates; give it a Rotary (of no channels, Rotary([torch.zeros(0)]), for a model that does not rotate)"
+                f"{type(turns).__name__} rotates keys or queries itself, but layer {layer} was given no Rotary; make a "
+                "new cache under this policy, or pass rotaries= (of a model that does not: Rotary([torch.zeros(0)]))"
             )
     if geometry.causal and compressor.given:
         raise SlotError(

@@ -10,7 +10,8 @@ _log = logging.getLogger("kvtiers")
 
 
 class Observers:
-    """Tells a cache's own observer, and those of plugins, of every event. It raises nothing of theirs.
+    """Tells a cache's own observer, and those of plugins, of every event. Their errors are logged, not raised; Ctrl-C
+    still stops.
 
     It is false while nobody listens, so that an event need not even be made.
     """

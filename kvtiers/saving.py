@@ -159,9 +159,9 @@ def _groups(
         layer = new_layer(index, batch)
         start = f"{index}.{number}."
         own = {name.removeprefix(start): part for name, part in tensors.items() if name.startswith(start)}
-        elsewhere = "history.stores." if layer.policy.archive.location != "device" else None
-        stays = {name for name in own if elsewhere is not None and name.startswith(elsewhere)}
-        layer.fill({n: x if n in stays else x.to(device) for n, x in own.items()}, group["state"])
+        on_device = layer.policy.archive.location == "device"
+        moves = {name for name in own if on_device or not name.startswith("history.stores.")}
+        layer.fill({name: x.to(device) if name in moves else x for name, x in own.items()}, group["state"])
         rows += named or ()
         groups.append(RowGroup(None if named is None else torch.tensor(named, device=device), layer))
     if sorted(rows) != list(range(len(rows))):

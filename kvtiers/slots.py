@@ -30,9 +30,9 @@ class Moment:
     step: how many steps are history. keys_rotated: whether stored keys are rotated to their original positions by the
     model (under a realigner that leaves positions alone) or not rotated. blocks_differ: whether archived blocks differ
     in length, so that a shorter one has zeros in place of digests that it lacks. prompt: the embedding of the prompt,
-    if there is one (video). rotary: how the model rotates; it may be None unless a policy says that it `needs_rotary`.
-    prompt_keys: the keys that the layer's cross-attention makes of it, once it has. queries:
-    the latest queries, as many as `Compressor.window_queries` says, rotated as keys are.
+    if there is one (video). prompt_keys: the keys that the layer's cross-attention makes of it, once it has. queries:
+    the latest queries, as many as `Compressor.window_queries` says, rotated as keys are. rotary: how the model rotates;
+    None is possible unless the compressor or the retriever sets `needs_rotary`.
     """
 
     layer: int
@@ -57,13 +57,13 @@ class Sink(ABC):
     def steps(self, sink: int, block: int = 1) -> int:
         """How many steps from the beginning are anchors, where blocks have `block` steps."""
         end = 0
-        if sink // block > _COUNTED:
-            raise PolicyError(
-                f"{type(self).__name__} would be asked for each of {sink // block:,} blocks whether it is an anchor; "
-                f"let it define steps(), or give a sink of at most {_COUNTED:,} blocks"
-            )
         while end < sink and self.is_anchor(Extent(end, end + block), sink):
             end += block
+            if end // block > _COUNTED:
+                raise PolicyError(
+                    f"{type(self).__name__} was asked for more than {_COUNTED:,} blocks whether they are anchors, of a "
+                    f"sink of {sink:,} steps; let it define steps(), or give a smaller sink"
+                )
         return end
 
 

@@ -124,7 +124,8 @@ def tiered_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    *dropout: float,
+    dropout: float | None = None,
+    *,
     kvtiers: LayerRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -134,7 +135,8 @@ def tiered_attention(
     dropout: models name it; a library that wraps attention functions, as kvpress does, may give it by its place.
     """
     forward = running.get()
-    kwargs |= dict(zip(("dropout",), dropout, strict=False))
+    if dropout is not None:
+        kwargs["dropout"] = dropout
     config: Any = module.config
     backend: str = getattr(config, "own", config)._attn_implementation
     if backend == NAME:

@@ -37,8 +37,8 @@ class Row:
 def interval(values: Sequence[float], *, shares: bool = False) -> tuple[float, float, float]:
     """The mean and its 95% interval; that is the mean itself for fewer than two values.
 
-    By Student's t; of `shares` of answers by Wilson's score, as if each text were one question: those of one text stand
-    or fall together, and a few that were all answered do not show that all will be.
+    By Student's t; of `shares` of answers by Wilson's score. Each text counts as one observation, because its questions
+    are not independent.
     """
     mean, count = statistics.fmean(values), len(values)
     if count < 2:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 import kvtiers
-from kvtiers import PaddingPattern, Policy, Rotary, TieredCache, UnsupportedModelError
+from kvtiers import PaddingPattern, Policy, Rotary, RotaryError, TieredCache, UnsupportedModelError
 from kvtiers_transformers.admitting import (
     check_dtype,
     check_encoder,
@@ -316,7 +316,16 @@ def new_cache(
     policies = kvtiers.resolve(policy, layers=tiers, **changes)
     rotates = policies[0].realigner.rotates
     asks = rotates or any(one.compressor.needs_rotary or one.retriever.needs_rotary for one in policies)
-    rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if asks else None for i in tiers]
+    try:
+        rotaries = [rotary_of(decoder, attentions[i], kinds[i], frozen=freeze_rope) if asks else None for i in tiers]
+    except RotaryError as error:
+        if rotates:
+            raise
+        said = str(error).partition("; use realigner")[0]
+        raise RotaryError(
+            f"this policy's compressor or retriever rotates keys itself, and {said}; choose others, or "
+            "freeze_rope=True where the frequencies change with length"
+        ) from error
     still = unrotated_layers(decoder) if asks else set[int]()
     if asks and not rotates:
         still |= {i for i, one in zip(tiers, rotaries, strict=True) if one is None}  # nothing to turn

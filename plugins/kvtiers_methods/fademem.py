@@ -36,6 +36,7 @@ class FadeMem(Compressor):
     """
 
     rewrites: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = True
     frames: int = attrs.field(default=12, validator=[v.instance_of(int), v.ge(2)])
     power: float = fraction(0.3, v.gt(0), v.le(1))
     weight: float = fraction(0.5, v.ge(0), v.le(1))

@@ -31,6 +31,7 @@ class FramePack(Compressor):
     """Mid is the newest `frames` x `levels` frames that left recent, pooled harder from level to level."""
 
     rewrites: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = True
     frames: int = attrs.field(default=3, validator=[v.instance_of(int), v.ge(1)])
     levels: int = attrs.field(default=6, validator=[v.instance_of(int), v.ge(1)])
 

@@ -29,6 +29,7 @@ class MemRoPE(Compressor):
     """
 
     rewrites: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = True
     slow: float = fraction(0.01, v.gt(0), v.le(1))
     fast: float = fraction(0.1, v.gt(0), v.le(1))
 

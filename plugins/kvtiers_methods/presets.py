@@ -88,7 +88,8 @@ def infllm() -> Policy:
 def quest() -> Policy:
     """Blocks of 16 by the bounds of their keys, in each channel. Source: Quest (arXiv 2406.10774) section 3.
 
-    Deviation: the paper attends everything in the first two layers.
+    Deviations: the paper attends everything in the first two layers; here the sink and the newest tokens are attended
+    beside the blocks that are found.
     """
     return policy("archive", retriever="page-bounds")
 

@@ -1,11 +1,13 @@
 """Compressor `press`: what a scorer press of kvpress keeps, where that library is installed.
 
 Source: kvpress (https://github.com/NVIDIA/kvpress); each of its presses names its paper. kvpress compresses a prompt
-once, when it was read: `recent=None, block_size=1`, then `cache.compact(recent=0)`. With a number for `recent`, a press
-chooses anew whenever tokens leave it, among those that left. It is shown keys as they are rotated at their original
-positions, values, and the latest queries in place of hidden states. Deviations: where more steps have passed than
-queries are held, those that are held are repeated in place of older ones; a press that looks at anything else of a
-model (its weights, its attention) is refused.
+once, when it was read: `sink=0, recent=None, block_size=1` and as many `queries` as the prompt has tokens, then
+`cache.compact(recent=0)`. With a number for `recent`, a press chooses anew whenever tokens leave it, among those that
+left. It is shown keys as they are rotated at their original positions, values, and the latest queries in place of
+hidden states. Deviations: with a number for `recent`, a press takes the newest tokens that left it for those that asked
+the latest queries, so that `snapkv` keeps them in any case; where more steps have passed than queries are held, those
+that are held are repeated in place of older ones; a press that looks at anything else of a model (its weights, its
+attention), or that does more than score, is refused.
 """
 
 import json
@@ -27,12 +29,18 @@ from kvtiers_methods.whole_past import Past, WholePast, rotated_keys, unrotated_
 
 
 @cache
-def presses() -> Mapping[str, type]:
-    """The scorer presses of the kvpress that is installed, by name: `snapkv` is `SnapKVPress`."""
+def presses() -> Mapping[str, Any]:
+    """The presses of the kvpress that is installed which score tokens and do nothing else, by name: `snapkv` is
+    `SnapKVPress`."""
     import kvpress
 
-    found = {name: value for name, value in vars(kvpress).items() if isinstance(value, type)}
-    scorers = {n: p for n, p in found.items() if issubclass(p, kvpress.ScorerPress) and p is not kvpress.ScorerPress}
+    found: dict[str, Any] = {name: value for name, value in vars(kvpress).items() if isinstance(value, type)}
+    base = kvpress.ScorerPress
+    scorers = {
+        name: each
+        for name, each in found.items()
+        if issubclass(each, base) and each.compress is base.compress and each is not base
+    }
     return {name.removesuffix("Press").lower(): each for name, each in sorted(scorers.items())}
 
 
@@ -49,7 +57,7 @@ class Press(WholePast):
     """Each KV head keeps the `most` tokens that a press of kvpress scores highest.
 
     press: its name, such as `knorm`, `keydiff`, `snapkv` or `SnapKVPress`. settings: of the press, as a mapping or as
-    JSON, such as {"window_size": 32}; its `compression_ratio` counts for nothing, as `most` says how many stay.
+    JSON, such as {"window_size": 32}; its `compression_ratio` follows from `most`, which says how many stay.
     queries: how many of the latest queries it is shown.
     """
 
@@ -66,11 +74,9 @@ class Press(WholePast):
                 f"{', '.join(presses())}.{suggest(self.press, presses())}"
             )
         try:
-            made = _made(self.press, self.settings)
+            _made(self.press, self.settings)
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"settings {self.settings} make no {presses()[self.press].__name__}: {error}") from error
-        if not hasattr(made, "score"):
-            raise ValueError(f"{presses()[self.press].__name__} has no score()")
 
     @property
     def window(self) -> int:
@@ -82,7 +88,8 @@ class Press(WholePast):
             raise PolicyError(
                 f"{name} of kvpress scores tokens of text, and this is a video; choose another compressor"
             )
-        if past.keys.shape[2] <= self.budget(moment.layer):  # all stay; a press may need more tokens than there are
+        tokens, kept = past.keys.shape[2], self.budget(moment.layer)
+        if tokens <= kept:  # all stay; a press may need more tokens than there are
             return past.bias
         hidden, known = None, {}
         if moment.queries is not None:
@@ -90,9 +97,11 @@ class Press(WholePast):
             cos, sin = _table(moment, range(moment.step - hidden.shape[1], moment.step), past.keys)
             known["position_embeddings"] = cos, sin
         keys = rotated_keys(past, moment).to(past.keys.dtype)
+        chosen = _made(self.press, self.settings)
+        chosen.compression_ratio = 1 - (kept + 0.5) / tokens  # some look at how many will stay
         try:
             with torch.no_grad():
-                made = _made(self.press, self.settings).score(_StandIn(moment), hidden, keys, past.values, None, known)
+                made = chosen.score(_StandIn(moment), hidden, keys, past.values, None, known)
         except Exception as error:  # whatever a press of another library raises
             raise PolicyError(
                 f"{name} of kvpress cannot score the tokens of layer {moment.layer} by their keys, values and the "
@@ -115,11 +124,13 @@ def by_name(
     close_up: bool = False,
 ) -> Press:
     """`Press`, where `name` is another word for the option `press`."""
-    chosen = press if name is None else name
-    return Press(press=chosen, settings=settings, queries=queries, most=most, close_up=close_up)
+    if name is not None and press != "knorm":
+        raise ValueError(f"'name' and 'press' say the same, got {name!r} and {press!r}; give one")
+    return Press(
+        press=press if name is None else name, settings=settings, queries=queries, most=most, close_up=close_up
+    )
 
 
-@cache
 def _made(press: str, settings: str) -> Any:
     return presses()[press](**json.loads(settings))
 
@@ -135,9 +146,9 @@ def _hidden_states(
 
 def _table(moment: Moment, steps: range, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions as transformers writes them, [1, steps, head_dim]."""
-    where = torch.tensor(list(steps), dtype=torch.float64, device=like.device)[:, None]
+    where = torch.arange(steps.start, steps.stop, dtype=torch.float64, device=like.device)[:, None]
     rotary, width = moment.rotary, like.shape[-1]
-    if rotary is None:
+    if rotary is None or not rotary.width:
         return like.new_ones(1, len(steps), width), like.new_zeros(1, len(steps), width)
     if not _plain(rotary, width):
         raise PolicyError(

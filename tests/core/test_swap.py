@@ -191,7 +191,7 @@ def test_what_turns_keys_by_itself_must_be_told_how_the_model_rotates():
     geometry, chosen = Geometry(kv_heads=2, head_dim=4), policy("archive", retriever=Turning())
     cache = TieredCache(policy("archive"), [geometry])
     for wrong in (lambda: TieredCache(chosen, [geometry]), lambda: cache.swap(chosen)):
-        with pytest.raises(RotaryError, match="Turning turns keys or queries by itself, and layer 0 was not told"):
+        with pytest.raises(RotaryError, match="Turning rotates keys or queries itself, but layer 0 was given no"):
             wrong()
     TieredCache(chosen, [geometry], rotaries=[rotary(4)]).swap(policy("archive"))
 

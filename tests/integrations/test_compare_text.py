@@ -416,4 +416,4 @@ def test_an_interval_is_students_and_that_of_shares_is_wilsons() -> None:
         seconds_per_token=0.01,
     )  # fmt: skip
     shown = markdown([row, attrs.evolve(row, seed=1, score=1.0)])
-    assert "| a | 75 (18 to 98) | 9 | 1.0 | 0.0 | 7 | 10.0 |" in shown
+    assert "| a | 75 (20 to 97) | 9 | 1.0 | 0.0 | 7 | 10.0 |" in shown

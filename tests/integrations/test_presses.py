@@ -27,7 +27,7 @@ PROMPT, TOKENS, MOST, LAYERS, KV_HEADS, GROUP = 40, 72, 12, 2, 2, 2
 PRESSES: Mapping[str, Mapping[str, int]] = {
     "KnormPress": {},
     "KeyDiffPress": {},
-    "LagKVPress": {"n_sink": 2, "lag_size": 8},
+    "LagKVPress": {"n_sink": 2, "lag_size": 3},
     "TOVAPress": {},
     "SnapKVPress": {"window_size": 8},
     "ExpectedAttentionPress": {"n_future_positions": 20},
@@ -47,7 +47,8 @@ def reference(model: Any, ids: Tensor, name: str) -> Tensor:
         )
         for module in attentions(model)
     ]
-    cache, press, masks = DynamicCache(config=model.config), getattr(kvpress, name)(**PRESSES[name]), {}
+    press = getattr(kvpress, name)(compression_ratio=1 - (MOST + 0.5) / PROMPT, **PRESSES[name])
+    cache, masks = DynamicCache(config=model.config), {}
     with torch.no_grad():
         model(ids[:, :PROMPT], **{CACHE: cache})
         order = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -91,11 +92,16 @@ def test_a_press_keeps_what_it_keeps_in_kvpress(name: str, realigner: str) -> No
 
 
 def test_a_press_chooses_anew_as_tokens_leave_recent() -> None:
-    model, ids = build("llama"), tokens(TOKENS)
-    chosen = {"press": "snapkv", "settings": '{"window_size": 4}', "most": MOST, "queries": 6, "recent": 8, "sink": 2}
-    with tiered(model, "press", **chosen, block_size=2, chunk_size=4) as cache:
-        feed(model, ids, cache, range(1, TOKENS))
-        assert max(cache.attended()) <= 2 + MOST + 8 + 2
+    model, ids, held = build("llama"), tokens(TOKENS), {}
+    sizes = {"most": MOST, "queries": 6, "recent": 8, "sink": 2, "block_size": 2, "chunk_size": 4}
+    for press, settings in (("snapkv", '{"window_size": 4}'), ("knorm", "{}")):
+        with tiered(model, "press", press=press, settings=settings, **sizes) as cache:
+            feed(model, ids, cache, range(1, TOKENS))
+            mid = [layer.history.rewritten for layer in cache.core.every_layer()]
+        assert [block.keys.shape[3] for block in mid] == [MOST] * LAYERS
+        held[press] = torch.stack([block.offsets[0, :, 0, :, 0] for block in mid])
+        assert held[press].max() > 40, "what left late never stayed"
+    assert not torch.equal(held["snapkv"], held["knorm"])
 
 
 @pytest.mark.parametrize(
@@ -103,11 +109,13 @@ def test_a_press_chooses_anew_as_tokens_leave_recent() -> None:
     [
         ({"name": "snapkvv"}, "no scorer press 'snapkvv'.*Did you mean 'snapkv'"),
         ({"name": "adakv"}, "no scorer press 'adakv'"),
+        ({"name": "pyramidkv"}, "no scorer press 'pyramidkv'"),
+        ({"name": "snapkv", "press": "keydiff"}, "'name' and 'press' say the same"),
         ({"name": "snapkv", "settings": {"windw": 3}}, "make no SnapKVPress.*'windw'"),
         ({"name": "snapkv", "settings": "{"}, "make no SnapKVPress"),
         ({"name": "snapkv", "settings": "[1]"}, "make no SnapKVPress"),
     ],
-    ids=["misspelt", "no scorer", "setting", "no JSON", "no mapping"],
+    ids=["misspelt", "no scorer", "more than scores", "two", "setting", "no JSON", "no mapping"],
 )
 def test_what_kvpress_lacks_is_said_when_the_policy_is_made(options: Any, message: str) -> None:
     with pytest.raises(kvtiers.PolicyError, match=message):
@@ -126,6 +134,11 @@ def test_what_kvpress_lacks_is_said_when_the_policy_is_made(options: Any, messag
 def test_a_press_that_needs_more_than_keys_values_and_queries_is_refused(name: str, family: str, message: str) -> None:
     with pytest.raises(kvtiers.PolicyError, match=message):
         ours(tokens(TOKENS), ("press", {"name": name, "most": MOST}), family=family)
+
+
+def test_a_model_that_does_not_rotate_can_have_a_press() -> None:
+    ids = tokens(TOKENS)
+    ours(ids, ("press", {"name": "snapkv", "settings": {"window_size": 8}, "most": MOST}), family="gpt2")
 
 
 def test_a_policy_with_a_press_can_be_written_down_and_read_again() -> None:
