@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 import kvtiers
 from kvtiers.plugins import registry
-from kvtiers_transformers import load_model
+from kvtiers_transformers import load_model, new_cache
 from kvtiers_transformers.document import read_document
 
 ASKING = 32  # the last queries, for which the output is compared
@@ -53,10 +53,12 @@ def read(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     return seen
 
 
-def error(policy: kvtiers.Policy, query: Tensor, keys: Tensor, values: Tensor) -> tuple[float, int]:
+def error(
+    policy: kvtiers.Policy, rotary: kvtiers.Rotary | None, query: Tensor, keys: Tensor, values: Tensor
+) -> tuple[float, int]:
     """How far the output for the last queries is from that over everything (relative), and the tokens attended."""
     geometry = kvtiers.Geometry(kv_heads=keys.shape[1], query_heads=query.shape[1], head_dim=keys.shape[3])
-    layer = kvtiers.Layer(policy=policy, geometry=geometry)
+    layer = kvtiers.Layer(policy=policy, geometry=geometry, rotary=rotary)
     asked = keys.shape[2] - ASKING
     cuts = [*range(0, asked, policy.chunk_size or asked), asked, keys.shape[2]]
     for start, stop in pairwise(cuts):
@@ -76,13 +78,15 @@ def main(model: Any, tokenizer: Any, *, tokens: int = 1024, layers: int = 6) -> 
     console = Console()
     ids = tokenizer(read_document(), return_tensors="pt")["input_ids"][:, :tokens]
     seen = read(model, ids)
-    some = seen[:: max(1, len(seen) // layers)]
+    some = slice(None, None, max(1, len(seen) // layers))
     found: dict[str, tuple[float, int, int]] = {}
     for name in track(registry().names("compressor"), description="comparing", console=console, transient=True):
         policy = kvtiers.policy("archive", compressor=name, retriever="all", attend="compressed", recent=128)
         if policy.compressor.given:
             continue  # it works on the frames of a video, not on keys and values
-        errors, attended = zip(*(error(policy, *layer) for layer in some), strict=True)
+        rotaries = new_cache(model, policy).core.rotaries  # how its layers rotate, where the compressor must know it
+        parts = zip(rotaries[some], seen[some], strict=True)
+        errors, attended = zip(*(error(policy, rotary, *layer) for rotary, layer in parts), strict=True)
         block = 0 if policy.compressor.drops else policy.block_size
         kept = block if policy.compressor.keeps or not block else policy.compressor.compressed_tokens(block)
         found[name] = (sum(errors) / len(errors), kept, max(attended))
