@@ -1,6 +1,7 @@
 """`kvtiers demo video`: options are checked first, files are written whole, and pictures say what came back."""
 
 import math
+import threading
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -22,6 +23,7 @@ from kvtiers_packforcing.demo.film import Film
 from kvtiers_packforcing.demo.output import OutputError, filled_whole
 from kvtiers_packforcing.demo.returns import of_strangers, returns_of, seen_before
 from kvtiers_packforcing.demo.sheet import columns
+from kvtiers_packforcing.demo.showing import ahead
 from kvtiers_packforcing.demo.walk_text import DEFAULT_WALK, read_walk
 from kvtiers_packforcing.tiny_world import HIDDEN_SECONDS, Houses, WalkError, Walks, render
 from kvtiers_packforcing.tiny_world.weights import SHIPPED, WeightsError, check_weights, load_models
@@ -284,3 +286,24 @@ def test_the_command_is_where_the_entry_point_says():
     entry = EntryPoint("video", project["entry-points"][DEMOS]["video"], DEMOS)
     assert entry.load() is command.video
     assert "See tiered memory at work" in CliRunner().invoke(main, ["demo", "--help"]).output
+
+
+def test_blocks_are_made_one_ahead_in_a_thread_of_their_own_which_also_ends_them():
+    threads = []
+
+    def made():
+        try:
+            for _ in range(5):
+                threads.append(threading.get_ident())
+                yield {}
+        finally:
+            threads.append(threading.get_ident())
+
+    assert list(ahead(made())) == [{}] * 5
+    assert len(threads) == 6
+    begun = ahead(made())
+    next(begun)
+    begun.close()
+    assert 8 <= len(threads) <= 9, "more than one block was made ahead, or the rest was not given up"
+    assert threading.get_ident() not in threads
+    assert len(set(threads[6:])) == 1

@@ -1,6 +1,7 @@
 """Makes the demonstration's video and draws its pictures, and says what each memory held and kept."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def show(
     made = make_videos(models, chosen, walks, seeds=[seed], sampler=sampler)
 
     def clips() -> Iterator[Tensor]:
-        for number, blocks in enumerate(made):
+        for number, blocks in enumerate(ahead(made)):
             for name, block in blocks.items():
                 recordings[name].add(block)
             yield film.block(number, [recording.frames for recording in recordings.values()])[None]
@@ -84,6 +85,18 @@ def show(
     draw_sheet(folder / SHEET, videos, {name: _about(one) for name, one in told.items()}, walks)
     draw_plot(folder / PLOT, told, walks, block_bytes=_block_bytes(models.transformer))
     return told
+
+
+def ahead(made: Generator[Mapping[str, MadeBlock]]) -> Iterator[Mapping[str, MadeBlock]]:
+    """The same blocks. While one is drawn and written, a second thread makes the next."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            coming = pool.submit(next, made, None)
+            while (blocks := coming.result()) is not None:
+                coming = pool.submit(next, made, None)
+                yield blocks
+        finally:
+            pool.submit(made.close).result()  # where it ran, since it gives the transformer back
 
 
 def _about(told: Told) -> str:

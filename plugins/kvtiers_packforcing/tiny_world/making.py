@@ -6,7 +6,7 @@ depends on the others beside it, nor does a row on other rows.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -69,7 +69,7 @@ def make_videos(
     seeds: Sequence[int] | None = None,
     sampler: Sampler | None = None,
     decoder: Literal["autoencoder", "codec"] = "autoencoder",
-) -> Iterator[Mapping[str, MadeBlock]]:
+) -> Generator[Mapping[str, MadeBlock]]:
     """Block after block of one video for each walk, under each memory, by its name.
 
     seeds: of the noise of each row; none: 0, 1, 2, ... decoder: `codec` decodes with the linear codec instead.
@@ -92,7 +92,7 @@ def make_videos(
 @torch.no_grad()
 def _made(
     models: Models, chosen: Sequence[Variant], text: Tensor, seeds: Sequence[int], sampler: Sampler, decoder: Any
-) -> Iterator[Mapping[str, MadeBlock]]:
+) -> Generator[Mapping[str, MadeBlock]]:
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     with ExitStack() as stack:
         wans = {variant.name: stack.enter_context(variant.remember(models)) for variant in chosen}
