@@ -8,23 +8,18 @@ with the reason and breaks nothing else.
 
 import json
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
 from kvtiers.about import about
-from kvtiers.errors import KVTiersError, MissingExtraError, PluginError, PolicyError, explain
-from kvtiers.planning import Shape, cost
+from kvtiers.errors import MissingExtraError, PluginError, explain
 from kvtiers.plugins import Plugin, registry
 from kvtiers.policy import SLOTS
-from kvtiers.presets import describe, parse, policy
-from kvtiers.scaffold import KINDS, write_package
+from kvtiers.presets import describe, policy
 
 try:
     import click
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
@@ -143,93 +138,6 @@ def policies(as_json: bool, name: str | None) -> None:
     for choice in choices:
         table.add_row(choice["slot"], choice["name"], choice["distribution"], choice["error"] or choice["about"])
     console.print(table)
-
-
-@main.command()
-@click.argument("slot", type=click.Choice(list(KINDS)))
-@click.argument("name")
-@click.option("--into", default=".", show_default=True, type=click.Path(path_type=Path, file_okay=False))
-@click.option("--whole-past", is_flag=True, help="A compressor that chooses among all tokens that ever left recent.")
-def new(slot: str, name: str, into: Path, whole_past: bool) -> None:
-    """Write a package with a SLOT of your own, called NAME, whose tests pass, to begin with.
-
-    A preset needs no package of its own: `kvtiers.policy(...)`, or a .toml file.
-    """
-    folder = write_package(slot, name, into, whole_past=whole_past)
-    click.echo(f"{folder} is written. Next: pip install -e '{folder}[test]' and pytest {folder}")
-
-
-@main.command()
-@click.option("--model", required=True, help="A name, hub id or folder that an installed plugin knows.")
-@click.option("--size", default="832x480", show_default=True, help="Video: width x height, in pixels.")
-@click.option("--seconds", default=120.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
-@click.option("--fps", default=16, show_default=True, type=click.IntRange(min=1), help="Video: frames a second.")
-@click.option("--block-frames", default=4, show_default=True, type=click.IntRange(min=1), help="Video: a block's.")
-@click.option("--tokens", default=32_768, show_default=True, type=click.IntRange(min=1), help="Text: tokens read.")
-@click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]))
-@click.argument("policies", nargs=-1)
-def plan(model: str, policies: tuple[str, ...], dtype: str, **wanted: Any) -> None:
-    """What each policy costs for a model, computed from its shape before anything is loaded.
-
-    POLICIES are names, or name:setting=value,... (none: every preset).
-    """
-    try:
-        _plan(_shape(model, dtype=getattr(torch, dtype), **wanted), policies)
-    except OverflowError as error:
-        raise PolicyError(f"what is asked for of {model!r} is too large to be computed; ask for less") from error
-
-
-def _plan(shape: Shape, policies: tuple[str, ...]) -> None:
-    """Print what each policy costs."""
-    table = Table(title=shape.name, box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("policy", overflow="fold")
-    for name in (
-        "tokens\nattended", "KV cached\nGB", "on device\nGB, at most", "archived\nelsewhere",
-        f"archive per\n{shape.growth_unit}", "attention\nwork",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
-    for spec in policies or _presets_for(shape):
-        found = cost(parse(spec), shape)
-        sizes = (found.cached_bytes, found.device_bytes, found.archive_bytes, found.growth_bytes)
-        table.add_row(spec, f"{found.attended:,}", *(f"{size / 1e9:.2f}" for size in sizes), f"{found.work:.1%}")
-    console = Console()
-    console.print(table)
-    console.print(
-        "KV cached: of the attended history, as papers count it: without the current block, or (full) of everything. "
-        "On device: with current slots, unrotated copies and digests. What has no bound grows by a quarter when "
-        "it is full: this is counted on the device, not where blocks are archived elsewhere. Attention work: "
-        "beside attending everything, at the end."
-    )
-
-
-def _presets_for(shape: Shape) -> list[str]:
-    """The presets for a model of this shape: for text those that cut a long forward into chunks, and what keeps all."""
-    found = {name: policy(name) for name in registry().names("policy")}
-    text = {name for name, made in found.items() if made.chunk_size is not None}
-    both = {name for name, made in found.items() if made.recent is None} - text
-    return [name for name in found if name in both or (name in text) == shape.geometry.causal]
-
-
-def _shape(model: str, **wanted: Any) -> Shape:
-    """What the installed plugins know of `model`."""
-    reasons = []
-    for name in registry().names("shape"):
-        try:
-            found = registry().factory("shape", name)(model, **wanted)
-        except MissingExtraError as error:
-            reasons.append(str(error))
-            continue
-        except (KVTiersError, OverflowError):
-            raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a file that is none, or a plugin at fault
-            origin = registry().provider("shape", name).origin
-            reasons.append(f"{name!r} of plugin {origin} failed: {explain(error)}")
-            continue
-        if isinstance(found, Shape):
-            return found
-    factories = [registry().factory("shape", name) for name in registry().names("shape")]
-    known = " ".join(line for each in factories for line in (each.__doc__ or "").strip().splitlines()[:1])
-    raise PolicyError(f"no installed plugin knows a model {model!r}; known are: {known} {' '.join(reasons)}".rstrip())
 
 
 def _table(*columns: str) -> Table:

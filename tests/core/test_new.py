@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from kvtiers.cli import main
 from kvtiers.errors import PolicyError
-from kvtiers.scaffold import KINDS, write_package
+from kvtiers_methods.new.package import KINDS, write_package
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""A package of one's own to begin with: `kvtiers new compressor NAME`. Its tests pass as it is written.
-
-Only the template `whole_past` names a plugin: what it begins with comes with kvtiers, but not with its core.
-"""
+"""A package of one's own to begin with: `kvtiers new compressor NAME`. Its tests pass as it is written."""
 
 import keyword
 import re

@@ -1,0 +1,1 @@
+"""`kvtiers new`: a package of one's own to begin with."""

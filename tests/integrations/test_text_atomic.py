@@ -1,0 +1,116 @@
+"""Whatever raises in the middle of a forward, the same call made again gives the same text or the cache refuses it."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="needs the extra 'transformers'")
+
+import attrs
+import torch
+from jaxtyping import config as shapes
+from torch import Tensor
+
+import kvtiers
+from faults import sweep
+from kvtiers import Policy
+from kvtiers_transformers import tiered
+from kvtiers_transformers.cache import TransformersCache
+from tiny_models import attentions, build, given, pad_left, tokens
+
+LENGTHS = (9, 1, 4, 1, 1)
+MORE = 3
+"""Tokens that are decoded after the fault, to see whether anything is wrong."""
+SMALL = {"sink": 2, "recent": 3, "block_size": 2, "top_k": 2, "chunk_size": 4}
+CODE = ("kvtiers", "kvtiers_transformers", "kvtiers_policies", "kvtiers_methods")
+
+
+def policies() -> dict[str, Policy]:
+    named = {
+        "full": {},
+        "streaming": {},
+        "archive": {},
+        "archive on disk": {"archive": "disk", "codec": "int8"},
+        "packforcing-lm": {"reach": 4},
+        "tova": {"compressor": ("tova", {"most": 4})},
+    }
+    found = {}
+    for name, changes in named.items():
+        preset = kvtiers.policy(name.partition(" ")[0], **changes)
+        sizes = {key: value for key, value in SMALL.items() if getattr(preset, key) is not None}
+        found[name] = attrs.evolve(preset, **sizes)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _shapes_go_unchecked() -> Iterator[None]:
+    """They are checked elsewhere, and the same calls are made here some thousand times."""
+    shapes.update("jaxtyping_disable", True)
+    yield
+    shapes.update("jaxtyping_disable", False)
+
+
+def forwards(ids: Tensor, mask: Tensor, lengths: tuple[int, ...], start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """The columns of each forward, and the mask that it is given."""
+    for length in lengths:
+        yield slice(start, start + length), mask[:, : start + length]
+        start += length
+
+
+def forward(cache: TransformersCache, *, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    logits: Tensor = model(ids, attention_mask=mask, **given(cache)).logits
+    return logits
+
+
+def verbs(model: Any, ids: Tensor, mask: Tensor) -> Iterator[tuple[str, Callable[[TransformersCache], object]]]:
+    """Forwards of several and of single tokens, and then rows that change places."""
+    for columns, seen in forwards(ids, mask, LENGTHS):
+        yield f"forward of {columns}", partial(forward, model=model, ids=ids[:, columns], mask=seen)
+    yield "reorder", lambda cache: cache.reorder_cache(torch.tensor([1, 0]))
+
+
+def outcome(cache: TransformersCache, model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    ids, mask = ids.flip(0), mask.flip(0)
+    more = forwards(ids, mask, (1,) * MORE, sum(LENGTHS))
+    return [forward(cache, model=model, ids=ids[:, columns], mask=seen) for columns, seen in more]
+
+
+def taken(said: str, before: TransformersCache, after: TransformersCache) -> bool:
+    """Whether a forward that failed in its last lines has taken its tokens in every layer."""
+    return said.startswith("forward") and after.get_seq_length() > before.get_seq_length()
+
+
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        pytest.param("operation", 797, id="operations"),
+        pytest.param("line", 3001, id="lines"),
+        pytest.param("operation", 29, id="every 29th operation", marks=pytest.mark.slow),
+        pytest.param("line", 101, id="every 101st line", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", policies())
+@pytest.mark.parametrize("rows", ["padded", pytest.param("even", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_a_fault_in_a_forward_is_undone_or_the_cache_refuses_to_go_on(
+    rows: str, name: str, how: str, step: int
+) -> None:
+    model, count = build(attention="sdpa"), sum(LENGTHS) + MORE
+    both = tokens(count, rows=2)
+    ids, mask = pad_left([both[0], both[1][3:] if rows == "padded" else both[1]])
+    before = [module.config for module in attentions(model)]
+    with tiered(model, policies()[name]) as cache:
+        tried, _ = sweep(
+            list(verbs(model, ids, mask)),
+            cache.fork,
+            lambda one: outcome(one, model, ids, mask),
+            lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True)),
+            how=how,
+            step=step,
+            folders=CODE,
+            done=taken,
+        )
+    assert [module.config for module in attentions(model)] == before, "the model is not as it was"
+    assert tried >= 2
