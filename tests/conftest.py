@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
 
-install_import_hook(
-    ["kvtiers", "kvtiers_policies", "kvtiers_packforcing", "kvtiers_transformers", "kvtiers_diffusers"],
-    "beartype.beartype",
+import shape_checks
+
+shape_checks.install(
+    ["kvtiers", "kvtiers_policies", "kvtiers_packforcing", "kvtiers_transformers", "kvtiers_diffusers"]
 )
 
 if "PYTEST_XDIST_WORKER" in os.environ:
