@@ -3,14 +3,17 @@
 Import nothing of kvtiers above the hook: a module that is imported before it goes unchecked.
 """
 
+import gc
 import os
 
 # Before MKL is loaded: the same bits wherever in memory a matrix lies, for the tests that compare bit for bit. Without
 # STRICT, five of them fail on CPUs with AVX-512.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -30,6 +33,18 @@ settings.register_profile("ci", max_examples=40, print_blob=True, derandomize=Tr
 settings.register_profile("quick", max_examples=12, **_COMMON)
 settings.register_profile("deep", max_examples=2_000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What collecting imports stays, so Python's collector of garbage need not look through it time and again."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(*thresholds)
 
 
 def pytest_addoption(parser: Any) -> None:
