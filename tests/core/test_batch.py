@@ -12,6 +12,7 @@ from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
 from kvtiers.rows import LayerRows, PaddingPattern
 from strategies import (
+    STEPS,
     Setting,
     Stream,
     attend_context,
@@ -118,7 +119,7 @@ def test_a_padded_row_is_the_same_row_alone(data):
     of_one = [alone.cache() for _ in range(geometry.batch)]
     together = of_all.layers[0]
     start = 0
-    for length in data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=4), label="forwards"):
+    for length in data.draw(st.lists(st.integers(1, STEPS // 4), min_size=1, max_size=4), label="forwards"):
         bits = st.lists(st.booleans(), min_size=length, max_size=length)
         padded = st.integers(0, length).map(lambda pads, n=length: [i >= pads for i in range(n)])
         whole = st.just([True] * length)
