@@ -205,8 +205,7 @@ def _blank(rows: int, count: int) -> list[Tensor]:
     "splits",
     [
         pytest.param(tuple(range(3, LENGTH, 8)), id="pieces"),
-        pytest.param(SINGLE, id="token-by-token"),
-        pytest.param(tuple(range(44, LENGTH)), id="prompt-then-tokens"),
+        pytest.param((*range(1, 14), 19, *range(44, LENGTH)), id="tokens-prompt-tokens"),
     ],
 )
 @pytest.mark.parametrize("name", RECALLING)

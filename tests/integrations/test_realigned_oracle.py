@@ -204,8 +204,7 @@ def _chosen(cache: TransformersCache, layer: int, head: int) -> list[int]:
 
 SPLITS = [
     pytest.param((), id="chunks"),
-    pytest.param((1, 2, 5, 19, 21), id="odd"),
-    pytest.param(tuple(range(20, LENGTH)), id="prompt-then-tokens"),
+    pytest.param((1, 2, 5, 19, *range(21, LENGTH)), id="odd-then-tokens"),
 ]
 
 
