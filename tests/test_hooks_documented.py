@@ -1,6 +1,7 @@
 """Every hook is documented with its exact signature, and has a test of its own (as in Datasette)."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def _is_hook(node: ast.FunctionDef) -> bool:
     return any(ast.unparse(decorator).split("(")[0] == "hookspec" for decorator in node.decorator_list)
 
 
+@cache
 def names_of_tests(folder: Path) -> set[str]:
     """The names of all test functions."""
     return {
