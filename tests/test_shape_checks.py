@@ -1,7 +1,7 @@
 """The checks that all tests run under: what does not fit is refused, in every part of every kind of signature."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import beartype
 import pytest
@@ -13,19 +13,26 @@ from kvtiers import Rotary
 from shape_checks import checked
 
 Pair = Float[Tensor, "rows width"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@checked(typechecker=beartype.beartype)
+def shaped(function: Function) -> Function:
+    """As the import hook would make it."""
+    made: Function = checked(typechecker=beartype.beartype)(function)
+    return made
+
+
+@shaped
 def beside(a: Pair, b: Pair, *, times: int = 1) -> Float[Tensor, "rows _"]:
     return torch.cat([a, b], 1).repeat(times, 1)
 
 
-@checked(typechecker=beartype.beartype)
+@shaped
 def in_strings(a: "Pair", b: "Pair", *, times: int = 1) -> "Float[Tensor, 'rows _']":
     return torch.cat([a, b], 1).repeat(times, 1)
 
 
-@checked(typechecker=beartype.beartype)
+@shaped
 def one_by_one(a: Pair, b: Pair, *, times: int = 1) -> Iterator[Tensor]:
     yield from [a, b] * times
 
@@ -59,7 +66,7 @@ def test_a_result_that_does_not_fit_the_arguments_is_refused(function: Callable[
 
 
 def test_a_call_within_a_call_has_axes_of_its_own_and_does_not_change_those_outside() -> None:
-    @checked(typechecker=beartype.beartype)
+    @shaped
     def outside(a: Pair, b: Pair, *, rows: int) -> Pair:
         beside(torch.zeros(5, 1), torch.zeros(5, 1))
         return torch.zeros(rows, a.shape[1])
