@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from jaxtyping import config as shapes
 
 import shape_checks
 
@@ -45,6 +46,14 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.set_threshold(*thresholds)
+
+
+@pytest.fixture
+def _shapes_go_unchecked() -> Iterator[None]:
+    """For tests that make the same calls some thousand times: their shapes are checked elsewhere."""
+    shapes.update("jaxtyping_disable", True)
+    yield
+    shapes.update("jaxtyping_disable", False)
 
 
 def pytest_addoption(parser: Any) -> None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
+import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvtiers import InterruptedForwardError
@@ -56,6 +57,20 @@ def at_line(number: int, *folders: str) -> Iterator[None]:
 def at(how: str, number: int, *folders: str) -> AbstractContextManager[object]:
     """A fault at the n-th `operation`, or at the n-th `line` of `folders`."""
     return AtOperation(number) if how == "operation" else at_line(number, *folders)
+
+
+def points(*, operations: int, lines: int, slow_operations: int, slow_lines: int) -> pytest.MarkDecorator:
+    """Parameters `how` and `step` of a test that sweeps: how far apart the points are, and how far in its slow run."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        ("how", "step"),
+        [
+            pytest.param("operation", operations, id="operations"),
+            pytest.param("line", lines, id="lines"),
+            pytest.param("operation", slow_operations, id="more operations", marks=slow),
+            pytest.param("line", slow_lines, id="more lines", marks=slow),
+        ],
+    )
 
 
 def sweep(

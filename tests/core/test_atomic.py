@@ -11,24 +11,19 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from jaxtyping import config as shapes
 
 import kvtiers
-from faults import sweep
+from faults import points, sweep
 from kvtiers import Blocks, Geometry, Policy, Rotary, TieredCache
 from strategies import Stream, copied, rotary, same, stream
+
+pytestmark = pytest.mark.usefixtures("_shapes_go_unchecked")
 
 GEOMETRY = Geometry(kv_heads=2, query_heads=4, head_dim=8, batch=2)
 LENGTHS = (6, 1, 1, 4, 1, 1, 1, 5, 1, 1, 1, 1)
 SMALL = {"sink": 2, "recent": 3, "block_size": 2, "top_k": 2, "chunk_size": 6}
 PRESETS = ("full", "sliding-window", "streaming", "archive", "packforcing-lm")
 Verb = Callable[[TieredCache], object]
-
-
-@pytest.fixture(autouse=True)
-def _shapes_go_unchecked(_shapes_are_checked: None) -> None:
-    """They are checked elsewhere, and the same calls are made here some thousand times."""
-    shapes.update("jaxtyping_disable", True)
 
 
 def small(name: str, sizes: dict[str, int], **changes: Any) -> Policy:
@@ -89,15 +84,7 @@ def taken(said: str, before: TieredCache, after: TieredCache) -> bool:
     return said.startswith("write") and after.num_steps > before.num_steps
 
 
-@pytest.mark.parametrize(
-    ("how", "step"),
-    [
-        pytest.param("operation", 31, id="operations"),
-        pytest.param("line", 211, id="lines"),
-        pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
-        pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
-    ],
-)
+@points(operations=31, lines=211, slow_operations=1, slow_lines=7)
 @pytest.mark.parametrize("name", policies())
 def test_a_fault_in_a_verb_is_undone_or_the_cache_refuses_to_go_on(name: str, how: str, step: int) -> None:
     policy, tokens = policies()[name], stream(GEOMETRY, sum(LENGTHS) + 3)
@@ -190,15 +177,7 @@ def video_outcome(cache: TieredCache, policy: Policy) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("how", "step"),
-    [
-        pytest.param("operation", 97, id="operations"),
-        pytest.param("line", 1499, id="lines"),
-        pytest.param("operation", 1, id="every operation", marks=pytest.mark.slow),
-        pytest.param("line", 7, id="every seventh line", marks=pytest.mark.slow),
-    ],
-)
+@points(operations=97, lines=1499, slow_operations=1, slow_lines=7)
 @pytest.mark.parametrize("name", video_policies())
 @torch.no_grad()
 def test_a_fault_in_a_verb_of_a_video_is_undone_or_the_cache_refuses_to_go_on(name: str, how: str, step: int) -> None:

@@ -10,15 +10,16 @@ pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 
 import attrs
 import torch
-from jaxtyping import config as shapes
 from torch import Tensor
 
 import kvtiers
-from faults import sweep
+from faults import points, sweep
 from kvtiers import Policy
 from kvtiers_transformers import tiered
 from kvtiers_transformers.cache import TransformersCache
 from tiny_models import attentions, build, given, pad_left, tokens
+
+pytestmark = pytest.mark.usefixtures("_shapes_go_unchecked")
 
 LENGTHS = (9, 1, 4, 1, 1)
 MORE = 3
@@ -42,14 +43,6 @@ def policies() -> dict[str, Policy]:
         sizes = {key: value for key, value in SMALL.items() if getattr(preset, key) is not None}
         found[name] = attrs.evolve(preset, **sizes)
     return found
-
-
-@pytest.fixture(autouse=True)
-def _shapes_go_unchecked() -> Iterator[None]:
-    """They are checked elsewhere, and the same calls are made here some thousand times."""
-    shapes.update("jaxtyping_disable", True)
-    yield
-    shapes.update("jaxtyping_disable", False)
 
 
 def forwards(ids: Tensor, mask: Tensor, lengths: tuple[int, ...], start: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -82,15 +75,7 @@ def taken(said: str, before: TransformersCache, after: TransformersCache) -> boo
     return said.startswith("forward") and after.get_seq_length() > before.get_seq_length()
 
 
-@pytest.mark.parametrize(
-    ("how", "step"),
-    [
-        pytest.param("operation", 797, id="operations"),
-        pytest.param("line", 3001, id="lines"),
-        pytest.param("operation", 29, id="every 29th operation", marks=pytest.mark.slow),
-        pytest.param("line", 101, id="every 101st line", marks=pytest.mark.slow),
-    ],
-)
+@points(operations=797, lines=3001, slow_operations=29, slow_lines=101)
 @pytest.mark.parametrize("name", policies())
 @pytest.mark.parametrize("rows", ["padded", pytest.param("even", marks=pytest.mark.slow)])
 @torch.no_grad()

@@ -9,28 +9,21 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 
 import torch
-from jaxtyping import config as shapes
 from torch import Tensor
 
-from faults import sweep
+from faults import points, sweep
 from kvtiers import GeometryError
 from kvtiers_diffusers import CausalWan, tiered
 from kvtiers_packforcing.network import HighResolution
 from tiny_wan import blocks, build, prompt
+
+pytestmark = pytest.mark.usefixtures("_shapes_go_unchecked")
 
 CLIPS = {"frames": 2, "high": 8, "wide": 8}  # 4 x 4 tokens a frame, one cell a block
 POLICIES: dict[str, dict[str, Any]] = {
     "packforcing": {"sink": 2, "recent": 2, "top_k": 2, "compressor": ("dual-branch", {"branches": "hr"})},
     "sink-rolling-window": {"sink": 2, "recent": 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def _shapes_go_unchecked() -> Iterator[None]:
-    """They are checked elsewhere, and the same calls are made here some thousand times."""
-    shapes.update("jaxtyping_disable", True)
-    yield
-    shapes.update("jaxtyping_disable", False)
 
 
 def commit(wan: CausalWan, block: Tensor, text: Tensor) -> None:
@@ -62,15 +55,7 @@ def outcome(wan: CausalWan, clips: list[Tensor], text: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("how", "step"),
-    [
-        pytest.param("operation", 1201, id="operations"),
-        pytest.param("line", 2003, id="lines"),
-        pytest.param("operation", 7, id="every seventh operation", marks=pytest.mark.slow),
-        pytest.param("line", 29, id="every 29th line", marks=pytest.mark.slow),
-    ],
-)
+@points(operations=1201, lines=2003, slow_operations=7, slow_lines=29)
 @pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
 def test_a_fault_in_a_pass_is_undone_or_the_video_refuses_to_go_on(name: str, how: str, step: int) -> None:
