@@ -58,7 +58,7 @@ test-slow: $(MODEL) ## run the tests that need a real model or much time
 	@$(PYTEST) -q -m "slow and not gpu" --benchmark-disable $(ARGS)
 
 compare: $(MODEL) ## compare all methods for text with one another (hours; what is in the folder is not measured again)
-	@$(BIN)/kvtiers compare text --document manual --seeds 1 --budget 1024,512,256 --out tests/benchmarks/methods $(ARGS) $(METHODS)
+	@$(BIN)/kvtiers compare text --document manual --seeds 3 --budget 1024,512,256 --out tests/benchmarks/methods $(ARGS) $(METHODS)
 
 distances: $(INSTALLED) ## print how far published methods are from their references
 	@$(PYTEST) -q --distances tests/integrations/test_rewriting.py $(addprefix tests/plugins/test_, \

@@ -126,7 +126,7 @@ def _draw(tables: Mapping[str, Sequence[Row]], title: str, out: Path) -> None:
         for y, line in enumerate(means):
             for x, mean in enumerate(line):
                 if mean == mean:  # measured at this size
-                    axes.text(x, y, f"{mean:.0%}", ha="center", va="center")
+                    axes.text(x, y, f"{mean:.0%}", ha="center", va="center", color="white" if mean > 0.7 else "black")
         axes.set_title(name, fontsize="medium")
     figure.suptitle(f"Answers given: {title}", fontsize="medium")
     figure.savefig(out, dpi=120)
