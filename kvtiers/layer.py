@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtiers import ageing, events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Blocks, Extent
-from kvtiers.checks import admit, called, check_finite, check_layer, check_placement
+from kvtiers.checks import called, check_finite, check_layer, check_placement
 from kvtiers.errors import SavedCacheError, SlotError
 from kvtiers.filled import check_filled
 from kvtiers.history import History
@@ -68,10 +68,9 @@ class Layer(LayerState):
 
         keys: rotated by the model under a realigner that does not rotate, unrotated otherwise.
         """
-        planes, per_step = self.window.planes, self.geometry.tokens_per_step
-        held = planes["rotated"].device if planes else None
-        admit(keys, values, self.policy, self.geometry, layer=self.layer, held=held)
+        self.admit(keys, values)
         if self.check:
+            per_step = self.geometry.tokens_per_step
             check_finite(keys, values, layer=self.layer, step=self.num_steps, per_step=per_step)
         with self.changing():
             if replace:

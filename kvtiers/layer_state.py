@@ -11,6 +11,7 @@ from torch import Tensor
 from kvtiers import events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Context
+from kvtiers.checks import admit
 from kvtiers.errors import SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.history import History
@@ -81,6 +82,8 @@ class LayerState(Undoable):
     """The step up to which several current tokens last chose blocks with one query."""
     prompt: tuple[Tensor | None, Callable[[int], Tensor | None] | None] = (None, None)
     """The embedding of the prompt, and what gives its keys in cross-attention, for policies that look at it (video)."""
+    admitted: object = None
+    """The kind of keys and values that was checked last; what follows is mostly of the same."""
     live: tuple[Tensor, Tensor] | None = None
     """Current keys and values with their graph, where gradients are wanted."""
 
@@ -112,6 +115,16 @@ class LayerState(Undoable):
         """Whether it is time to choose archived blocks."""
         again = self.pending >= self.policy.refresh_steps and self.policy.retriever.needs_query
         return self.stale or (again and self.history.count > 0)
+
+    def admit(self, keys: Tensor, values: Tensor) -> None:
+        """Raise `GeometryError` unless the layer can take these tokens."""
+        of = (keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device)
+        coming = (self.policy, self.geometry, of)
+        if coming != self.admitted:
+            planes = self.window.planes
+            held = planes["rotated"].device if planes else None
+            admit(keys, values, self.policy, self.geometry, layer=self.layer, held=held)
+            self.admitted = coming
 
     @property
     def plain(self) -> bool:

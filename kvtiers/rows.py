@@ -74,7 +74,7 @@ class LayerRows:
     @property
     def tokens(self) -> int:
         """Tokens seen by all rows together."""
-        return sum(group.layer.num_steps * group.layer.geometry.batch for group in self.groups)
+        return sum([group.layer.num_steps * group.layer.geometry.batch for group in self.groups])
 
     @property
     def num_steps(self) -> int:
@@ -101,6 +101,8 @@ class LayerRows:
 
     def for_rows(self, batch: int) -> tuple[RowGroup, ...]:
         """The groups of a forward of `batch` rows without padding."""
+        if len(self.groups) == 1 and self.groups[0].layer.geometry.batch == batch:  # asked at every token
+            return self.groups
         self.check_batch(batch)
         if self.batch != batch:
             self.groups = (RowGroup(None, self._make(batch)),)

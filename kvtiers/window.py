@@ -117,7 +117,7 @@ class Window(State):
 
     def view(self, name: str, where: slice) -> Tensor:
         """Some slots of a plane, to be read; `write` changes them."""
-        return self.planes[name][:, :, where]
+        return self.planes[name].narrow(2, where.start, where.stop - where.start)
 
     def write(self, name: str, where: slice, x: Tensor) -> None:
         """Write over tokens that are here."""

@@ -57,6 +57,7 @@ class TransformersCache(Cache):
         self.core, self.outline = core, outline
         self.device = torch.device(device)
         self._started: list[int] | None = None
+        self._held: list[int] = []
         self._all_real: Tensor | None = None
         self._coming = 0
         self.position_shift: int | None = None
@@ -70,17 +71,13 @@ class TransformersCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
 
     def start(self, tokens: int) -> None:
-        """A forward over `tokens` real tokens, of all rows together, begins.
-
-        Raises `InterruptedForwardError` if an earlier one stopped after changing the cache.
+        """A forward over `tokens` real tokens, of all rows together, begins. `check_whole` has been called.
 
         Blocks that left recent are archived here, for all layers, before any layer takes new tokens: an archive that is
         full stops the forward before it began, and the same tokens can be fed again once there is room.
         """
-        self.check_whole()
         self.core.commit_due()
-        for layer in self.tiered_layers:
-            layer.held_before = layer.layer.tokens
+        self._held = [layer.tokens for layer in self.core.layers]
         self._started, self._coming = self._progress(), tokens
 
     def check_later(self, all_real: Tensor) -> None:
@@ -98,11 +95,11 @@ class TransformersCache(Cache):
 
     def finish(self) -> None:
         """The forward that began has passed every layer. Raises `UnsupportedModelError` if one did not take part."""
-        for layer in self.tiered_layers:
-            missed = layer.held_before + self._coming - layer.layer.tokens
-            if missed:
+        for layer, held in zip(self.core.layers, self._held, strict=True):
+            taken = layer.tokens - held
+            if taken != self._coming:
                 raise UnsupportedModelError(
-                    f"layer {layer.layer.number} took {self._coming - missed} tokens of {self._coming}: its attention "
+                    f"layer {layer.number} took {taken} tokens of {self._coming}: its attention "
                     "does not go through transformers' attention interface once per forward, so tiers cannot serve it; "
                     "use a model whose attention does"
                 )

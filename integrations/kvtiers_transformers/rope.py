@@ -125,7 +125,7 @@ def rotary_modules(decoder: nn.Module) -> list[str]:
     return [
         name
         for name, child in decoder.named_children()
-        if any(held.endswith("inv_freq") and "." not in held for held, _ in child.named_buffers())
+        if any(held.endswith("inv_freq") for held, _ in child.named_buffers(recurse=False))
     ]
 
 

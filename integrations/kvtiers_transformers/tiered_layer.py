@@ -21,8 +21,6 @@ class TieredLayer(CacheLayerMixin):
         """owner: the cache that this is a layer of."""
         self.is_initialized = False
         self.owner, self.layer = weakref.ref(owner), layer  # so that `del cache` frees at once
-        self.held_before = 0
-        """Tokens of all rows before the forward that is running."""
         self.columns = 0
         """Columns of the batch seen, padding included: what transformers calls the sequence length."""
         self.padded_until = 0

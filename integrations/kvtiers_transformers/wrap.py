@@ -35,6 +35,8 @@ from kvtiers_transformers.outer import after_outer, around, before_outer, check_
 from kvtiers_transformers.rope import check_turn, rotary_of, unrotated
 from kvtiers_transformers.tiered_layer import TieredLayer
 
+_MASK, _TURN = "attention_mask", "position_embeddings"
+
 
 class ServedConfig:
     """A model's configuration as one attention of an enabled model sees it: its attention goes through kvtiers'.
@@ -72,7 +74,10 @@ _installing = threading.Lock()
 
 
 def _cache_in(values: Any) -> TransformersCache | None:
-    return next((value for value in values if isinstance(value, TransformersCache)), None)
+    for value in values:
+        if isinstance(value, TransformersCache):
+            return value
+    return None
 
 
 def _before_model(decoder: nn.Module) -> Callable[..., None]:
@@ -169,6 +174,7 @@ def _outline(decoder: nn.Module) -> Outline:
 
 def _before_attention(attention: nn.Module) -> Callable[..., Any]:
     names = list(inspect.signature(type(attention).forward).parameters)[1:]
+    of_mask, of_turn = (names.index(name) if name in names else len(names) for name in (_MASK, _TURN))
     original, config = weakref.ref(attention), cast(Any, attention).config
     kinds, _ = get_layer_types_and_kwargs(config)
 
@@ -187,25 +193,28 @@ def _before_attention(attention: nn.Module) -> Callable[..., Any]:
                 f"layer {number} was not given the cache that its model was given; gradient checkpointing does that "
                 "while training: call model.eval(), or turn checkpointing off"
             )
-        given = dict(zip(names, args, strict=False)) | kwargs
-        own, turn = given.get("attention_mask"), given.get("position_embeddings")
+        own = args[of_mask] if of_mask < len(args) else kwargs.get(_MASK)
+        turn = args[of_turn] if of_turn < len(args) else kwargs.get(_TURN)
         if forward.looks is not None and (forward.looked is None or forward.looked[0] is not own):
             forward.looks(module, own)
             forward.looked = (own,)
         kwargs = {**kwargs, "kvtiers": layer.layer}
-        rotary = cache.core.rotaries[cache.core.numbers.index(number)]
-        if turn is None and cache.rotates and rotary is not None and rotary.width:
-            raise UnsupportedModelError(
-                f"layer {number} is not rotated by its model, although {type(module).__name__} can rotate; use "
-                "realigner='original', which keeps the model's own rotation"
-            )
-        if turn is not None and cache.rotates:
+        if not cache.rotates:
+            return args, kwargs
+        if turn is None:
+            rotary = cache.core.rotaries[cache.core.numbers.index(number)]
+            if rotary is not None and rotary.width:
+                raise UnsupportedModelError(
+                    f"layer {number} is not rotated by its model, although {type(module).__name__} can rotate; use "
+                    "realigner='original', which keeps the model's own rotation"
+                )
+        else:
             if forward.identity is None or forward.identity[0] is not turn:
                 forward.identity = turn, unrotated(turn)
                 if forward.turns is not None:
                     forward.turns(kinds[number], turn)
-            if "position_embeddings" in kwargs:
-                kwargs["position_embeddings"] = forward.identity[1]
+            if _TURN in kwargs:
+                kwargs[_TURN] = forward.identity[1]
             else:
                 args = tuple(forward.identity[1] if value is turn else value for value in args)
         return args, kwargs
