@@ -23,6 +23,7 @@ from kvtiers_packforcing.training import (
     precision,
 )
 from kvtiers_packforcing.training.command import train
+from kvtiers_packforcing.training.config import shipped
 from kvtiers_packforcing.training.sharing import Share
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
@@ -195,6 +196,25 @@ def test_a_wrong_field_is_refused_before_anything_is_made(config, tmp_path, chan
     assert done.exit_code == 1
     assert done.output.startswith("Error: ")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_configurations_that_come_with_the_package_are_found_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    stages = {name: load_config(name).run.stage for name in shipped()}
+    assert stages == {
+        "tiny-world": "student",
+        "tiny-world-autoencoder": "autoencoder",
+        "tiny-world-distill": "distill",
+        "wan2.1-1.3b": "distill-wan",
+    }
+    assert all(name in train.help for name in stages)
+    with pytest.raises(
+        TrainingConfigError, match=r"cannot read tiny-word: .*tiny-world-distill.*Did you mean 'tiny-wor"
+    ):
+        load_config("tiny-word")
+    (tmp_path / "tiny-world").write_text("a file of the user's own is meant first")
+    with pytest.raises(TrainingConfigError, match="is no TOML"):
+        load_config("tiny-world")
 
 
 def test_a_stop_between_two_lines_of_the_log_is_refused(config, tmp_path):

@@ -26,7 +26,11 @@ _COPIES = 5
 @click.option("--until", type=click.IntRange(min=1), help="Stop after this step; a later run goes on from there.")
 @click.option("--export", is_flag=True, help="Write the averaged weights of the run so far for use, and train nothing.")
 def train(config: Path, dry_run: bool, until: int | None, export: bool) -> None:
-    """Train what CONFIG, a TOML file, describes. A run that was stopped goes on from its checkpoint, bit for bit."""
+    """Train what CONFIG describes. A run that was stopped goes on from its checkpoint, bit for bit.
+
+    CONFIG is a TOML file, or `tiny-world-autoencoder`, `tiny-world`, `tiny-world-distill` or `wan2.1-1.3b`, which come
+    with kvtiers.
+    """
     try:
         said = load_config(config)
         torch.set_num_threads(said.run.threads)

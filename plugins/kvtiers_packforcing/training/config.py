@@ -15,6 +15,7 @@ import attrs
 from kvtiers.errors import KVTiersError, suggest
 
 Value = TypeVar("Value")
+_CONFIGS = Path(__file__).parent / "configs"
 
 
 class TrainingConfigError(KVTiersError, ValueError):
@@ -211,12 +212,22 @@ class TrainingConfig:
         return float(phase.peak_rate if peak_rate is None else peak_rate) * rising * falling
 
 
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    return {path.name.removesuffix(".toml"): path for path in sorted(_CONFIGS.iterdir()) if path.suffix == ".toml"}
+
+
 def read_table(path: Path | str) -> Mapping[str, Any]:
-    """A TOML file, as it is."""
+    """A TOML file, as it is, or the configuration that comes with the package under this name."""
+    if not Path(path).exists() and str(path) in shipped():
+        path = shipped()[str(path)]
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise TrainingConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise TrainingConfigError(
+            f"cannot read {path}: {error.strerror}; give a TOML file, or the name of a configuration that comes with "
+            f"kvtiers: {', '.join(shipped())}.{suggest(str(path), shipped())}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainingConfigError(f"{path} is no TOML: {error}") from error
 
