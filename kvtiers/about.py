@@ -18,6 +18,10 @@ _BLOCKS = (16, 32)
 """Sizes of a block, in tokens, for which a compressor says what it leaves."""
 _OF_ARCHIVES = ("retriever", "archive", "codec", "top_k", "top_k_compressed", "attend", "refresh")
 _TEXT = Geometry(kv_heads=1, head_dim=64)
+_VIDEO = Geometry(kv_heads=1, head_dim=64, grid=(30, 52), steps_per_commit=4, causal=False)
+_UNITS = dict.fromkeys(("sink", "recent", "block_size", "chunk_size", "refresh", "budget"), "steps") | dict.fromkeys(
+    ("top_k", "top_k_compressed"), "blocks"
+)
 
 
 def about(name: str) -> str:
@@ -48,12 +52,16 @@ def _lines(kind: str, name: str) -> Iterator[str]:
 
 def _settings(made: Policy) -> Iterator[str]:
     for key, value in describe(made).items():
+        unit = f" {_UNITS[key][: None if value != 1 else -1]}" if key in _UNITS and isinstance(value, int) else ""
         idle = key in _OF_ARCHIVES and not made.archives
-        yield f"  {key} = {value}{' (not used: nothing is archived)' if idle else ''}"
+        yield f"  {key} = {value}{unit}{' (not used: nothing is archived)' if idle else ''}"
+    yield "  A step is a token of text, or a latent frame of video."
     if made.recent is None:
         yield "  A query attends everything."
-    elif made.chunk_size is not None and (bound := made.bound(_TEXT)) is not None:  # else it is for video
+    elif made.chunk_size is not None and (bound := made.bound(_TEXT)) is not None:
         yield f"  A query of text attends at most {bound:,} tokens."
+    elif made.chunk_size is None and (bound := made.bound(_VIDEO)) is not None:
+        yield f"  A query of video, 832 x 480 in blocks of 4 latent frames, attends at most {bound:,} tokens."
 
 
 def _options(factory: Any) -> Iterator[str]:

@@ -14,6 +14,10 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 """Student's t for a two-sided 95% interval, by degrees of freedom from 1 on."""
 
+_COLUMNS = ("policy", "task", "texts", "score", "low", "high", "attended", "device_bytes", "host_bytes",
+            "read_per_second", "seconds_per_token")  # fmt: skip
+"""Of `table.csv`: scores are shares from 0 to 1, or perplexities, with their 95% interval."""
+
 
 @attrs.frozen(kw_only=True)
 class Row:
@@ -88,12 +92,27 @@ def write_report(folder: Path, tables: Mapping[str, Sequence[Row]], title: str) 
     parts = [f"### {size}\n\n{markdown(rows)}\n" for size, rows in tables.items()]
     (folder / "table.md").write_text("\n".join([f"{title}. {about}.\n", *parts]), encoding="utf-8")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        for number, (size, rows) in enumerate(tables.items()):
-            header, lines = table(rows)
-            if not number:
-                csv.writer(file).writerow(["size", *header])
-            csv.writer(file).writerows([size, *line] for line in lines)
+        csv.writer(file).writerow(["size", *_COLUMNS])
+        csv.writer(file).writerows([size, *line] for size, rows in tables.items() for line in figures(rows))
     _draw(tables, title, folder / "picture.png")
+
+
+def figures(rows: Sequence[Row]) -> list[list[object]]:
+    """A line of plain numbers for each policy and task, as `_COLUMNS` heads them: costs are means over texts."""
+    lines: list[list[object]] = []
+    for policy, task in dict.fromkeys((row.policy, row.task) for row in rows):
+        mine = [row for row in rows if (row.policy, row.task) == (policy, task)]
+        spoken = [row.seconds_per_token for row in mine if row.seconds_per_token is not None]
+        costs = [
+            max(row.attended for row in mine),
+            round(statistics.fmean(row.device_bytes for row in mine)),
+            round(statistics.fmean(row.host_bytes for row in mine)),
+            statistics.median(row.read_per_second for row in mine),
+            statistics.median(spoken) if spoken else "",
+        ]
+        score = interval([row.score for row in mine], shares=task not in PERPLEXITIES)
+        lines.append([policy, task, len(mine), *score, *costs])
+    return lines
 
 
 def _score(task: str, scores: Sequence[float]) -> str:

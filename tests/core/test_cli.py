@@ -80,6 +80,9 @@ def test_policies_of_a_name_say_what_it_is_its_source_its_options_and_its_bound(
     assert "recent = " in preset
     assert run("policies", "none").output.count("a choice for") == 2
     assert "attends everything" in run("policies", "full").output
+    video = run("policies", "packforcing").output
+    for said in ("sink = 8 steps", "top_k = 16 blocks", "chunk_size = None\n", "attends at most 27,872 tokens"):
+        assert said in video
     with pytest.raises(UnknownPolicyError, match=r"called 'mean-pol'.* Did you mean 'mean-pool'"):
         CliRunner().invoke(main, ["policies", "mean-pol"], catch_exceptions=False)
 
@@ -99,8 +102,8 @@ def test_everything_that_is_installed_can_be_explained():
 
 def test_what_a_preset_has_no_use_for_is_said():
     lines = about("h2o").splitlines()
-    assert "  top_k = 28 (not used: nothing is archived)" in lines
-    assert "  recent = 444" in lines
+    assert "  top_k = 28 blocks (not used: nothing is archived)" in lines
+    assert "  recent = 444 steps" in lines
     assert "not used" not in about("archive")
 
 

@@ -226,10 +226,16 @@ def test_results_are_kept_as_they_come_and_measured_once(folder: Path, tmp_path:
     assert kept[:7] == lines[:-1]
     assert len(kept) == 8 + 1 + 4
     assert sum('"policy": "streaming"' in line for line in kept) == 4
-    table = list(csv.reader((tmp_path / "out" / "table.csv").read_text().splitlines()))
-    assert table[0][:5] == ["size", "policy", "single", "again (ppl)", "chat"]
-    assert [line[:2] for line in table[1:]] == [["500", name] for name in ("transformers:dynamic", "full", "streaming")]
-    attended = {line[1]: int(line[5].replace(",", "")) for line in table[1:]}
+    table = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
+    names, tasks = ("transformers:dynamic", "full", "streaming"), ("single", "again", "chat")
+    assert {(line["size"], line["policy"], line["task"]) for line in table} == {
+        ("500", name, task) for name in names for task in tasks
+    }
+    again = [line for line in table if line["task"] == "again"]
+    told = {line["policy"]: [float(line[name]) for name in ("low", "score", "high")] for line in again}
+    assert told["full"] == pytest.approx(told["transformers:dynamic"], rel=1e-5)
+    assert told["full"] == sorted(told["full"])
+    attended = {line["policy"]: int(line["attended"]) for line in table if line["task"] == "chat"}
     assert attended["streaming"] <= 500 < 1400 < attended["full"]
     again = CliRunner().invoke(text, [*asked, "streaming"])
     assert path.read_text().splitlines() == kept
@@ -251,9 +257,9 @@ def test_several_sizes_are_several_tables_and_what_attends_everything_is_measure
         ("streaming", "400"),
         ("streaming", "200"),
     ]
-    table = list(csv.reader((tmp_path / "table.csv").read_text().splitlines()))
-    assert [line[:2] for line in table[1:]] == [
-        [size, name] for size in ("400", "200") for name in ("transformers:dynamic", "streaming")
+    table = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [(line["size"], line["policy"]) for line in table] == [
+        (size, name) for size in ("400", "200") for name in ("transformers:dynamic", "streaming")
     ]
     assert (tmp_path / "table.md").read_text().count("| streaming |") == 2
     one = CliRunner().invoke(text, [*asked, "--budget", "400", "--fresh", "transformers:dynamic"])
