@@ -15,7 +15,7 @@ from kvtiers import saving
 from kvtiers.accounting import MemoryUsage, memory_usage_of
 from kvtiers.archive import Archive, ByteBudget
 from kvtiers.blocks import Blocks, Context, Extent, Tier
-from kvtiers.changes import check_policy, check_together, one_per_layer, why_not_crop
+from kvtiers.changes import check_policy, check_realigners, check_together, one_per_layer, why_not_crop
 from kvtiers.checks import check_layer
 from kvtiers.errors import CropError, GeometryError
 from kvtiers.events import Event
@@ -62,6 +62,7 @@ class TieredCache:
                 f"one policy and one rotary per layer: got {len(each)} policies, {len(rotary)} rotaries "
                 f"for {count} layers"
             )
+        check_realigners(each)
         self.policies, self.geometries, self.rotaries = each, list(geometries), rotary
         self.numbers = list(range(count)) if numbers is None else list(numbers)
         self.observe, self.check, self.layer_class = observe, check, layer
@@ -187,14 +188,15 @@ class TieredCache:
         """Every `Layer`, of all layers of the model and all groups of rows."""
         return [layer for rows in self.layers for layer in rows.layers()]
 
-    def all_or_nothing(self) -> AbstractContextManager[None]:
-        """If what happens inside fails, every layer is as it was before, or refuses to go on."""
+    def all_or_nothing(self, also: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
+        """If what happens inside fails, every layer is as it was before, or refuses to go on; `also` is called then."""
         groups, policies = [rows.groups for rows in self.layers], self.policies
 
         def back() -> None:
             for rows, held in zip(self.layers, groups, strict=True):
                 rows.groups = held
             self.policies = policies
+            also()
 
         return all_or_nothing(self.every_layer(), back)
 
@@ -344,6 +346,5 @@ class TieredCache:
 
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
         """The blocks of the row that has seen most, each with its tier."""
-        layers = self.layers[layer].layers()
-        longest = max(layers, key=lambda one: one.num_steps) if layers else None
+        longest = max(self.layers[layer].layers(), key=lambda one: one.num_steps, default=None)
         return [] if longest is None else longest.timeline.layout(longest.committed_steps)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from kvtiers.archive import Archive
-from kvtiers.errors import SwapError
+from kvtiers.errors import PolicyError, SwapError
 from kvtiers.layer import Layer
 from kvtiers.policy import Policy
 
@@ -95,6 +95,16 @@ def check_policy(layer: Layer, policy: Policy) -> None:
         raise SwapError(
             f"layer {number} archived no compressed form for top_k_compressed={policy.top_k_compressed}; "
             "set top_k_compressed from the start, or start a new cache"
+        )
+
+
+def check_realigners(policies: Sequence[Policy]) -> None:
+    """Raise `PolicyError` if some layers need keys that the model rotated, and others such as it did not."""
+    by_kind = {policy.realigner.rotates: type(policy.realigner).__name__ for policy in policies}
+    if len(by_kind) > 1:
+        raise PolicyError(
+            f"{by_kind[True]} places keys that the model did not rotate, and {by_kind[False]} those that it did; all "
+            "layers of a cache get keys of one kind, so give them realigners of one kind"
         )
 
 

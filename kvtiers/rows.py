@@ -199,6 +199,8 @@ class LayerRows:
 
     def check_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Raise `GeometryError` unless `rows` names rows that are here. Rows on a GPU are looked at only if parted."""
+        if not isinstance(rows, Tensor):
+            raise GeometryError(f"rows to keep are a tensor of whole numbers, got {rows!r}; give torch.tensor([...])")
         if rows.numel() == 0 or rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
             raise GeometryError(
                 f"rows to keep are named by their numbers, got a tensor {tuple(rows.shape)} of {rows.dtype}; "

@@ -1,12 +1,13 @@
 """A cache as one safetensors file: never pickle, checked against truncation, change and nonsense, written whole."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,27 +69,22 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
         raise SavedCacheError(f"{path} is {kind}, which would be replaced; give the path of a file")
     try:
         for left, handle in left_behind(path.parent, f".{OURS}*.partial"):
-            with os.fdopen(handle), suppress(OSError):
-                left.unlink(missing_ok=True)
-        temporary, lock = locked(lambda: _temporary(path.parent))
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+        folder, lock = locked(lambda: Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{OURS}", suffix=".partial")))
     except OSError as error:
         raise SavedCacheError(f"{path} cannot be written: {error}; give a path in a folder that exists") from error
     try:
-        save_file(dict(tensors), temporary, metadata=metadata)
-        temporary.replace(path)
+        written = folder / path.name  # in a folder of its own, since the writer may put another file in its place
+        save_file(dict(tensors), written, metadata=metadata)
+        written.replace(path)
     except (OSError, SafetensorError) as error:
-        raise SavedCacheError(f"{path} cannot be written: {error}; is the disk full?") from error
+        full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise SavedCacheError(f"{path} cannot be written: {error}{'; is the disk full?' if full else ''}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-
-
-def _temporary(folder: Path) -> Path:
-    """A new, empty file of this process."""
-    handle, path = tempfile.mkstemp(dir=folder, prefix=f".{OURS}", suffix=".partial")
-    os.close(handle)
-    return Path(path)
 
 
 def extra(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from kvtiers import (
     CropError,
+    GeometryError,
     InterruptedForwardError,
     MemoryUsage,
     Policy,
@@ -120,7 +122,8 @@ class TransformersCache(Cache):
             )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything. If that is interrupted, the cache refuses to go on until it is reset."""
+        self._started = []
         super().reset()
         self._started = None
 
@@ -135,23 +138,30 @@ class TransformersCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make every row `repeats` rows, one behind the other, in every layer or (on an error) in none."""
+        if type(repeats) is not int or repeats < 1:
+            raise GeometryError(f"a row is repeated a whole number of times, at least once, got repeats={repeats!r}")
         rows = torch.arange(self.core.layers[0].batch or 0).repeat_interleave(repeats)
         self._change_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 
     def _change_rows(self, rows: Tensor, change: Callable[[Any], None]) -> None:
         """Select `rows` of the tiers, and `change` the layers that stay transformers' own."""
-        own = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
-        before = [dict(vars(layer)) for layer in own]
-        try:
-            with self.core.all_or_nothing():
-                if self.core.layers[0].batch is not None:
-                    self.core.select_rows(rows)
-                for layer in own:
+        with self._all_or_nothing():
+            if self.core.layers[0].batch is not None:
+                self.core.select_rows(rows)
+            for layer in self.layers:
+                if not isinstance(layer, TieredLayer):
                     change(layer)
-        except BaseException:
-            for layer, was in zip(own, before, strict=True):
+
+    def _all_or_nothing(self) -> AbstractContextManager[None]:
+        """If what happens inside fails, tiers and the layers that transformers asks are as they were before."""
+        before, told = [dict(vars(layer)) for layer in self.layers], (self._started, self.position_shift)
+
+        def back() -> None:
+            for layer, was in zip(self.layers, before, strict=True):
                 vars(layer).update(was)
-            raise
+            self._started, self.position_shift = told
+
+        return self.core.all_or_nothing(back)
 
     @property
     def is_croppable(self) -> bool:
@@ -202,22 +212,24 @@ class TransformersCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` columns from every layer, exactly, or raise and change nothing."""
-        if tokens_to_remove > 0:
+        if type(tokens_to_remove) is not int or tokens_to_remove > 0:
             raise CropError(
-                f"crop() takes the number of tokens to remove as a negative number or 0, got {tokens_to_remove}"
+                "crop() takes the number of tokens to remove as a negative whole number or 0, got "
+                f"{tokens_to_remove!r}; crop(-3) removes the newest three"
             )
         columns = -tokens_to_remove
         for layer in self.layers:
             reason = _why_not_crop(layer, columns) if columns else None
             if reason is not None:
                 raise CropError(f"cannot remove {columns} columns: {reason}")
-        self.core.crop_by(columns)
-        for cropped in self.layers:
-            own: Any = cropped
-            if isinstance(cropped, TieredLayer):
-                cropped.columns -= columns
-            else:
-                own.crop(tokens_to_remove)
+        with self._all_or_nothing():
+            self.core.crop_by(columns)
+            for cropped in self.layers:
+                own: Any = cropped
+                if isinstance(cropped, TieredLayer):
+                    cropped.columns -= columns
+                else:
+                    own.crop(tokens_to_remove)
 
     def compact(self, *, recent: int) -> None:
         """Age now what is older than the newest `recent` tokens, whatever the policy's `recent` is.
@@ -239,9 +251,10 @@ class TransformersCache(Cache):
         if own or len(lengths) > 1:
             what = f"{len(own)} layers keep transformers' own cache" if own else f"rows hold {sorted(lengths)} tokens"
             raise CropError(f"recent cannot be rewound: {what}; fork() the cache before what may have to be fed again")
-        steps = self.core.rewind_recent()
-        for layer in self.tiered_layers:
-            layer.columns -= steps
+        with self._all_or_nothing():
+            steps = self.core.rewind_recent()
+            for layer in self.tiered_layers:
+                layer.columns -= steps
         return steps
 
     def fork(self) -> "TransformersCache":
@@ -274,14 +287,14 @@ class TransformersCache(Cache):
     def load(self, path: str | Path) -> None:
         """Become what was saved from a cache of the same model and policy."""
         self._refuse_own_layers("loaded")
-        with self.core.all_or_nothing():
+        with self._all_or_nothing():
             extra = self.core.load(path, device=self.device, expect={"model": str(self.outline)})
             counts, shift = self._counts_in(extra), extra.get("shift")
             if counts is None or not isinstance(shift, int | None):
                 raise SavedCacheError(f"{path} does not say how many columns each layer has seen; save the cache again")
-        self._started, self.position_shift = None, shift
-        for layer, (columns, padded_until) in zip(self.tiered_layers, counts, strict=True):
-            layer.columns, layer.padded_until, layer.is_initialized = columns, padded_until, True
+            self._started, self.position_shift = None, shift
+            for layer, (columns, padded_until) in zip(self.tiered_layers, counts, strict=True):
+                layer.columns, layer.padded_until, layer.is_initialized = columns, padded_until, True
 
     def _counts_in(self, extra: dict[str, Any]) -> list[list[int]] | None:
         """Columns, and the last padded one, of each layer as a file says; None if that cannot be."""

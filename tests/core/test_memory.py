@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -432,6 +433,25 @@ def test_what_a_save_that_was_killed_left_is_removed_by_the_next_and_what_a_livi
         for writer in writers:
             writer.kill()
             writer.communicate()
+
+
+def test_threads_save_and_load_in_one_folder_and_find_whole_files(tmp_path):
+    setting, cache, path = saved(tmp_path)
+    whole = copied(cache.context(0)).keys
+
+    def work(own: Path) -> None:
+        for _ in range(15):
+            cache.save(own, extra={})
+            cache.save(path, extra={})
+            other = setting.cache()
+            other.load(path)
+            assert torch.equal(other.context(0).keys, whole)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, tmp_path / f"{number}.safetensors") for number in range(4)]:
+            done.result()
+    names = {found.name for found in tmp_path.iterdir()}
+    assert names == {path.name, *(f"{number}.safetensors" for number in range(4))}
 
 
 def test_a_saved_file_is_no_pickle_and_keeps_nothing_beside_the_tiers(tmp_path):

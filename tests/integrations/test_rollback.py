@@ -114,7 +114,7 @@ def test_a_crop_of_nothing_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(1, "negative number or 0, got 1"), (-41, "cannot remove 41 columns: the cache holds 40")],
+    [(1, "negative whole number or 0, got 1"), (-41, "cannot remove 41 columns: the cache holds 40")],
     ids=["a length", "more than there is"],
 )
 def test_a_crop_that_makes_no_sense_is_refused(number: int, message: str) -> None:

@@ -99,3 +99,42 @@ def test_a_fault_in_a_forward_is_undone_or_the_cache_refuses_to_go_on(
         )
     assert [module.config for module in attentions(model)] == before, "the model is not as it was"
     assert tried >= 2
+
+
+@points(operations=7, lines=37, slow_operations=1, slow_lines=1)
+@pytest.mark.parametrize(
+    ("name", "said", "verb"),
+    [
+        pytest.param("full", "crop", lambda cache: cache.crop(-3), id="crop"),
+        pytest.param("archive", "rewind", lambda cache: cache.rewind_recent(), id="rewind_recent"),
+        pytest.param("archive", "repeat", lambda cache: cache.batch_repeat_interleave(2), id="batch_repeat_interleave"),
+        pytest.param("archive", "reset", lambda cache: cache.reset(), id="reset"),
+    ],
+)
+@torch.no_grad()
+def test_a_fault_while_tokens_or_rows_change_is_undone_or_the_cache_refuses_to_go_on(
+    name: str, said: str, verb: Callable[[TransformersCache], object], how: str, step: int
+) -> None:
+    model, ids = build(attention="sdpa"), tokens(sum(LENGTHS) + MORE)
+
+    def rest(cache: TransformersCache) -> list[Tensor]:
+        rows = cache.core.layers[0].batch or 1
+        return [model(ids[:, cache.get_seq_length() :].expand(rows, -1), **given(cache)).logits]
+
+    def carried_out(_: str, before: TransformersCache, after: TransformersCache) -> bool:
+        held = [(one.get_seq_length(), one.core.layers[-1].batch) for one in (before, after)]
+        return held[0] != held[1]
+
+    with tiered(model, policies()[name]) as cache:
+        for columns, _ in forwards(ids, ids, LENGTHS):
+            model(ids[:, columns], **given(cache))
+        sweep(
+            [(said, verb)],
+            cache.fork,
+            rest,
+            lambda a, b: a[0].shape == b[0].shape and torch.equal(a[0], b[0]),
+            how=how,
+            step=step,
+            folders=CODE,
+            done=carried_out,
+        )
