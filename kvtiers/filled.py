@@ -37,7 +37,8 @@ def _numbers(layer: LayerState) -> Claims:
     yield 0 <= committed <= steps and (most is None or steps - committed <= most), "steps"
     yield layer.window.planes or not any(True for _ in layer.tensors()), "tensors"
     yield layer.window.planes or steps == 0, "steps"
-    yield line.origin is None or line.origin <= (_FAR if policy.in_place else committed), "recent steps"
+    latest = _FAR if policy.in_place else committed
+    yield line.origin is None or line.sink <= line.origin <= latest, "recent steps"
     if line.cuts is None:
         first = max(line.recent_start_at(committed), line.sink, line.origin or 0)
         back = policy.in_place and line.origin is not None  # rolled back past what compact() had moved
@@ -119,6 +120,9 @@ def _planes(window: Window, due: dict[str, tuple[tuple[int, int], int, torch.dty
         yield _is(plane, (batch, heads, None, width), dtype), f"{name} planes"
     yield min(window.tail, window.sink, window.sink_slot, window.mid, window.recent) >= 0, "slots"
     yield window.tail <= window.slots and window.begin >= 0 and window.sink_slot + window.sink <= window.slots, "slots"
+    for spare in (slice(window.sink_slot), slice(window.sink_slot + window.sink, window.begin + window.sink)):
+        yield not any(plane[:, :, spare].any() for plane in planes.values()), "slots"
+    yield not any(plane[:, :, window.tail :].any() for plane in planes.values()), "slots"
 
 
 def _watched(layer: LayerState) -> Claims:

@@ -129,10 +129,22 @@ def load(
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # what a crafted file can hold is more than its declared state; nothing was changed yet
         raise SavedCacheError(f"{path} does not describe this cache: {error}") from error
+    held = [_steps_by_row(each) for each in groups]
+    if any(one != held[0] for one in held):
+        raise SavedCacheError(f"{path} does not describe this cache: its layers have not come equally far")
     kept = {
         name.removeprefix("beside."): part.to(device) for name, part in tensors.items() if name.startswith("beside.")
     }
     return groups, about["extra"], kept
+
+
+def _steps_by_row(groups: tuple[RowGroup, ...]) -> dict[int, int]:
+    """How far each row has come. In a video a pass that failed leaves current steps in some layers alone."""
+    return {
+        row: group.layer.num_steps if group.layer.geometry.causal else group.layer.committed_steps
+        for group in groups
+        for row in group.numbers()
+    }
 
 
 def _listed(value: Any, count: int) -> list[Any]:

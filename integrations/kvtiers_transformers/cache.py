@@ -138,7 +138,7 @@ class TransformersCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make every row `repeats` rows, one behind the other, in every layer or (on an error) in none."""
-        if type(repeats) is not int or repeats < 1:
+        if type(repeats) is not int or repeats < 0:
             raise GeometryError(f"a row is repeated a whole number of times, at least once, got repeats={repeats!r}")
         rows = torch.arange(self.core.layers[0].batch or 0).repeat_interleave(repeats)
         self._change_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))

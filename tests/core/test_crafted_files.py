@@ -234,3 +234,44 @@ def test_whatever_is_changed_in_a_file_is_refused_or_is_a_cache_that_goes_on(nam
         assert refused > 5 * len(accepted)
     else:
         assert [what for what in accepted if not may_be(what)] == []
+
+
+def test_layers_that_have_not_come_equally_far_are_refused(tmp_path):
+    path = tmp_path / "cache.safetensors"
+    cache = TieredCache(POLICIES["archive"](), [TEXT, TEXT], rotaries=[rotary(4)] * 2)
+    tokens = stream(TEXT, 4)
+    for layer in (0, 1):
+        cache.write(layer, tokens.keys, tokens.values)
+    cache.save(path)
+    file = File.of(path)
+    for layer in (0, 1):
+        about = copy.deepcopy(file.about)
+        about["layers"][layer] = []
+        left = {name: x for name, x in file.tensors.items() if not name.startswith(f"{layer}.")}
+        File(left, about).write(path)
+        with pytest.raises(SavedCacheError, match="its layers have not come equally far"):
+            TieredCache(POLICIES["archive"](), [TEXT, TEXT], rotaries=[rotary(4)] * 2).load(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (("timeline", "origin"), lambda _: 0),
+        (("placed", "state", "window", "state", "tail"), lambda tail: tail + 1),
+        (("placed", "state", "unrotated", "state", "tail"), lambda tail: tail + 1),
+        (("placed", "state", "unrotated", "state", "tail"), lambda tail: tail - 1),
+    ],
+    ids=["an origin in the sink", "slots beside the tokens", "later unrotated keys", "earlier unrotated keys"],
+)
+def test_numbers_that_point_beside_what_is_held_are_refused(place, change, tmp_path):
+    cache, path = empty("streaming" if "origin" in place else "archive that rotates"), tmp_path / "cache.safetensors"
+    feed(cache, 6, 0)
+    cache.save(path)
+    file = File.of(path)
+    inner = file.about["layers"][0][0]["state"]
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = change(inner[place[-1]])
+    file.write(path)
+    with pytest.raises(SavedCacheError, match="are not what it could have had"):
+        empty("streaming" if "origin" in place else "archive that rotates").load(path)
