@@ -100,7 +100,7 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
         if made is None:
             return False
         # `rotated` was of the tokens that these were made of
-        kept["compressed"] = made if made is blocks else attrs.evolve(made, rotated=None)
+        kept["compressed"] = made if made is blocks else attrs.evolve(made, rotated=None, starts=blocks.starts)
     digested = kept["compressed"] if policy.retriever.digests == "compressed" else blocks
     sizes = history.add(kept, digested, first, span, moment)
     for form, size in sizes.items():

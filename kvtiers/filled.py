@@ -27,7 +27,9 @@ def check_filled(layer: LayerState) -> None:
     parts = (_numbers, _windows, _watched, _mid, _history, _tokens, _waiting) if layer.window.planes else (_numbers,)
     for holds, what in chain.from_iterable(claims(layer) for claims in parts):
         if not holds:
-            raise SavedCacheError(f"the {what} of layer {layer.layer} are not what it could have had")
+            raise SavedCacheError(
+                f"the file contradicts itself: the {what} of layer {layer.layer} do not go with the rest; save it again"
+            )
 
 
 def _numbers(layer: LayerState) -> Claims:

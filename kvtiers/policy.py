@@ -24,8 +24,8 @@ def _slot(kind: type) -> Any:
     def check(_: Any, field: "attrs.Attribute[Any]", value: object) -> None:
         if not isinstance(value, kind):
             raise SlotError(
-                f"slot {field.name!r} takes a {kind.__name__}, got {type(value).__name__}; "
-                f"give a {kind.__name__}, or its name through kvtiers.policy(...)"
+                f"slot {field.name!r} takes an object of class {kind.__name__}, got {type(value).__name__}; "
+                f"give one, or its name through kvtiers.policy(...)"
             )
 
     return attrs.field(validator=check)

@@ -53,7 +53,7 @@ def _plan(shape: Shape, policies: tuple[str, ...]) -> None:
         "KV cached: of the attended history, as papers count it: without the current block, or (full) of everything. "
         "On device: with current slots, unrotated copies and digests. What has no bound grows by a quarter when "
         "it is full: this is counted on the device, not where blocks are archived elsewhere. Attention work: "
-        "beside attending everything, at the end."
+        "the share of full attention's, at the last step."
     )
 
 

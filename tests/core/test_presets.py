@@ -107,10 +107,16 @@ BAD = [
     pytest.param("full", {"refresh": "often"}, PolicyError, "refresh", id="refresh"),
     pytest.param("streaming", {"sink": 8, "recent": 8, "budget": 15}, BudgetError, "8 \\+ 8 = 16", id="budget"),
     pytest.param(
-        "full", {"retriever": Every()}, SlotError, "'retriever' takes a Retriever, got Every", id="wrong kind"
+        "full",
+        {"retriever": Every()},
+        SlotError,
+        "'retriever' takes an object of class Retriever, got Every",
+        id="wrong kind",
     ),
-    pytest.param("full", {"sinks": Every}, SlotError, "'sinks' takes a Sink, got", id="a class"),
-    pytest.param("full", {"archive": None}, SlotError, "'archive' takes a Archive, got None", id="none"),
+    pytest.param("full", {"sinks": Every}, SlotError, "'sinks' takes an object of class Sink, got", id="a class"),
+    pytest.param(
+        "full", {"archive": None}, SlotError, "'archive' takes an object of class Archive, got None", id="none"
+    ),
     pytest.param("full", {"archive": 7}, SlotError, "'archive' takes", id="a number"),
     pytest.param("full", {"retriever": {"heads": "mean"}}, PolicyError, "names nothing.*recency", id="no name"),
     pytest.param(
@@ -207,7 +213,7 @@ def test_a_toml_file_changes_a_preset(tmp_path):
         ("policy = [", PolicyError, "is not valid TOML"),
         ('policy = "full"\nresent = 3', PolicyError, "Did you mean 'recent'"),
         ('policy = "ful"', UnknownPolicyError, "Did you mean 'full'"),
-        ('policy = "full"\nretriever = 3', SlotError, "takes a Retriever"),
+        ('policy = "full"\nretriever = 3', SlotError, "takes an object of class Retriever"),
         ('policy = "full"\nsink = "none"', PolicyError, "sink must be"),
         ('policy = "full"\n[retriever]\nname = "affinity"\nheds = "mean"', PolicyError, "Did you mean 'heads'"),
         ('policy = "full"\nname = "mine"', PolicyError, "no setting 'name'"),

@@ -561,7 +561,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a retriever of a layer that is none": (
         {"retriever": {0: 3}},
         SlotError,
-        r"slot 'retriever' takes a Retriever, got int",
+        r"slot 'retriever' takes an object of class Retriever, got int",
     ),
     "a layer that gets nonsense": ({"recent": lambda layer: "many"}, PolicyError, "recent must be .*got 'many'"),
 }
