@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvtiers import testing
 from kvtiers.cache import TieredCache
 from kvtiers.changes import check_policy
-from kvtiers.errors import ArchiveFullError, BudgetError, RotaryError, SwapError
+from kvtiers.errors import ArchiveFullError, BudgetError, PolicyError, RotaryError, SwapError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import build, policy
 from kvtiers_policies.affinity import Affinity
@@ -273,3 +273,16 @@ def test_history_in_place_without_unrotated_keys_cannot_move_to_an_archive():
     cache.write(0, tokens.keys, tokens.values)
     with pytest.raises(SwapError, match="keeps its history in place"):
         cache.swap(attrs.evolve(full, retriever=build("retriever", "recency")))
+
+
+@pytest.mark.parametrize("realigners", [("contiguous", "original"), ("original", "contiguous")])
+def test_layers_that_need_keys_of_two_kinds_are_refused(realigners):
+    each = [policy("archive", realigner=name) for name in realigners]
+    geometry = Geometry(kv_heads=1, head_dim=4)
+    with pytest.raises(PolicyError, match=r"Contiguous places keys that .* did not rotate, and Original those that it"):
+        TieredCache(each, [geometry] * 2, rotaries=[rotary(4)] * 2)
+    TieredCache(
+        [policy("archive", realigner=name) for name in ("contiguous", "incremental")],
+        [geometry] * 2,
+        rotaries=[rotary(4)] * 2,
+    )
