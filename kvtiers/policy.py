@@ -25,7 +25,7 @@ def _slot(kind: type) -> Any:
         if not isinstance(value, kind):
             raise SlotError(
                 f"slot {field.name!r} takes an object of class {kind.__name__}, got {type(value).__name__}; "
-                f"give one, or its name through kvtiers.policy(...)"
+                "give one, or its name through kvtiers.policy(...)"
             )
 
     return attrs.field(validator=check)

@@ -36,6 +36,11 @@ def save(
     beside: Mapping[str, Tensor],
 ) -> None:
     """Write `layers` to `path`, with plain data and tensors beside them."""
+    if not _come_equally_far([layer.groups for layer in layers]):
+        raise SavedCacheError(
+            "the layers of this cache have not come equally far, as in the middle of a forward, and could not be "
+            "loaded so; give every layer its tokens first"
+        )
     tensors = {f"beside.{name}": part.contiguous() for name, part in beside.items()}
     said: list[list[dict[str, Any]]] = []
     for index, layer in enumerate(layers):
@@ -129,8 +134,7 @@ def load(
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # what a crafted file can hold is more than its declared state; nothing was changed yet
         raise SavedCacheError(f"{path} does not describe this cache: {error}") from error
-    held = [_steps_by_row(each) for each in groups]
-    if any(one != held[0] for one in held):
+    if not _come_equally_far(groups):
         raise SavedCacheError(f"{path} does not describe this cache: its layers have not come equally far")
     kept = {
         name.removeprefix("beside."): part.to(device) for name, part in tensors.items() if name.startswith("beside.")
@@ -138,13 +142,17 @@ def load(
     return groups, about["extra"], kept
 
 
-def _steps_by_row(groups: tuple[RowGroup, ...]) -> dict[int, int]:
-    """How far each row has come. In a video a pass that failed leaves current steps in some layers alone."""
-    return {
-        row: group.layer.num_steps if group.layer.geometry.causal else group.layer.committed_steps
-        for group in groups
-        for row in group.numbers()
-    }
+def _come_equally_far(layers: Sequence[tuple[RowGroup, ...]]) -> bool:
+    """Whether every row has come as far in all layers. In a video a pass that failed leaves current steps in some."""
+    steps = [
+        {
+            row: group.layer.num_steps if group.layer.geometry.causal else group.layer.committed_steps
+            for group in groups
+            for row in group.numbers()
+        }
+        for groups in layers
+    ]
+    return all(one == steps[0] for one in steps)
 
 
 def _listed(value: Any, count: int) -> list[Any]:

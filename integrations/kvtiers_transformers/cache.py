@@ -1,6 +1,7 @@
 """A `transformers.Cache` whose full-attention layers are tiers; sliding layers stay transformers' own."""
 
 import copy
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -138,8 +139,8 @@ class TransformersCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make every row `repeats` rows, one behind the other, in every layer or (on an error) in none."""
-        if type(repeats) is not int or repeats < 0:
-            raise GeometryError(f"a row is repeated a whole number of times, at least once, got repeats={repeats!r}")
+        if repeats < 0:
+            raise GeometryError(f"a row cannot be repeated {repeats} times; give a whole number of at least 1")
         rows = torch.arange(self.core.layers[0].batch or 0).repeat_interleave(repeats)
         self._change_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 
@@ -212,12 +213,12 @@ class TransformersCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` columns from every layer, exactly, or raise and change nothing."""
-        if type(tokens_to_remove) is not int or tokens_to_remove > 0:
+        columns = -operator.index(tokens_to_remove) if hasattr(tokens_to_remove, "__index__") else -1
+        if columns < 0:
             raise CropError(
                 "crop() takes the number of tokens to remove as a negative whole number or 0, got "
                 f"{tokens_to_remove!r}; crop(-3) removes the newest three"
             )
-        columns = -tokens_to_remove
         for layer in self.layers:
             reason = _why_not_crop(layer, columns) if columns else None
             if reason is not None:

@@ -240,8 +240,10 @@ def test_layers_that_have_not_come_equally_far_are_refused(tmp_path):
     path = tmp_path / "cache.safetensors"
     cache = TieredCache(POLICIES["archive"](), [TEXT, TEXT], rotaries=[rotary(4)] * 2)
     tokens = stream(TEXT, 4)
-    for layer in (0, 1):
-        cache.write(layer, tokens.keys, tokens.values)
+    cache.write(0, tokens.keys, tokens.values)
+    with pytest.raises(SavedCacheError, match="have not come equally far, as in the middle of a forward"):
+        cache.save(path)
+    cache.write(1, tokens.keys, tokens.values)
     cache.save(path)
     file = File.of(path)
     for layer in (0, 1):

@@ -242,6 +242,21 @@ def test_a_wrong_policy_leaves_the_layer_as_it_was():
         assert same(one, other)
 
 
+def test_where_blocks_start_is_known_whatever_a_compressor_says_of_it():
+    found = kvtiers.policy("packforcing-lm", sink=1, recent=2, block_size=4, top_k=1, chunk_size=4, archive="device")
+    found = attrs.evolve(
+        found, attend="compressed", retriever=attrs.evolve(found.retriever, form="compressed"), realigner=Contiguous()
+    )
+    wrong = changed(MeanPool, "age", blocks(starts=lambda starts: starts + 3))
+    both_ways = []
+    for compressor in (MeanPool(), wrong):
+        setting = Setting(
+            policy=attrs.evolve(found, compressor=compressor), geometry=GEOMETRY, rotary=rotary(4), seed=0
+        )
+        both_ways.append([copied(context) for _, context in feed(setting.layer(), setting.tokens, [4] * 8)])
+    assert all(same(one, other) for one, other in zip(*both_ways, strict=True))
+
+
 def test_digests_must_stay_of_one_dtype_and_width():
     for change, message in (
         (Tensor.double, "returned torch.float64; due is torch.float32"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvtiers import CropError, SavedCacheError
+from kvtiers import CropError, GeometryError, SavedCacheError
 from kvtiers_transformers import TransformersCache, new_cache, tiered
 from kvtiers_transformers.versions import CACHE
 from tiny_models import build, distance, feed, given, pad_left, tokens
@@ -114,8 +114,12 @@ def test_a_crop_of_nothing_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(1, "negative whole number or 0, got 1"), (-41, "cannot remove 41 columns: the cache holds 40")],
-    ids=["a length", "more than there is"],
+    [
+        (1, "negative whole number or 0, got 1"),
+        (-2.5, "negative whole number or 0, got -2.5"),
+        (-41, "cannot remove 41 columns: the cache holds 40"),
+    ],
+    ids=["a length", "a fraction", "more than there is"],
 )
 def test_a_crop_that_makes_no_sense_is_refused(number: int, message: str) -> None:
     model = build()
@@ -126,6 +130,9 @@ def test_a_crop_that_makes_no_sense_is_refused(number: int, message: str) -> Non
         feed(model, tokens(40), cache, ())
         with pytest.raises(CropError, match=message):
             cache.crop(number)
+        with pytest.raises(GeometryError, match="cannot be repeated -1 times"):
+            cache.batch_repeat_interleave(-1)
+        assert cache.get_seq_length() == 40
 
 
 def test_rows_with_padding_are_cropped_exactly_where_they_have_none() -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import kvtiers
-from faults import points, sweep
-from kvtiers import Policy
-from kvtiers_transformers import tiered
+from faults import Fault, at, points, sweep
+from kvtiers import InterruptedForwardError, Policy
+from kvtiers_transformers import new_cache, tiered
 from kvtiers_transformers.cache import TransformersCache
 from tiny_models import attentions, build, given, pad_left, tokens
 
@@ -108,7 +108,6 @@ def test_a_fault_in_a_forward_is_undone_or_the_cache_refuses_to_go_on(
         pytest.param("full", "crop", lambda cache: cache.crop(-3), id="crop"),
         pytest.param("archive", "rewind", lambda cache: cache.rewind_recent(), id="rewind_recent"),
         pytest.param("archive", "repeat", lambda cache: cache.batch_repeat_interleave(2), id="batch_repeat_interleave"),
-        pytest.param("archive", "reset", lambda cache: cache.reset(), id="reset"),
     ],
 )
 @torch.no_grad()
@@ -138,3 +137,29 @@ def test_a_fault_while_tokens_or_rows_change_is_undone_or_the_cache_refuses_to_g
             folders=CODE,
             done=carried_out,
         )
+
+
+@torch.no_grad()
+def test_a_cache_whose_reset_was_interrupted_is_whole_or_empty_or_refuses_to_go_on() -> None:
+    model, ids, chosen = build(attention="sdpa"), tokens(13), policies()["archive"]
+    with tiered(model, chosen) as cache:
+        model(ids[:, :12], **given(cache))
+        whole, empty = (model(ids[:, 12:], **given(one)).logits for one in (cache.fork(), new_cache(model, chosen)))
+        refused, number = 0, 1
+        while True:
+            other = cache.fork()
+            try:
+                with at("line", number, *CODE):
+                    other.reset()
+            except Fault:
+                number += 1
+            else:
+                break
+            try:
+                got = model(ids[:, 12:], **given(other)).logits
+                assert torch.equal(got, whole) or torch.equal(got, empty), f"silently wrong after line {number}"
+            except InterruptedForwardError:
+                refused += 1
+                other.reset()
+                assert torch.equal(model(ids[:, 12:], **given(other)).logits, empty)
+    assert refused > 3
