@@ -121,6 +121,7 @@ def test_a_crop_of_nothing_changes_nothing() -> None:
     ],
     ids=["a length", "a fraction", "more than there is"],
 )
+@pytest.mark.usefixtures("_shapes_go_unchecked")
 def test_a_crop_that_makes_no_sense_is_refused(number: int, message: str) -> None:
     model = build()
     with tiered(model, "full") as cache:
@@ -132,6 +133,8 @@ def test_a_crop_that_makes_no_sense_is_refused(number: int, message: str) -> Non
             cache.crop(number)
         with pytest.raises(GeometryError, match="cannot be repeated -1 times"):
             cache.batch_repeat_interleave(-1)
+        with pytest.raises(GeometryError, match=r"a tensor of whole numbers, got \[0\]"):
+            cache.core.select_rows([0])
         assert cache.get_seq_length() == 40
 
 
