@@ -16,18 +16,16 @@ from kvtiers.accounting import MemoryUsage, memory_usage_of
 from kvtiers.archive import Archive, ByteBudget
 from kvtiers.blocks import Blocks, Context, Extent, Tier
 from kvtiers.changes import check_policy, check_realigners, check_together, one_per_layer, why_not_crop
-from kvtiers.checks import check_layer
+from kvtiers.checks import check_layer, one_of
 from kvtiers.errors import CropError, GeometryError
-from kvtiers.events import Event
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
+from kvtiers.layer_state import Observe
 from kvtiers.observers import Observers
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
 from kvtiers.rows import LayerRows, RowGroup, of_rows
 from kvtiers.undoing import all_or_nothing
-
-Observe = Callable[[Event], None]
 
 
 class TieredCache:
@@ -117,14 +115,14 @@ class TieredCache:
 
         replace: in place of the current ones, which otherwise become history (video: a denoise step).
         """
-        groups = self.layers[layer].for_rows(keys.shape[0])
+        groups = one_of(self.layers, layer).for_rows(keys.shape[0])
         with self.all_or_nothing() if len(groups) > 1 else nullcontext():
             for group in groups:
                 group.layer.write(of_rows(keys, group.rows), of_rows(values, group.rows), replace=replace)
 
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
         """Let the policy choose which archived blocks are attended."""
-        for group in self.layers[layer].groups:
+        for group in one_of(self.layers, layer).groups:
             group.layer.select(None if query is None else of_rows(query, group.rows))
 
     def context(self, layer: int) -> Context:
@@ -133,17 +131,19 @@ class TieredCache:
 
     def contexts(self, layer: int) -> list[tuple[Tensor | None, Context]]:
         """The context of each group of rows (None: all rows) that has seen a token."""
-        return [(group.rows, group.layer.context()) for group in self.layers[layer].groups if group.layer.num_steps]
+        groups = one_of(self.layers, layer).groups
+        return [(group.rows, group.layer.context()) for group in groups if group.layer.num_steps]
 
     def commit(self, layer: int | None = None, *, compressed: Sequence[Blocks | None] | None = None) -> None:
         """Make the current tokens of a layer (None: of all) history. After an error it can be called again.
 
         compressed: for each layer the compressed form of its current block, where the policy is given it (video).
         """
-        for index, rows in enumerate(self.layers):
-            if layer is None or index == layer:
-                for one in rows.layers():
-                    one.commit(None if compressed is None else compressed[index])
+        if compressed is not None and len(compressed) != len(self.layers):
+            raise GeometryError(f"compressed has {len(compressed)} entries; due are {len(self.layers)}, one per layer")
+        for index in range(len(self.layers)) if layer is None else [layer]:
+            for one in one_of(self.layers, index).layers():
+                one.commit(None if compressed is None else compressed[index])
 
     def commit_due(self) -> None:
         """Make current tokens history in those layers alone in which blocks thereby leave recent (text)."""
@@ -158,7 +158,7 @@ class TieredCache:
 
     def only(self, layer: int) -> Layer:
         """The layer that serves all rows. Raises `GeometryError` if rows have parted ways, or none have come."""
-        groups = self.layers[layer].groups
+        groups = one_of(self.layers, layer).groups
         if len(groups) != 1:
             raise GeometryError(
                 f"layer {layer} has {len(groups)} groups of rows with histories of different length (or none yet); "
@@ -341,10 +341,10 @@ class TieredCache:
 
     def tier_counts(self, layer: int = 0, row: int = 0) -> dict[str, int]:
         """How many steps of a row are in each tier, and how many a policy dropped."""
-        found = (group.layer for group in self.layers[layer].groups if row in group.numbers())
+        found = (group.layer for group in one_of(self.layers, layer).groups if row in group.numbers())
         return next((one.tier_counts() for one in found), {})
 
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
         """The blocks of the row that has seen most, each with its tier."""
-        longest = max(self.layers[layer].layers(), key=lambda one: one.num_steps, default=None)
+        longest = max(one_of(self.layers, layer).layers(), key=lambda one: one.num_steps, default=None)
         return [] if longest is None else longest.timeline.layout(longest.committed_steps)

@@ -1,6 +1,7 @@
 """What a layer refuses before it changes anything: policies that do not fit it, and tokens that do not."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,19 @@ from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
 from kvtiers.slots import Placement
 
+One = TypeVar("One")
+
 
 def called(layer: int, part: object, method: str) -> str:
     """The call of a policy's method, for messages: the layer, then plugin, class and method."""
     return f"layer {layer}: {type(part).__module__}.{type(part).__name__}.{method}()"
+
+
+def one_of(layers: Sequence[One], index: int) -> One:
+    """Layer number `index`. Raises `GeometryError` if there is none."""
+    if type(index) is not int or not 0 <= index < len(layers):
+        raise GeometryError(f"there is no layer {index!r}; a cache of {len(layers)} layers has 0 to {len(layers) - 1}")
+    return layers[index]
 
 
 def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer: int) -> None:

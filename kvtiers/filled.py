@@ -24,7 +24,8 @@ _FAR = 2.0**31
 
 def check_filled(layer: LayerState) -> None:
     """Raise `SavedCacheError` unless everything that was loaded makes sense together."""
-    parts = (_numbers, _windows, _watched, _mid, _history, _tokens, _waiting) if layer.window.planes else (_numbers,)
+    whole = (_numbers, _windows, _rotated, _watched, _mid, _history, _tokens, _waiting)
+    parts = whole if layer.window.planes else whole[:1]
     for holds, what in chain.from_iterable(claims(layer) for claims in parts):
         if not holds:
             raise SavedCacheError(
@@ -125,6 +126,24 @@ def _planes(window: Window, due: dict[str, tuple[tuple[int, int], int, torch.dty
     for spare in (slice(window.sink_slot), slice(window.sink_slot + window.sink, window.begin + window.sink)):
         yield not any(plane[:, :, spare].any() for plane in planes.values()), "slots"
     yield not any(plane[:, :, window.tail :].any() for plane in planes.values()), "slots"
+
+
+def _rotated(layer: LayerState) -> Claims:
+    """Keys are those that are held unrotated, rotated once to where the shifts put them (invariant 4)."""
+    placed, window, plain, per_step = layer.placed, layer.window, layer.placed.unrotated, layer.geometry.tokens_per_step
+    yield layer.policy.realigner.sink_moves != "never" or window.sink_shift == 0, "places"
+    if plain is None or not plain.planes:
+        return
+    late = layer.current if placed.waiting else 0
+    both = min(plain.recent, window.recent - late)
+    first = layer.num_steps - (late + both) // per_step + window.recent_shift
+    runs = [(plain.tail - both, window.tail - late - both, both, first)]
+    if plain.sink:
+        runs.append((plain.sink_slot, window.sink_slot, plain.sink, window.sink_shift))
+    for unrotated, rotated, tokens, step in runs:
+        keys = plain.view("unrotated", slice(unrotated, unrotated + tokens))
+        held = window.view("rotated", slice(rotated, rotated + tokens))
+        yield _near(held, placed.turned(keys, step)), "places"
 
 
 def _watched(layer: LayerState) -> Claims:
@@ -279,6 +298,14 @@ def _is(x: Tensor | None, shape: Sequence[int | tuple[int, int] | None], dtype: 
 def _finite(x: Tensor | None, most: float = _FAR) -> bool:
     """Whether no number is NaN, or further from 0 than `most`."""
     return x is not None and bool((x.abs() <= most).all())
+
+
+def _near(x: Tensor, due: Tensor) -> bool:
+    """Whether two devices may have rounded the same numbers to these; what is NaN or infinite in both is passed."""
+    rounding = 4 * torch.finfo(x.dtype).eps + 1e-4
+    x, due = x.double().nan_to_num(), due.double().nan_to_num()
+    most = due.abs().amax() if due.numel() else 0.0
+    return bool(((x - due).abs() <= most * rounding).all())
 
 
 def _in_range(x: Tensor | None, least: float = -torch.inf) -> bool:

@@ -18,9 +18,11 @@ from kvtiers import (
     InterruptedForwardError,
     MemoryUsage,
     Policy,
+    PolicyError,
     SavedCacheError,
     TieredCache,
     UnsupportedModelError,
+    resolve,
 )
 from kvtiers_transformers.tiered_layer import TieredLayer
 
@@ -187,9 +189,14 @@ class TransformersCache(Cache):
         """The policy of each tiered layer."""
         return self.core.policies
 
-    def swap(self, policies: Policy | list[Policy]) -> None:
-        """Go on under another policy (see `kvtiers.TieredCache.swap`)."""
-        self.core.swap(policies)
+    def swap(self, policy: str | Path | Policy | list[Policy], **changes: Any) -> None:
+        """Go on under another policy, as `TieredCache.swap`: one with changes, as `tiered` takes it, or one for each
+        tiered layer."""
+        if not isinstance(policy, list):
+            policy = resolve(policy, layers=self.outline.tiers, **changes)
+        elif changes:
+            raise PolicyError(f"changes go with one policy, got {', '.join(changes)} with a list of {len(policy)}")
+        self.core.swap(policy)
 
     def attended(self) -> list[int]:
         """Tokens that the last step of each tiered layer attended, per row and KV head."""

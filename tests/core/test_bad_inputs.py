@@ -222,3 +222,25 @@ def test_every_error_is_a_kvtiers_error_and_a_standard_one():
             assert issubclass(found, KVTiersError)
             assert any(base.__module__ == "builtins" and base is not Exception for base in found.__mro__[1:-3])
             assert found.__doc__.startswith("When ")
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 99])
+@pytest.mark.parametrize("verb", ["context", "contexts", "select", "commit", "tier_counts", "layout"])
+def test_a_layer_that_is_not_there_is_named(verb, layer):
+    geometry = Geometry(kv_heads=1, head_dim=4)
+    cache = TieredCache(policy("sliding-window"), [geometry, geometry])
+    message = rf"there is no layer {layer}; a cache of 2 layers has 0 to 1"
+    with pytest.raises(GeometryError, match=message):
+        getattr(cache, verb)(layer)
+    with pytest.raises(GeometryError, match=message):
+        cache.write(layer, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+
+
+def test_compressed_forms_are_given_for_every_layer_or_none_is_committed():
+    geometry = Geometry(kv_heads=1, head_dim=4)
+    cache = TieredCache(policy("sliding-window"), [geometry, geometry])
+    for layer in (0, 1):
+        cache.write(layer, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+    with pytest.raises(GeometryError, match="compressed has 1 entries; due are 2, one per layer"):
+        cache.commit(compressed=[None])
+    assert cache.committed_steps == 0

@@ -35,6 +35,9 @@ VIDEO = Geometry(kv_heads=1, head_dim=12, grid=(4, 4), steps_per_commit=4, causa
 SMALL: dict[str, Any] = {"sink": 1, "recent": 3, "block_size": 2, "chunk_size": 4}
 
 
+WINDOW, UNROTATED = ("placed", "state", "window", "state"), ("placed", "state", "unrotated", "state")
+
+
 def watching() -> Policy:
     found = policy("archive", **SMALL, top_k=1, attend="compressed", retriever="page-bounds", codec="int8")
     return attrs.evolve(found, compressor=build("compressor", ("top-tokens", {"by": "attention", "window": 3})))
@@ -45,6 +48,7 @@ POLICIES: Mapping[str, Callable[[], Policy]] = {
     "streaming": lambda: policy("streaming", **SMALL),
     "archive": lambda: policy("archive", **SMALL, top_k=2),
     "archive that rotates": lambda: policy("archive", **SMALL, top_k=2, realigner="incremental"),
+    "anchors that move": lambda: policy("archive", **SMALL, top_k=2, realigner=("incremental", {"rotations": "once"})),
     "compressed forms": lambda: policy("packforcing-lm", **SMALL, top_k=1, top_k_compressed=1),
     "watching, with a codec": watching,
     "rewriting": lambda: policy("streaming", **SMALL, compressor=("h2o", {"most": 5}), realigner="contiguous"),
@@ -256,24 +260,35 @@ def test_layers_that_have_not_come_equally_far_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "change"),
+    ("name", "place", "change"),
     [
-        (("timeline", "origin"), lambda _: 0),
-        (("placed", "state", "window", "state", "tail"), lambda tail: tail + 1),
-        (("placed", "state", "unrotated", "state", "tail"), lambda tail: tail + 1),
-        (("placed", "state", "unrotated", "state", "tail"), lambda tail: tail - 1),
+        ("streaming", ("timeline", "origin"), lambda _: 0),
+        ("archive that rotates", (*WINDOW, "tail"), lambda tail: tail + 1),
+        ("archive that rotates", (*UNROTATED, "tail"), lambda tail: tail + 1),
+        ("archive that rotates", (*UNROTATED, "tail"), lambda tail: tail - 1),
+        ("archive that rotates", (*WINDOW, "recent_shift"), lambda shift: shift + 1),
+        ("anchors that move", (*WINDOW, "sink_shift"), lambda shift: shift - 1),
+        ("compressed forms", (*WINDOW, "sink_shift"), lambda shift: shift + 1),
     ],
-    ids=["an origin in the sink", "slots beside the tokens", "later unrotated keys", "earlier unrotated keys"],
+    ids=[
+        "an origin in the sink",
+        "slots beside the tokens",
+        "later unrotated keys",
+        "earlier unrotated keys",
+        "recent keys placed elsewhere",
+        "anchors placed elsewhere",
+        "anchors that never move",
+    ],
 )
-def test_numbers_that_point_beside_what_is_held_are_refused(place, change, tmp_path):
-    cache, path = empty("streaming" if "origin" in place else "archive that rotates"), tmp_path / "cache.safetensors"
+def test_numbers_that_point_beside_what_is_held_are_refused(name, place, change, tmp_path):
+    cache, path = empty(name), tmp_path / "cache.safetensors"
     feed(cache, 6, 0)
     cache.save(path)
     file = File.of(path)
     inner = file.about["layers"][0][0]["state"]
-    for name in place[:-1]:
-        inner = inner[name]
+    for key in place[:-1]:
+        inner = inner[key]
     inner[place[-1]] = change(inner[place[-1]])
     file.write(path)
     with pytest.raises(SavedCacheError, match=r"contradicts itself: the .* of layer 0 do not go with the rest"):
-        empty("streaming" if "origin" in place else "archive that rotates").load(path)
+        empty(name).load(path)

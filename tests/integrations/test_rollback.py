@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvtiers import CropError, GeometryError, SavedCacheError
+import kvtiers
+from kvtiers import CropError, GeometryError, PolicyError, SavedCacheError
 from kvtiers_transformers import TransformersCache, new_cache, tiered
 from kvtiers_transformers.versions import CACHE
 from tiny_models import build, distance, feed, given, pad_left, tokens
@@ -238,6 +239,22 @@ def test_a_prompt_is_read_once_and_used_many_times(name: str) -> None:
             feed(model, prompt, alone, (25, 26))
             assert torch.equal(continued(model, copied(cache), seed), continued(model, alone, seed))
         assert torch.equal(continued(model, cache, 1), first)
+
+
+@torch.no_grad()
+def test_another_policy_is_named_as_for_a_new_cache() -> None:
+    model = build()
+    with tiered(model, "archive", **SMALL, top_k=2) as cache:
+        feed(model, tokens(30), cache, (30,))
+        named, given = cache.fork(), cache.fork()
+        named.swap("archive", **SMALL, top_k=1)
+        given.swap([kvtiers.policy("archive", **SMALL, top_k=1)] * len(cache.tiered_layers))
+        with pytest.raises(PolicyError, match="changes go with one policy, got top_k with a list of"):
+            cache.swap(cache.core.policies, top_k=1)
+        assert [policy.top_k for policy in (cache.core.policies[0], named.core.policies[0])] == [2, 1]
+        narrow = continued(model, named)
+        assert torch.equal(narrow, continued(model, given))
+        assert distance(narrow, continued(model, cache)) > 1e-4
 
 
 def test_a_fork_has_the_sliding_layers_too() -> None:
