@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvtiers import Policy, PolicyError, bytes_in
 from kvtiers.errors import KVTiersError, suggest
 from kvtiers.presets import parse
+from kvtiers_models.source_code import code_of
 from kvtiers_transformers.budgets import attends_everything, fitted
 from kvtiers_transformers.compare_report import Row, markdown, write_report
 from kvtiers_transformers.compare_results import ANY_SIZE, Job, Results
@@ -35,7 +37,6 @@ from kvtiers_transformers.reading import (
 )
 from kvtiers_transformers.recall_picture import figure_class
 from kvtiers_transformers.smollm2 import load_model
-from kvtiers_transformers.source_code import code_of
 from kvtiers_transformers.tasks import ALL_TASKS, TaskText, make_text, texts
 from kvtiers_transformers.versions import CACHE
 from kvtiers_transformers.wrap import tiered
@@ -98,7 +99,10 @@ def text(
         for seed in range(seeds)
     }
     on = f"{model} {sha256(repr(ids).encode()).hexdigest()[:12]} {tokens}"
-    codes = {spec: code_of(policy) for spec, policy in chosen.items()}  # a size changes settings alone
+    theirs = f"transformers {transformers.__version__}"
+    codes = {  # a size changes settings alone
+        spec: theirs if policy is None else code_of(policy) for spec, policy in chosen.items()
+    }
     jobs = {
         Job(
             policy=spec,

@@ -53,7 +53,7 @@ def test_the_table_is_what_the_memories_made(weights, tmp_path):
         assert found["block_seconds"]["mean"] > 0
 
 
-def test_what_was_kept_is_not_made_again(weights, tmp_path):
+def test_what_was_kept_is_not_made_again(weights, tmp_path, monkeypatch):
     shape = ("--weights", weights, "--seeds", 1, "--seconds", "2,4", "--decoder", "codec")
     kept, tables = tmp_path / "kept.jsonl", [tmp_path / f"{name}.json" for name in "abc"]
 
@@ -73,6 +73,9 @@ def test_what_was_kept_is_not_made_again(weights, tmp_path):
     assert kept.read_text() == text, "something was made again"
     assert tables[2].read_text() == tables[1].read_text(), "times of making included"
     assert ("full", 0, 2) in made(tables[0], "full", "--walks", 1, "--steps", 2), "other settings are not the same"
+    with monkeypatch.context() as patch:
+        patch.setattr("kvtiers_packforcing.measures.policies.code_of", lambda policy: "another code")
+        assert made(tables[0], "full", *one)[-1] == ("full", 0, 1), "figures of other code counted"
     kept.write_text(text[:-20])
     again = ask(*shape, "--policies", "full,rolling-window", "--keep", kept, "--walks", 2, "--steps", 1)
     assert again.exit_code == 0, again.output

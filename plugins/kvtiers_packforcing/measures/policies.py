@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from kvtiers.errors import KVTiersError
+from kvtiers_models.source_code import code_of
 from kvtiers_packforcing.measures.figures import Figure
 from kvtiers_packforcing.measures.kept import Kept
 from kvtiers_packforcing.measures.lengths import seconds_option
@@ -57,7 +58,8 @@ Decoder = Literal["autoencoder", "codec"]
 @click.option(
     "--keep",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Keep the figures of each walk and memory here as they come. What is there already is not made again.",
+    help="Keep the figures of each walk and memory here as they come. What is there already is not made again, unless "
+    "the policy's code has changed.",
 )
 @click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write figures, walk by walk.")
 def policies(
@@ -86,10 +88,10 @@ def policies(
         check_weights(weights)
         results = Results(seconds=seconds)
         ceiling = codec(weights / "autoencoder" if decoder == "autoencoder" else None)
-        console, models = Console(), load_models(weights)
+        console, models, codes = Console(), load_models(weights), {}
         for variant in chosen:  # what cannot be remembered so is refused before anything is made
-            with variant.remember(models):
-                pass
+            with variant.remember(models) as wan:
+                codes[variant.name] = code_of(wan.policies[0])
         sampler = models.sampler if steps is None else attrs.evolve(models.sampler, steps=steps)
         kept = None if keep is None else Kept(keep, _made_with(weights, sampler, decoder, results.seconds))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -100,7 +102,12 @@ def policies(
                 measure_rows([ceiling], [(nth, walk)], results)
                 for variant in chosen:
                     drawn = range(nth * seeds, (nth + 1) * seeds)
-                    of = {"memory": repr(variant), "walk": nth, "seeds": [drawn.start, drawn.stop]}
+                    of = {
+                        "memory": repr(variant),
+                        "code": codes[variant.name],
+                        "walk": nth,
+                        "seeds": [drawn.start, drawn.stop],
+                    }
                     found = None if kept is None else kept.find(variant.name, of)
                     if found is not None:
                         progress.advance(bar, max(seconds))

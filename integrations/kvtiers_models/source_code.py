@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import transformers
 
 import kvtiers
 from kvtiers import Policy
 from kvtiers.policy import SLOTS
 
 _PLUGINS = "kvtiers_"
-_INTEGRATIONS = ("kvtiers_transformers", "kvtiers_diffusers")
+_INTEGRATIONS = ("kvtiers_models", "kvtiers_transformers", "kvtiers_diffusers")
 
 
-def code_of(policy: Policy | None) -> str:
+def code_of(policy: Policy) -> str:
     """A hash of the modules that define the choices of `policy`, and of what they import from their package or plugins.
 
-    Docstrings and lines of comments do not count. The version of kvtiers stands for its core and integrations, that of
-    transformers for its caches (None).
+    Docstrings and lines of comments do not count. The version of kvtiers stands for its core and integrations.
     """
-    if policy is None:
-        return f"transformers {transformers.__version__}"
     found: dict[str, str] = {}
     waiting = [
         (each.__module__, each.__module__)
