@@ -1,8 +1,7 @@
 """All or nothing: a change that fails is undone, or what was changed refuses to go on. Never silently wrong."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -52,19 +51,33 @@ class Undoable(State, ABC):
             one.undo(state)
 
 
-@contextmanager
-def all_or_nothing(states: Sequence[Undoable], otherwise: Callable[[], None]) -> Iterator[None]:
+class OnError:
+    """Calls `undo` if what happens inside fails. A class, for a generator would undo when it is collected, too: an
+    error at the very end of the block, such as Ctrl-C there, leaves it suspended."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self.undo = undo
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.undo()
+
+
+def all_or_nothing(states: Sequence[Undoable], otherwise: Callable[[], None]) -> OnError:
     """A change of several: if it fails, each is as it was before or refuses to go on, and `otherwise` is called."""
     for state in states:
         state.check_whole()
     before = [state.before() for state in states]
-    try:
-        yield
-    except BaseException:
+
+    def undo() -> None:
         for state, was in zip(states, before, strict=True):
             state.go_back(was)
         otherwise()
-        raise
+
+    return OnError(undo)
 
 
 class Change:

@@ -25,6 +25,7 @@ from kvtiers import (
     UnsupportedModelError,
     saving,
 )
+from kvtiers.undoing import OnError
 from kvtiers_diffusers.admitting import by_row, check_block, check_continues, check_model
 from kvtiers_diffusers.graph_layer import GraphLayer
 from kvtiers_diffusers.offloading import device_of
@@ -145,22 +146,26 @@ class CausalWan:
             self._admit(block, text)
             reduced, times = self.sources.reduce(block, pixels, self._filled), by_row(block, 0.0)
             flow, self._compressed = self.runner.run(self._filled, block, times, text, reduced, clean=True)
-        self.sources.frames += block.shape[2]
-        self._committed.note(block)
-        self._committed_frames = self.frames + block.shape[2]
-        self._unfinished, self._last_timestep = True, None
+            self.sources.frames += block.shape[2]
+            self._committed.note(block)
+            self._committed_frames = self.frames + block.shape[2]
+            self._unfinished, self._last_timestep = True, None
         self._finish()
         return flow
 
-    @contextmanager
-    def _undo_on_error(self, *, sources: bool = False) -> Iterator[None]:
-        """If a pass fails, a new video has no size yet, what encodes pixels (`sources`) has seen no block more, and a
-        block whose first step it was has chosen nothing."""
-        began, given, timestep = self.cache is None, self.sources.given, self._last_timestep
+    def _undo_on_error(self, *, sources: bool = False) -> OnError:
+        """If a pass fails, a new video has no size yet, what encodes pixels (`sources`) has seen no block more, a block
+        whose first step it was has chosen nothing, and no other block is known as the last that was committed."""
+        began, timestep, frames, given = (
+            self.cache is None,
+            self._last_timestep,
+            self.sources.frames,
+            self.sources.given,
+        )
         before = self.sources.remembered() if sources else None
-        try:
-            yield
-        except BaseException:
+        committed = copy.copy(self._committed), self._committed_frames
+
+        def undo() -> None:
             if began:
                 self.cache = None
                 self.runner.forget_prompts()  # the next cache is to be told
@@ -169,8 +174,10 @@ class CausalWan:
             self._last_timestep = timestep
             if before is not None:
                 self.sources.restore(before)
-            self.sources.given = given
-            raise
+            self.sources.frames, self.sources.given = frames, given
+            self._committed, self._committed_frames = committed
+
+        return OnError(undo)
 
     def _begin_again(self, timestep: float | int | Tensor) -> None:
         """Choose anew what is attended if timesteps rise: then another rollout of this block begins."""

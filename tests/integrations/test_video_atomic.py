@@ -1,6 +1,7 @@
 """Whatever raises in the middle of a pass over a block, the same call made again gives the same video or is refused."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 import torch
 from torch import Tensor
 
-from faults import points, sweep
+from faults import Fault, points, sweep
 from kvtiers import GeometryError
 from kvtiers_diffusers import CausalWan, tiered
+from kvtiers_diffusers.tensor_identity import TensorIdentity
 from kvtiers_packforcing.network import HighResolution
 from tiny_wan import blocks, build, prompt
 
@@ -55,16 +57,21 @@ def outcome(wan: CausalWan, clips: list[Tensor], text: Tensor) -> list[Tensor]:
     return found
 
 
+def made(name: str) -> AbstractContextManager[CausalWan]:
+    """A model that remembers by one of the policies."""
+    torch.manual_seed(0)
+    network = HighResolution(channels=16, width=48, widths=(4, 4, 4, 4)) if name == "packforcing" else None
+    if network is not None:
+        torch.nn.init.normal_(network.layers[-1].weight, std=0.5)
+    return tiered(build(), name, compressor_network=network, block_frames=2, **POLICIES[name])
+
+
 @points(operations=1201, lines=2003, slow_operations=7, slow_lines=29)
 @pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
 def test_a_fault_in_a_pass_is_undone_or_the_video_refuses_to_go_on(name: str, how: str, step: int) -> None:
     text, clips = prompt(), blocks(9, **CLIPS)
-    torch.manual_seed(0)
-    network = HighResolution(channels=16, width=48, widths=(4, 4, 4, 4)) if name == "packforcing" else None
-    if network is not None:
-        torch.nn.init.normal_(network.layers[-1].weight, std=0.5)
-    with tiered(build(), name, compressor_network=network, block_frames=2, **POLICIES[name]) as wan:
+    with made(name) as wan:
         for clip in clips[:5]:  # anchors, two archived blocks, and recent
             wan.denoise(clip, 900.0, text)
             wan.commit(clip, text)
@@ -78,3 +85,30 @@ def test_a_fault_in_a_pass_is_undone_or_the_video_refuses_to_go_on(name: str, ho
             folders=("kvtiers", "kvtiers_diffusers", "kvtiers_packforcing"),
         )
     assert tried >= 6
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@torch.no_grad()
+def test_a_fault_when_a_block_is_noted_lets_it_be_committed_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, clips = prompt(), blocks(7, **CLIPS)
+    with made(name) as wan:
+        for clip in clips[:5]:
+            wan.commit(clip, text)
+        other = wan.fork()
+        wan.commit(clips[5], text)
+        note = TensorIdentity.note
+
+        def failing(identity: TensorIdentity, block: Tensor) -> None:
+            note(identity, block)
+            if block is clips[5]:  # others are prompts
+                raise Fault
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorIdentity, "note", failing)
+            with pytest.raises(Fault):
+                other.commit(clips[5], text)
+        assert other.sources.frames == other.frames == 10
+        other.commit(clips[5], text)
+        assert other.sources.frames == other.frames == 12
+        flows = [one.denoise(clips[6], 500.0, text) for one in (wan, other)]
+        assert torch.equal(*flows)
