@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kvtiers.observers import Observers
 from kvtiers.policy import Policy
 from kvtiers.rotary import Rotary
 from kvtiers.rows import LayerRows, RowGroup, of_rows
-from kvtiers.undoing import all_or_nothing
+from kvtiers.undoing import Made, all_or_nothing
 
 
 class TieredCache:
@@ -116,9 +116,9 @@ class TieredCache:
         replace: in place of the current ones, which otherwise become history (video: a denoise step).
         """
         groups = one_of(self.layers, layer).for_rows(keys.shape[0])
-        with self.all_or_nothing() if len(groups) > 1 else nullcontext():
-            for group in groups:
-                group.layer.write(of_rows(keys, group.rows), of_rows(values, group.rows), replace=replace)
+        parts = [(one.layer, of_rows(keys, one.rows), of_rows(values, one.rows)) for one in groups]
+        writes = [partial(layer.write, *tensors, replace=replace) for layer, *tensors in parts]
+        writes[0]() if len(writes) == 1 else self.all_or_nothing(*writes)
 
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
         """Let the policy choose which archived blocks are attended."""
@@ -188,8 +188,8 @@ class TieredCache:
         """Every `Layer`, of all layers of the model and all groups of rows."""
         return [layer for rows in self.layers for layer in rows.layers()]
 
-    def all_or_nothing(self, also: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
-        """If what happens inside fails, every layer is as it was before, or refuses to go on; `also` is called then."""
+    def all_or_nothing(self, *changes: Callable[[], Made], also: Callable[[], None] = lambda: None) -> list[Made]:
+        """What `changes` return. If one fails, every layer is as it was, or refuses to go on; `also` is called then."""
         groups, policies = [rows.groups for rows in self.layers], self.policies
 
         def back() -> None:
@@ -198,7 +198,7 @@ class TieredCache:
             self.policies = policies
             also()
 
-        return all_or_nothing(self.every_layer(), back)
+        return all_or_nothing(self.every_layer(), changes, back)
 
     def reset(self) -> None:
         """Forget everything; buffers and archived files are freed."""
@@ -226,36 +226,32 @@ class TieredCache:
                     f"layer {layer.layer} cannot give back {layer.num_steps - steps} of {layer.num_steps} steps: "
                     f"{reason}; fork() the cache before steps that may have to be undone"
                 )
-        with self.all_or_nothing():
-            for layer, steps in zip(layers, wanted, strict=True):
-                layer.crop(steps)
+        self.all_or_nothing(*(partial(one.crop, steps) for one, steps in zip(layers, wanted, strict=True)))
 
     def compact(self, *, recent: int) -> None:
         """Age now, in every layer, what is older than the newest `recent` steps, whatever the policy's `recent` is."""
         if type(recent) is not int or recent < 0:
             raise GeometryError(f"compact() keeps a whole number of recent steps of at least 0, got recent={recent!r}")
-        with self.all_or_nothing():
-            for layer in self.every_layer():
-                layer.compact(recent)
+        self.all_or_nothing(*(partial(layer.compact, recent) for layer in self.every_layer()))
 
     def rewind_recent(self) -> int:
         """Forget the recent and current steps of every row; returns how many must be fed again.
 
         Rows must have come equally far. What has left recent stays.
         """
-        with self.all_or_nothing():
+
+        def rewind() -> int:
             steps = {layer.rewind_recent() for layer in self.every_layer()}
             if len(steps) > 1:
                 raise CropError(f"rows and layers would have to be fed {sorted(steps)} steps again; rewind rows alone")
-        return next(iter(steps), 0)
+            return next(iter(steps), 0)
+
+        return self.all_or_nothing(rewind)[0]
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Make new row i what row `rows[i]` was, in every layer or (on an error) in none."""
-        made = [layer.with_rows(rows) for layer in self.layers]
-        with self.all_or_nothing():
-            for layer, groups in zip(self.layers, made, strict=True):
-                layer.groups = groups
-            self._join()
+        changes = [partial(setattr, layer, "groups", layer.with_rows(rows)) for layer in self.layers]
+        self.all_or_nothing(*changes, self._join)
 
     def _join(self) -> None:
         """Count what every layer has archived in this cache's budgets."""
@@ -281,19 +277,20 @@ class TieredCache:
 
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
         """Go on under another policy. What would need tokens that are gone raises `SwapError` and changes nothing."""
-        each = one_per_layer(policies, len(self.layers))
+        each, changes = one_per_layer(policies, len(self.layers)), []
         parts = zip(each, self.geometries, self.rotaries, self.numbers, self.layers, strict=True)
         for policy, geometry, rotary, number, rows in parts:
             check_layer(policy, geometry, rotary, number)
             for layer in rows.layers():
                 check_policy(layer, policy)
+                changes.append(partial(layer.set_policy, policy))
         check_together(self.policies, each, {one.archive: self.budget(one.archive).nbytes for one in self.policies})
-        with self.all_or_nothing():
-            for rows, policy in zip(self.layers, each, strict=True):
-                for layer in rows.layers():
-                    layer.set_policy(policy)
+
+        def follow() -> None:
             self.policies = each
             self._join()
+
+        self.all_or_nothing(*changes, follow)
 
     def save(
         self,
@@ -318,9 +315,8 @@ class TieredCache:
         expect: what `extra` must say. beside: is given the tensors that were kept with it. On an error
         (`SavedCacheError`) this cache is unchanged.
         """
-        groups, extra, kept = saving.load(
-            self.new_layer, self._outline(), Path(path), torch.device(device), dict(expect or {})
-        )
+        where, due = torch.device(device), dict(expect or {})
+        groups, extra, kept = saving.load(self.new_layer, self._outline(), Path(path), where, due)
         for layer, those in zip(self.layers, groups, strict=True):
             layer.groups = those
         if beside is not None:

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
 from kvtiers.errors import InterruptedForwardError
 from kvtiers.state import State
 
+Made = TypeVar("Made")
 Before = Sequence[tuple[State, Mapping[str, Any], int]]
 """Pieces of state, what they were, and how often tokens had been written over."""
 
@@ -51,23 +52,24 @@ class Undoable(State, ABC):
             one.undo(state)
 
 
-class OnError:
-    """Calls `undo` if what happens inside fails. A class, for a generator would undo when it is collected, too: an
-    error at the very end of the block, such as Ctrl-C there, leaves it suspended."""
+def undone_on_error(change: Callable[[], Made], undo: Callable[[], None]) -> Made:
+    """What `change` returns; if it raises, `undo` is called first.
 
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self.undo = undo
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.undo()
+    No context manager: Ctrl-C between the last line of a `with` and its end would leave the change made, and its caller
+    told that it failed.
+    """
+    try:
+        return change()
+    except BaseException:
+        undo()
+        raise
 
 
-def all_or_nothing(states: Sequence[Undoable], otherwise: Callable[[], None]) -> OnError:
-    """A change of several: if it fails, each is as it was before or refuses to go on, and `otherwise` is called."""
+def all_or_nothing(
+    states: Sequence[Undoable], changes: Sequence[Callable[[], Made]], also: Callable[[], None]
+) -> list[Made]:
+    """What the `changes` return, one after another. If one fails, each of `states` is as it was before all of them or
+    refuses to go on, and `also` is called."""
     for state in states:
         state.check_whole()
     before = [state.before() for state in states]
@@ -75,9 +77,9 @@ def all_or_nothing(states: Sequence[Undoable], otherwise: Callable[[], None]) ->
     def undo() -> None:
         for state, was in zip(states, before, strict=True):
             state.go_back(was)
-        otherwise()
+        also()
 
-    return OnError(undo)
+    return undone_on_error(lambda: [change() for change in changes], undo)
 
 
 class Change:

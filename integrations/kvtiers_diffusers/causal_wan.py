@@ -1,7 +1,7 @@
 """`CausalWan`: an unmodified Wan, block by block, from tiers. A denoise step reads; one commit per block writes."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from kvtiers import (
     UnsupportedModelError,
     saving,
 )
-from kvtiers.undoing import OnError
+from kvtiers.undoing import undone_on_error
 from kvtiers_diffusers.admitting import by_row, check_block, check_continues, check_model
 from kvtiers_diffusers.graph_layer import GraphLayer
 from kvtiers_diffusers.offloading import device_of
@@ -116,12 +116,15 @@ class CausalWan:
         What is attended is chosen by the first step of a block, and anew where timesteps rise (tensors that are not on
         the CPU are not looked at).
         """
-        with self._undo_on_error():
+
+        def run() -> Tensor:
             self._admit(block, text)
             times = by_row(block, timestep, prod(self.runner.grid(block)) * block.shape[2])
             self._finish()
             self._begin_again(timestep)
             return self.runner.run(self._filled, block, times, text)[0]
+
+        return self._undone_on_error(run)
 
     def commit(
         self,
@@ -142,7 +145,8 @@ class CausalWan:
             raise GeometryError(
                 "this block is committed already; denoise the next one, or give a copy if the same frames come again"
             )
-        with self._undo_on_error(sources=True):
+
+        def run() -> Tensor:
             self._admit(block, text)
             reduced, times = self.sources.reduce(block, pixels, self._filled), by_row(block, 0.0)
             flow, self._compressed = self.runner.run(self._filled, block, times, text, reduced, clean=True)
@@ -150,12 +154,15 @@ class CausalWan:
             self._committed.note(block)
             self._committed_frames = self.frames + block.shape[2]
             self._unfinished, self._last_timestep = True, None
+            return flow
+
+        flow = self._undone_on_error(run, sources=True)
         self._finish()
         return flow
 
-    def _undo_on_error(self, *, sources: bool = False) -> OnError:
-        """If a pass fails, a new video has no size yet, what encodes pixels (`sources`) has seen no block more, a block
-        whose first step it was has chosen nothing, and no other block is known as the last that was committed."""
+    def _undone_on_error(self, run: Callable[[], Tensor], *, sources: bool = False) -> Tensor:
+        """What `run` returns. If it fails, a new video has no size yet, what encodes pixels (`sources`) has seen no
+        block more, a block whose first step it was has chosen nothing, and the same block is known as the last one."""
         began, timestep, frames, given = (
             self.cache is None,
             self._last_timestep,
@@ -177,7 +184,7 @@ class CausalWan:
             self.sources.frames, self.sources.given = frames, given
             self._committed, self._committed_frames = committed
 
-        return OnError(undo)
+        return undone_on_error(run, undo)
 
     def _begin_again(self, timestep: float | int | Tensor) -> None:
         """Choose anew what is attended if timesteps rise: then another rollout of this block begins."""

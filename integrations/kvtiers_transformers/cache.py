@@ -3,7 +3,6 @@
 import copy
 import operator
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ from kvtiers import (
     UnsupportedModelError,
     resolve,
 )
+from kvtiers.undoing import Made
 from kvtiers_transformers.tiered_layer import TieredLayer
 
 
@@ -148,15 +148,18 @@ class TransformersCache(Cache):
 
     def _change_rows(self, rows: Tensor, change: Callable[[Any], None]) -> None:
         """Select `rows` of the tiers, and `change` the layers that stay transformers' own."""
-        with self._all_or_nothing():
+
+        def change_all() -> None:
             if self.core.layers[0].batch is not None:
                 self.core.select_rows(rows)
             for layer in self.layers:
                 if not isinstance(layer, TieredLayer):
                     change(layer)
 
-    def _all_or_nothing(self) -> AbstractContextManager[None]:
-        """If what happens inside fails, tiers and the layers that transformers asks are as they were before."""
+        self._all_or_nothing(change_all)
+
+    def _all_or_nothing(self, change: Callable[[], Made]) -> Made:
+        """What `change` returns. If it fails, tiers and the layers that transformers asks are as they were before."""
         before, told = [dict(vars(layer)) for layer in self.layers], (self._started, self.position_shift)
 
         def back() -> None:
@@ -164,7 +167,7 @@ class TransformersCache(Cache):
                 vars(layer).update(was)
             self._started, self.position_shift = told
 
-        return self.core.all_or_nothing(back)
+        return self.core.all_or_nothing(change, also=back)[0]
 
     @property
     def is_croppable(self) -> bool:
@@ -230,7 +233,8 @@ class TransformersCache(Cache):
             reason = _why_not_crop(layer, columns) if columns else None
             if reason is not None:
                 raise CropError(f"cannot remove {columns} columns: {reason}")
-        with self._all_or_nothing():
+
+        def crop_all() -> None:
             self.core.crop_by(columns)
             for cropped in self.layers:
                 own: Any = cropped
@@ -238,6 +242,8 @@ class TransformersCache(Cache):
                     cropped.columns -= columns
                 else:
                     own.crop(tokens_to_remove)
+
+        self._all_or_nothing(crop_all)
 
     def compact(self, *, recent: int) -> None:
         """Age now what is older than the newest `recent` tokens, whatever the policy's `recent` is.
@@ -259,11 +265,14 @@ class TransformersCache(Cache):
         if own or len(lengths) > 1:
             what = f"{len(own)} layers keep transformers' own cache" if own else f"rows hold {sorted(lengths)} tokens"
             raise CropError(f"recent cannot be rewound: {what}; fork() the cache before what may have to be fed again")
-        with self._all_or_nothing():
+
+        def rewind() -> int:
             steps = self.core.rewind_recent()
             for layer in self.tiered_layers:
                 layer.columns -= steps
-        return steps
+            return steps
+
+        return self._all_or_nothing(rewind)
 
     def fork(self) -> "TransformersCache":
         """An independent copy that continues exactly from here; `copy.deepcopy` does the same."""
@@ -295,7 +304,8 @@ class TransformersCache(Cache):
     def load(self, path: str | Path) -> None:
         """Become what was saved from a cache of the same model and policy."""
         self._refuse_own_layers("loaded")
-        with self._all_or_nothing():
+
+        def fill() -> None:
             extra = self.core.load(path, device=self.device, expect={"model": str(self.outline)})
             counts, shift = self._counts_in(extra), extra.get("shift")
             if counts is None or not isinstance(shift, int | None):
@@ -303,6 +313,8 @@ class TransformersCache(Cache):
             self._started, self.position_shift = None, shift
             for layer, (columns, padded_until) in zip(self.tiered_layers, counts, strict=True):
                 layer.columns, layer.padded_until, layer.is_initialized = columns, padded_until, True
+
+        self._all_or_nothing(fill)
 
     def _counts_in(self, extra: dict[str, Any]) -> list[list[int]] | None:
         """Columns, and the last padded one, of each layer as a file says; None if that cannot be."""
