@@ -156,30 +156,36 @@ class Bounds:
         """Bytes of what is noted of the attention that one token gets, if that is kept with every forward."""
         return 4 * geometry.batch * geometry.query_heads if self.attention in ("sum", "max") else 0
 
-    def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0) -> int | None:
-        """The most bytes one layer holds on the device, everything counted; None if there is no limit.
+    def bound_bytes(self, geometry: Geometry, archived_blocks: int = 0, *, steps: int | None = None) -> int | None:
+        """The most bytes one layer holds on the device, everything counted. Where there is no limit: what it comes to
+        hold within so many `steps` (None: the answer is None).
 
         Counted: the window with current slots and slack, unrotated keys, the latest queries and what attention they
         gave, biases, digests, what is noted of the selection, and an archive on the device of `archived_blocks` blocks.
         Growing tensors hold at most a quarter more than they need.
         """
-        bound, slots = self.bound(geometry), self.slots(geometry)
-        if bound is None or slots is None:
+        bound, slots, plain = self.bound(geometry), self.slots(geometry), self.unrotated_slots(geometry)
+        if bound is not None and slots is not None:
+            return self._bytes_of(geometry, archived_blocks, attended=bound, slots=slots, plain=plain)
+        if steps is None:
             return None
+        anchors = self.anchors(geometry) * geometry.tokens_per_step
+        slots = steps * geometry.tokens_per_step + (0 if self.in_place else anchors + (self.mid_bound(geometry) or 0))
+        plain = (plain or slots) if self.realigner.rotates and not self.in_place else 0
+        return grown(self._bytes_of(geometry, archived_blocks, attended=slots, slots=slots, plain=plain))
+
+    def _bytes_of(self, geometry: Geometry, archived_blocks: int, *, attended: int, slots: int, plain: int) -> int:
+        """What a layer holds with a window of `slots`, of which `attended` are seen, and `plain` unrotated keys."""
         rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
-        held = slots * self.token_bytes(geometry) + bound * self.attention_bytes(geometry)
-        held += self.unrotated_slots(geometry) * geometry.key_bytes
+        held = slots * self.token_bytes(geometry) + attended * self.attention_bytes(geometry)
+        held += plain * geometry.key_bytes
         if self.realigner.sink_moves == "anew":
             held += self.anchors(geometry) * geometry.tokens_per_step * geometry.key_bytes
         queries = geometry.batch * geometry.query_heads * geometry.head_dim * geometry.dtype.itemsize
         held += 2 * self.compressor.window_queries(geometry) * queries
         if self.compressor.rewrites:
-            return (
-                held
-                + 3 * 8
-                + self.compressor.mid_tokens(geometry)
-                * (self.token_bytes(geometry) + 4 * geometry.batch * geometry.query_heads + rows * 16 * axes)
-            )
+            of_token = self.token_bytes(geometry) + 4 * geometry.batch * geometry.query_heads + rows * 16 * axes
+            return held + 3 * 8 + min(self.compressor.mid_tokens(geometry), attended) * of_token
         if self.compressor.given and self.recent is not None:
             waiting = -(-self.recent // self.block_steps(geometry)) + 1
             lies = 8 * 4 if self.compressor.alike else rows * 8 * (axes + 1)

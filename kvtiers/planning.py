@@ -3,7 +3,6 @@
 import attrs
 
 from kvtiers.geometry import Geometry
-from kvtiers.growing import grown
 from kvtiers.policy import Policy
 
 
@@ -72,12 +71,12 @@ def cost(policy: Policy, shape: Shape) -> Cost:
         most = max(steps * geometry.tokens_per_step + _mid(policy, shape, blocks) for steps, blocks in of_tier)
         attended = min(attended, most)
     of_block = policy.archived_bytes(geometry) * shape.layers if policy.archives else 0
-    allocated = policy.bound_bytes(geometry, blocks)
+    allocated = policy.bound_bytes(geometry, blocks, steps=shape.steps) or 0
     without = 0 if bound is None else current * geometry.tokens_per_step
     return Cost(
         attended=attended,
         cached_bytes=(attended - without) * shape.token_bytes,
-        device_bytes=shape.layers * (_growing(policy, shape, blocks) if allocated is None else allocated),
+        device_bytes=shape.layers * allocated,
         archive_bytes=0 if policy.archive.location == "device" else blocks * of_block,
         growth_bytes=shape.growth_steps // block * of_block if archives else 0,
         work=attended / shape.tokens,
@@ -89,19 +88,3 @@ def _mid(policy: Policy, shape: Shape, past: int) -> int:
     chosen = policy.retriever.count(policy.top_k, past)
     further = min(policy.top_k_compressed, past - chosen) if chosen else 0
     return (chosen + further) * policy.block_tokens(shape.geometry, "compressed")
-
-
-def _growing(policy: Policy, shape: Shape, blocks: int) -> int:
-    """The most bytes that one layer holds on the device if its window grows."""
-    geometry = shape.geometry
-    slots = shape.tokens
-    if not policy.in_place:
-        slots += policy.anchors(geometry) * geometry.tokens_per_step + (policy.mid_bound(geometry) or 0)
-    held = slots * (policy.token_bytes(geometry) + policy.attention_bytes(geometry))
-    if policy.realigner.rotates and not policy.in_place:
-        held += (policy.unrotated_slots(geometry) or slots) * geometry.key_bytes
-    if policy.archives:
-        rows, axes = geometry.batch * geometry.kv_heads, 1 + len(geometry.grid)
-        chosen = rows * (3 * 8 + max(policy.block_tokens(geometry, form) for form in policy.forms) * 8 * (axes + 1))
-        held += blocks * (policy.hot_bytes(geometry) + chosen)
-    return grown(held)

@@ -208,9 +208,10 @@ def contents(trial: Trial, context: Context) -> None:
 def bounded(trial: Trial, context: Context) -> None:
     """Invariant 6: tokens and bytes stay within their bounds, and what is reported is what is held."""
     policy, geometry, tokens = trial.policy, trial.geometry, context.keys.shape[2]
-    most, limit = policy.bound(geometry), policy.bound_bytes(geometry, trial.layer.history.count)
+    layer, most = trial.layer, policy.bound(geometry)
+    limit = policy.bound_bytes(geometry, layer.history.count, steps=layer.num_steps)
     require(most is None or tokens <= most, 6, f"{tokens} tokens are attended, bound() says {most}")
-    held, real = trial.cache.memory_usage(), storages(trial.layer)
+    held, real = trial.cache.memory_usage(), storages(layer)
     told = {where: sum(one.bytes for one in held if one.location == where) for where in ("device", "host")}
     require(all(real[where] == told[where] for where in told), 6, f"{told} bytes are reported, and held are {real}")
     require(limit is None or told["device"] <= limit, 6, f"{told} bytes are held, bound_bytes() says {limit}")
