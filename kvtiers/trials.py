@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -122,14 +122,10 @@ class Trial:
         self.cache.compact(recent=recent)
 
 
-def copied(context: Context, rows: Tensor | None = None) -> Context:
-    """`context` (or `rows` of it) with tensors of its own, which later writes do not change."""
-
-    def own(x: Tensor) -> Tensor:
-        return x.clone() if rows is None else x[rows if x.shape[0] > 1 else rows * 0]
-
-    (keys, values, bias), where = mapped([context.keys, context.values, context.bias], own), context.locate()
-    return attrs.evolve(context, keys=keys, values=values, bias=bias, locate=lambda: (own(where[0]), own(where[1])))
+def copied(context: Context) -> Context:
+    """`context` with tensors of its own, which later writes do not change."""
+    (keys, values, bias), where = mapped([context.keys, context.values, context.bias], Tensor.clone), context.locate()
+    return attrs.evolve(context, keys=keys, values=values, bias=bias, locate=lambda: where)
 
 
 def difference(a: Context, b: Context) -> str | None:
@@ -217,13 +213,9 @@ def bounded(trial: Trial, context: Context) -> None:
     require(limit is None or told["device"] <= limit, 6, f"{told} bytes are held, bound_bytes() says {limit}")
 
 
-def storages(layer: Layer) -> dict[str, int]:
-    """Bytes of the storages that can be reached from `layer`, by location, without asking its accounting."""
-    return storages_of([layer])
-
-
-def storages_of(layers: Iterable[Layer]) -> dict[str, int]:
-    """`storages` of several layers together; what they share is counted once."""
+def storages(*layers: Layer) -> dict[str, int]:
+    """Bytes of the storages that can be reached from `layers`, by location, without asking their accounting; what they
+    share is counted once."""
     found: dict[str, dict[int, int]] = {"device": {}, "host": {}, "disk": {}}
     for layer in layers:
         stores, seen = {id(store) for store in layer.history.stores.values()}, set()

@@ -64,7 +64,7 @@ def test_reports_are_true_when_rows_part_ways(data):
         list(cache.layers[0].chunks(part.query, part.keys, part.values, PaddingPattern.of(valid)))
     held = cache.memory_usage()
     for location in ("device", "host"):
-        real = trials.storages_of(cache.every_layer())
+        real = trials.storages(*cache.every_layer())
         assert bytes_in(held, location) == real[location]
 
 
