@@ -15,8 +15,8 @@ from kvtiers import saving
 from kvtiers.accounting import MemoryUsage, memory_usage_of
 from kvtiers.archive import Archive, ByteBudget
 from kvtiers.blocks import Blocks, Context, Extent, Tier
-from kvtiers.changes import check_policy, check_realigners, check_together, one_per_layer, why_not_crop
-from kvtiers.checks import check_layer, one_of
+from kvtiers.changes import check_policy, check_realigners, check_steps, check_together, one_per_layer, why_not_crop
+from kvtiers.checks import check_layer, given_forms, one_of
 from kvtiers.errors import CropError, GeometryError
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
@@ -121,7 +121,7 @@ class TieredCache:
         writes[0]() if len(writes) == 1 else self.all_or_nothing(*writes)
 
     def select(self, layer: int, query: Float[Tensor, "batch query_heads steps head_dim"] | None = None) -> None:
-        """Let the policy choose which archived blocks are attended."""
+        """Let the policy choose which archived blocks are attended. Due after a write, before `context`."""
         for group in one_of(self.layers, layer).groups:
             group.layer.select(None if query is None else of_rows(query, group.rows))
 
@@ -139,11 +139,10 @@ class TieredCache:
 
         compressed: for each layer the compressed form of its current block, where the policy is given it (video).
         """
-        if compressed is not None and len(compressed) != len(self.layers):
-            raise GeometryError(f"compressed has {len(compressed)} entries; due are {len(self.layers)}, one per layer")
+        given = given_forms(compressed, self.policies)
         for index in range(len(self.layers)) if layer is None else [layer]:
             for one in one_of(self.layers, index).layers():
-                one.commit(None if compressed is None else compressed[index])
+                one.commit(given[index])
 
     def commit_due(self) -> None:
         """Make current tokens history in those layers alone in which blocks thereby leave recent (text)."""
@@ -207,6 +206,7 @@ class TieredCache:
 
     def crop(self, steps: int) -> None:
         """Roll every row back to its first `steps` steps, exactly, or raise `CropError` and change nothing."""
+        check_steps(steps)
         if self.geometries and not self.geometries[0].causal:
             self._crop_to([steps for _ in self.every_layer()])  # a pass that failed may have left drafts in some layers
         else:
@@ -214,6 +214,7 @@ class TieredCache:
 
     def crop_by(self, steps: int) -> None:
         """Remove the newest `steps` steps of every row, exactly, or raise `CropError` and change nothing."""
+        check_steps(steps)
         self._crop_to([layer.num_steps - steps for layer in self.every_layer()])
 
     def _crop_to(self, wanted: Sequence[int]) -> None:
@@ -277,7 +278,7 @@ class TieredCache:
 
     def swap(self, policies: Policy | Sequence[Policy]) -> None:
         """Go on under another policy. What would need tokens that are gone raises `SwapError` and changes nothing."""
-        each, changes = one_per_layer(policies, len(self.layers)), []
+        each, changes = one_per_layer(policies, self.policies), []
         parts = zip(each, self.geometries, self.rotaries, self.numbers, self.layers, strict=True)
         for policy, geometry, rotary, number, rows in parts:
             check_layer(policy, geometry, rotary, number)

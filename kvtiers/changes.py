@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from kvtiers.archive import Archive
-from kvtiers.errors import PolicyError, SwapError
+from kvtiers.errors import CropError, PolicyError, SwapError
 from kvtiers.layer import Layer
 from kvtiers.policy import Policy
 
@@ -39,15 +39,22 @@ def why_not_crop(layer: Layer, steps: int) -> str | None:
     return None
 
 
-def one_per_layer(policies: object, layers: int) -> list[Policy]:
-    """The policy of each of `layers` layers. Raises `SwapError` unless that is what was given."""
+def one_per_layer(policies: object, before: Sequence[Policy]) -> list[Policy]:
+    """The policy of each layer, in place of those of `before`. Raises `SwapError` unless that is what was given, and
+    needs keys of the same kind: rotated by the model, or not."""
+    layers = len(before)
     each = [policies] * layers if isinstance(policies, Policy) else policies
-    if isinstance(each, Sequence) and len(each) == layers and all(isinstance(policy, Policy) for policy in each):
-        return list(each)
-    raise SwapError(
-        f"swap takes one Policy, or one for each of {layers} layers, got {policies!r}; "
-        "make one with kvtiers.policy(...)"
-    )
+    if not isinstance(each, Sequence) or len(each) != layers or not all(isinstance(one, Policy) for one in each):
+        got = f"{len(each)} in a {type(each).__name__}" if isinstance(each, Sequence) else f"a {type(each).__name__}"
+        raise SwapError(
+            f"swap takes one Policy, or one for each of {layers} layers, got {got}; make one with kvtiers.policy(...)"
+        )
+    rotates = [policy.realigner.rotates for policy in (*before, *each)]
+    if any(rotates) != all(rotates):
+        raise SwapError(
+            "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
+        )
+    return list(each)
 
 
 def check_policy(layer: Layer, policy: Policy) -> None:
@@ -108,13 +115,14 @@ def check_realigners(policies: Sequence[Policy]) -> None:
         )
 
 
+def check_steps(steps: object) -> None:
+    """Raise `CropError` unless this is a number of steps."""
+    if type(steps) is not int:
+        raise CropError(f"a cache is rolled back by whole steps, got {steps!r}")
+
+
 def check_together(before: Sequence[Policy], after: Sequence[Policy], held: Mapping[Archive, int]) -> None:
     """Raise `SwapError` if the layers of a cache cannot go on together. held: bytes in each archive."""
-    rotates = [policy.realigner.rotates for policy in (*before, *after)]
-    if any(rotates) != all(rotates):
-        raise SwapError(
-            "realigners that rotate and realigners that do not cannot replace one another; start a new cache"
-        )
     for old, new in zip(before, after, strict=True):
         limit = new.archive.limit_bytes
         if limit is not None and held[old.archive] > limit:

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kvtiers.blocks import Blocks
 from kvtiers.errors import GeometryError, NotFiniteError, RotaryError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
@@ -99,6 +100,34 @@ def admit(
             f"layer {layer} holds tensors on {held or 'nothing yet'}, got keys on {keys.device} and values on "
             f"{values.device}; keep a layer on one device"
         )
+
+
+def admit_query(query: object, geometry: Geometry, current: int, *, layer: int) -> None:
+    """Raise `GeometryError` unless these may be queries of the `current` tokens."""
+    due = (geometry.batch, geometry.query_heads, geometry.head_dim)
+    shape = tuple(query.shape) if isinstance(query, Tensor) else ()
+    fits = len(shape) == 4 and (*shape[:2], shape[3]) == due and 0 < shape[2] <= (current or shape[2])
+    if not isinstance(query, Tensor) or not fits or not query.is_floating_point():
+        got = f"{shape} {query.dtype}" if isinstance(query, Tensor) else f"a {type(query).__name__}"
+        raise GeometryError(
+            f"layer {layer} takes queries [batch, query_heads, tokens, head_dim] = ({due[0]}, {due[1]}, {current}, "
+            f"{due[2]}) of the current tokens, of a floating dtype; got {got}"
+        )
+
+
+def given_forms(compressed: object, policies: Sequence[Policy]) -> Sequence[Blocks | None]:
+    """The compressed form of the current block of each layer, of what was given to `commit` (None: none at all)."""
+    if compressed is None:
+        return [None] * len(policies)
+    if not isinstance(compressed, Sequence) or isinstance(compressed, str) or len(compressed) != len(policies):
+        many = f"{len(compressed)} entries" if isinstance(compressed, Sequence) else f"a {type(compressed).__name__}"
+        raise GeometryError(f"compressed has {many}; due are {len(policies)}, one per layer")
+    for layer, (form, policy) in enumerate(zip(compressed, policies, strict=True)):
+        if form is not None and not (isinstance(form, Blocks) and policy.compressor.given):
+            own = f"None, for {type(policy.compressor).__name__} makes it"
+            due = "kvtiers.Blocks or None" if policy.compressor.given else own
+            raise GeometryError(f"compressed[{layer}] is a {type(form).__name__}; due is {due}")
+    return compressed
 
 
 def check_returned(

@@ -45,12 +45,12 @@ def _numbers(layer: LayerState) -> Claims:
     if line.cuts is None:
         first = max(line.recent_start_at(committed), line.sink, line.origin or 0)
         back = policy.in_place and line.origin is not None  # rolled back past what compact() had moved
-        yield start >= 0 and (max(start, line.sink) == first or (back and start < first)), "recent steps"
+        yield start == first or (line.sink <= start < first and back) or start == committed == 0, "recent steps"
     else:
         lengths = {stop - first for first, stop in zip((0, *line.cuts), line.cuts, strict=False)}
         due = {geometry.steps_per_commit} if geometry.even else set(range(1, geometry.steps_per_commit + 1))
         yield lengths <= due and (line.cuts or (0,))[-1] == committed, "blocks"
-        yield start in (0, line.sink, *line.cuts) and start >= line.recent_start_at(committed), "recent steps"
+        yield start in (line.sink, *line.cuts) and start >= line.recent_start_at(committed), "recent steps"
     aged = max(0, start - line.sink)
     yield 0 <= layer.dropped <= aged and min(layer.tier_counts().values()) >= 0, "dropped steps"
     if not policy.archives:
@@ -208,7 +208,8 @@ def _history(layer: LayerState) -> Claims:
         for index in (chosen, further):
             yield _is(index, (*wide, None), torch.long) and _ascending(index), "chosen blocks"
             yield not index.numel() or 0 <= int(index.min()) <= int(index.max()) < count, "chosen blocks"
-        yield 0 < chosen.shape[2] <= policy.retriever.count(policy.top_k, count), "chosen blocks"
+        most = count if layer.stale else policy.retriever.count(policy.top_k, count)  # stale: of a policy before a swap
+        yield 0 < chosen.shape[2] <= most, "chosen blocks"
     due = policy.retriever.count(policy.top_k, count) if count and not layer.stale else 0
     if due:
         yield chosen is not None and further is not None, "chosen blocks"

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtiers import ageing, events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Blocks, Extent
-from kvtiers.checks import called, check_finite, check_layer, check_placement
+from kvtiers.checks import admit_query, called, check_finite, check_layer, check_placement
 from kvtiers.errors import SavedCacheError, SlotError
 from kvtiers.filled import check_filled
 from kvtiers.history import History
@@ -98,7 +98,9 @@ class Layer(LayerState):
         watches = query is not None and self.watched.looks
         if not (self.selects or watches):
             return
-        query = None if query is None else query.detach()
+        if query is not None:
+            admit_query(query, self.geometry, self.current, layer=self.layer)
+            query = query.detach()
         with self.changing():
             if self.selects:
                 self.renew(None if query is None else self.looked_at(query))
@@ -207,6 +209,7 @@ class Layer(LayerState):
         if self.committed_steps == self.num_steps:
             return
         geometry, compressor, start = self.geometry, self.policy.compressor, self.committed_steps
+        self.placed.settle(self.current, start)
         timeline = self.timeline if geometry.causal else self.policy.extended(self.timeline, self.num_steps)
         is_anchor = not geometry.causal and timeline.sink > start
         if compressor.given and not is_anchor:
@@ -342,5 +345,5 @@ class Layer(LayerState):
                 self.stale = True
                 if not policy.retriever.needs_query:
                     self.renew(None)
-            elif self.dropped:
-                self.assemble(None)
+            elif self.dropped or history.rewritten is not None:
+                self.assemble(ageing.rewritten(history))

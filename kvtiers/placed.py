@@ -130,7 +130,7 @@ class Placed(State):
         if self.unrotated is not None:
             kept = tokens - (current if self.waiting else 0)
             self.unrotated.retract(min(max(kept, 0), self.unrotated.recent + self.unrotated.sink))
-        self.waiting = False
+        self.waiting = self.waiting and tokens < current
 
     def anchor(self, tokens: int) -> None:
         """Make the oldest `tokens` recent tokens part of the sink."""
@@ -223,10 +223,21 @@ class Placed(State):
             keys = plain.view("unrotated", slice(plain.tail - (window.recent - late), plain.tail))
             window.write("rotated", slice(window.head, stop), self.turned(keys, recent + shift))
         if late:
-            keys = window.view("rotated", slice(stop, window.tail))
-            self._keep(keys, 0)
-            window.write("rotated", slice(stop, window.tail), self.turned(keys, now + shift))
-            self.waiting = False
+            self._rotate_late(late, now + shift)
+
+    def settle(self, current: int, first: int) -> None:
+        """If the `current` tokens, from step `first` on, wait for a selection that did not come: rotate them to where
+        recent is."""
+        if self.waiting:
+            self._rotate_late(current, first + self.window.recent_shift)
+
+    def _rotate_late(self, tokens: int, step: int) -> None:
+        """Rotate the newest `tokens` tokens, which are unrotated, to the positions from `step` on."""
+        late = slice(self.window.tail - tokens, self.window.tail)
+        keys = self.window.view("rotated", late)
+        self._keep(keys, 0)
+        self.window.write("rotated", late, self.turned(keys, step))
+        self.waiting = False
 
     # ------------------------------------------------------------------ look
 

@@ -99,7 +99,7 @@ def extra(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
-            kept: dict[str, Any] = about["extra"]
+            kept: dict[str, Any] = dict(about["extra"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise SavedCacheError(f"{path} cannot be read as a saved cache: {error}; is it truncated?") from error
     return kept

@@ -25,6 +25,7 @@ from kvtiers import (
     UnsupportedModelError,
     saving,
 )
+from kvtiers.changes import check_steps
 from kvtiers.undoing import undone_on_error
 from kvtiers_diffusers.admitting import by_row, check_block, check_continues, check_model
 from kvtiers_diffusers.graph_layer import GraphLayer
@@ -34,6 +35,15 @@ from kvtiers_diffusers.reducing import Reducer
 from kvtiers_diffusers.running import Runner
 from kvtiers_diffusers.sources import Sources
 from kvtiers_diffusers.tensor_identity import TensorIdentity
+
+_SAVED: dict[str, Callable[[Any], bool]] = {
+    "grid": lambda x: isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x),
+    "block_frames": lambda x: type(x) is int and x > 0,
+    "even": lambda x: type(x) is bool,
+    "encoded": lambda x: type(x) is int and x >= 0,
+    "given": lambda x: x is None or type(x) is bool,
+}
+"""What a saved video says beside its cache, and whether a value may be that."""
 
 
 class CausalWan:
@@ -299,6 +309,7 @@ class CausalWan:
 
     def crop(self, frames: int) -> None:
         """Go back to the first `frames` latent frames, exactly, or raise `CropError` and change nothing."""
+        check_steps(frames)
         if 0 < frames < self.frames:
             self._refuse_if_seen(f"rolled back to {frames} frames")
         if not frames:
@@ -339,12 +350,17 @@ class CausalWan:
         video = saving.extra(where).get("video")
         if not isinstance(video, dict):
             raise SavedCacheError(f"{where} holds no video; give a file that save() of a CausalWan wrote")
-        missing = {"grid", "block_frames", "even", "encoded", "given"} - set(video)
-        if missing:
-            raise SavedCacheError(f"{where} does not say {', '.join(sorted(missing))} of its video; save it again")
-        cache = self._cache_of(tuple(video["grid"]), video["block_frames"], even=video["even"])
+        wrong = [name for name, may_be in _SAVED.items() if name not in video or not may_be(video[name])]
+        if wrong:
+            raise SavedCacheError(f"{where} does not say {', '.join(sorted(wrong))} of its video; save it again")
+        try:
+            cache = self._cache_of(tuple(video["grid"]), video["block_frames"], even=video["even"])
+        except GeometryError as error:
+            raise SavedCacheError(f"{where} was saved with other settings: {error}") from error
         beside: dict[str, Tensor] = {}
         cache.load(where, device=device_of(self.transformer), beside=beside)
+        if self.needs_pixels and video["encoded"] != cache.committed_steps:
+            raise SavedCacheError(f"{where} does not say encoded of its video; save it again")
         before = self.sources.remembered()
         try:
             self.sources.restore(beside)

@@ -193,8 +193,11 @@ class TransformersCache(Cache):
         return self.core.policies
 
     def swap(self, policy: str | Path | Policy | list[Policy], **changes: Any) -> None:
-        """Go on under another policy, as `TieredCache.swap`: one with changes, as `tiered` takes it, or one for each
-        tiered layer."""
+        """Go on under another policy, named with changes as for `tiered`, or a list: one for each tiered layer.
+
+        Changes start from the preset, not from what the cache has: name all that differ from it. What needs tokens that
+        are gone, or keys of another kind, raises `SwapError` and changes nothing.
+        """
         if not isinstance(policy, list):
             policy = resolve(policy, layers=self.outline.tiers, **changes)
         elif changes:

@@ -8,6 +8,7 @@ from kvtiers import testing
 from kvtiers.cache import TieredCache
 from kvtiers.errors import (
     BudgetError,
+    CropError,
     GeometryError,
     KVTiersError,
     NotFiniteError,
@@ -244,3 +245,47 @@ def test_compressed_forms_are_given_for_every_layer_or_none_is_committed():
     with pytest.raises(GeometryError, match="compressed has 1 entries; due are 2, one per layer"):
         cache.commit(compressed=[None])
     assert cache.committed_steps == 0
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize("compressed", [5, "ab", {0: None, 1: None}, [5, 5], [None, {}]], ids=str)
+def test_only_compressed_forms_are_taken_for_such(compressed):
+    geometry = Geometry(kv_heads=1, head_dim=4)
+    cache = TieredCache(policy("sliding-window"), [geometry, geometry])
+    with pytest.raises(GeometryError, match="compressed"):
+        cache.commit(compressed=compressed)
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize("steps", [1.5, 2.0, "1", None, True])
+@pytest.mark.parametrize("verb", ["crop", "crop_by"])
+def test_a_cache_is_rolled_back_by_whole_steps(verb, steps):
+    cache = TieredCache(policy("full"), [Geometry(kv_heads=1, head_dim=4)])
+    cache.write(0, torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))
+    with pytest.raises(CropError, match="a cache is rolled back by whole steps, got"):
+        getattr(cache, verb)(steps)
+    assert type(cache.num_steps) is int
+    assert cache.num_steps == 4
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize(
+    "query",
+    [
+        torch.zeros(1, 2, 2, 6),
+        torch.zeros(1, 3, 2, 4),
+        torch.zeros(1, 2, 3, 4),
+        torch.zeros(2, 2, 4),
+        torch.zeros(1, 2, 2, 4).long(),
+        [0.0],
+    ],
+    ids=["width", "heads", "more than were written", "three axes", "numbers", "list"],
+)
+def test_queries_that_cannot_be_those_of_the_current_tokens_are_refused(query):
+    geometry = Geometry(kv_heads=1, query_heads=2, head_dim=4)
+    cache = TieredCache(policy("archive", sink=0, recent=2, block_size=2, chunk_size=2), [geometry])
+    for _ in range(4):
+        cache.write(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+    with pytest.raises(GeometryError, match=r"layer 0 takes queries .* = \(1, 2, 2, 4\) of the current tokens"):
+        cache.select(0, query)
+    cache.select(0, torch.zeros(1, 2, 2, 4))

@@ -263,6 +263,7 @@ def test_layers_that_have_not_come_equally_far_are_refused(tmp_path):
     ("name", "place", "change"),
     [
         ("streaming", ("timeline", "origin"), lambda _: 0),
+        ("streaming", ("recent_start",), lambda _: 0),
         ("archive that rotates", (*WINDOW, "tail"), lambda tail: tail + 1),
         ("archive that rotates", (*UNROTATED, "tail"), lambda tail: tail + 1),
         ("archive that rotates", (*UNROTATED, "tail"), lambda tail: tail - 1),
@@ -272,6 +273,7 @@ def test_layers_that_have_not_come_equally_far_are_refused(tmp_path):
     ],
     ids=[
         "an origin in the sink",
+        "recent that begins in the sink",
         "slots beside the tokens",
         "later unrotated keys",
         "earlier unrotated keys",

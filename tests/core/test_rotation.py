@@ -11,6 +11,7 @@ from kvtiers.geometry import Geometry
 from kvtiers.policy import Policy
 from kvtiers.presets import build, policy
 from kvtiers.rotary import Rotary
+from kvtiers.trials import Trial, contents
 from strategies import Setting, attend_context, cuts, feed, per_head, policies, rotary, settings_of
 
 in_full = policies(
@@ -173,3 +174,27 @@ def test_rotating_anchors_block_by_block_as_the_paper_does_grows_an_error(compre
     errors = errors_in_bfloat16("incremental", compressor, 500)
     assert max(errors[:4]) < 2 * _ONE_ROUNDING
     assert max(errors[-100:]) > 4 * _ONE_ROUNDING
+
+
+@pytest.mark.parametrize("name", ["packforcing-lm", "archive", "streaming"])
+@pytest.mark.parametrize("realigner", ["contiguous", "incremental", "bounded"])
+@pytest.mark.parametrize("then", ["write", "commit", "compact", "crop", "save"])
+def test_tokens_for_which_no_blocks_were_chosen_are_rotated_once_all_the_same(name, realigner, then, tmp_path):
+    chosen = policy(name, sink=2, recent=6, block_size=2, chunk_size=4, realigner=realigner)
+    trial = Trial.start(chosen, Geometry(kv_heads=2, query_heads=4, head_dim=8), rotary(8), seed=0, steps=60)
+    for _ in range(5):
+        trial.feed(4)
+    now = slice(trial.num_steps, trial.num_steps + 4)
+    trial.cache.write(0, trial.keys[:, :, now], trial.values[:, :, now])
+    if then == "commit":
+        trial.cache.commit()
+    elif then == "compact":
+        trial.compact(2)
+    elif then == "crop":
+        trial.cache.crop_by(2)
+    elif then == "save":
+        trial.cache.save(tmp_path / "cache")
+        trial = trial.branch()
+        trial.cache.load(tmp_path / "cache")
+    for count in (1, 3, 4):
+        contents(trial, trial.feed(count))

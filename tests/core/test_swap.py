@@ -286,3 +286,46 @@ def test_layers_that_need_keys_of_two_kinds_are_refused(realigners):
         [geometry] * 2,
         rotaries=[rotary(4)] * 2,
     )
+
+
+@pytest.mark.parametrize("name", ["archive", "packforcing-lm"])
+def test_what_was_swapped_is_saved_and_loaded_before_blocks_are_chosen_anew(name, tmp_path):
+    sizes = {"sink": 2, "recent": 3, "block_size": 2, "chunk_size": 4}
+    geometry, path = Geometry(kv_heads=2, head_dim=8), tmp_path / "cache"
+    trial = testing.Trial.start(policy(name, **sizes, top_k=6), geometry, rotary(8), seed=0, steps=60)
+    for _ in range(8):
+        trial.feed(4)
+    fewer = policy(name, **sizes, top_k=3)
+    trial.cache.swap(fewer)
+    trial.cache.save(path)
+    trial = attrs.evolve(trial, policy=fewer)
+    loaded = trial.branch()
+    loaded.cache.load(path)
+    for _ in range(3):
+        assert testing.difference(trial.feed(4), loaded.feed(4)) is None
+
+
+def test_another_realigner_places_at_once_what_a_compressor_rewrites(tmp_path):
+    geometry, path = Geometry(kv_heads=1, head_dim=8), tmp_path / "cache"
+    chosen = policy(
+        "streaming", sink=1, recent=3, block_size=2, chunk_size=4, compressor=("h2o", {"most": 5, "close_up": True})
+    )
+    before, after = (attrs.evolve(chosen, realigner=build("realigner", each)) for each in ("incremental", "contiguous"))
+    trial = testing.Trial.start(before, geometry, rotary(8), seed=0, steps=40)
+    for _ in range(4):
+        trial.feed(4)
+    shift = trial.layer.window.recent_shift
+    trial.cache.swap(after)
+    assert trial.layer.window.recent_shift != shift
+    testing.contents(trial, trial.cache.context(0))
+    trial.cache.save(path)
+    loaded = attrs.evolve(trial, policy=after).branch()
+    loaded.cache.load(path)
+    assert testing.difference(trial.feed(1), loaded.feed(1)) is None
+
+
+def test_realigners_of_another_kind_are_refused_in_words_about_them():
+    geometry = Geometry(kv_heads=1, head_dim=8)
+    cache = TieredCache(policy("archive"), [geometry])
+    with pytest.raises(SwapError, match="realigners that rotate and realigners that do not cannot replace one another"):
+        cache.swap(policy("streaming"))

@@ -148,6 +148,35 @@ def test_a_file_of_another_autoencoder_or_without_a_part_is_refused_and_the_vide
         go_on(wan, clips[3:])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grid", 5),
+        ("grid", [2.0, 3]),
+        ("grid", "ab"),
+        ("block_frames", 0),
+        ("block_frames", "x"),
+        ("even", "x"),
+        ("encoded", None),
+        ("encoded", -1),
+        ("given", "x"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_a_file_says_of_its_video_is_checked(name: str, value: Any, tmp_path: Path) -> None:
+    text, path = prompt(), tmp_path / "video"
+    about = {"grid": [4, 4], "block_frames": 2, "even": True, "encoded": 4, "given": None, name: value}
+    with tiered(build(), "sink-rolling-window", sink=2, recent=2, block_frames=2) as wan:
+        for clip in blocks(2, **SQUARE):
+            wan.commit(clip, text)
+        assert wan.cache is not None
+        wan.cache.save(path, extra={"video": about})
+        with pytest.raises(SavedCacheError, match=f"does not say {name} of its video"):
+            wan.load(path)
+        assert wan.frames == 4
+
+
 def test_a_closed_video_is_not_forked() -> None:
     model = build()
     own = dict(model.attn_processors)
