@@ -20,7 +20,7 @@ CONTRACT := $(addprefix tests/integrations/test_,versions.py odd_models.py refus
 	causal_wan.py pipeline.py)
 
 # The methods for text, at three sizes. What attends everything is measured once.
-METHODS := transformers:dynamic archive packforcing-lm packforcing-lm:realigner=contiguous streaming sliding-window snapkv pyramidkv:layers=30 adakv h2o tova \
+METHODS := transformers:dynamic archive archive:refresh=1 packforcing-lm packforcing-lm:realigner=contiguous streaming sliding-window snapkv pyramidkv:layers=30 adakv h2o tova \
 	expected-attention triattention kvzip infllm shadowkv archive:retriever=page-bounds token-merging kivi
 
 .PHONY: help install demo test test-versions test-presses test-slow compare distances test-deep lint bench wheel-test clean

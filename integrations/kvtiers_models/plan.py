@@ -51,8 +51,8 @@ def _plan(shape: Shape, policies: tuple[str, ...]) -> None:
     console.print(table)
     console.print(
         "KV cached: of the attended history, as papers count it: without the current block, or (full) of everything. "
-        "On device: with current slots, unrotated copies and digests. What has no bound grows by a quarter when "
-        "it is full: this is counted on the device, not where blocks are archived elsewhere. Attention work: "
+        "On device: with room for current tokens, unrotated copies and digests. A buffer without a bound grows "
+        "by a quarter when it is full, so a quarter more is counted on the device. Attention work: "
         "the share of full attention's, at the last step."
     )
 
