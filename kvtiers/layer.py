@@ -209,7 +209,8 @@ class Layer(LayerState):
         if self.committed_steps == self.num_steps:
             return
         geometry, compressor, start = self.geometry, self.policy.compressor, self.committed_steps
-        self.placed.settle(self.current, start)
+        if self.placed.waiting:  # for a selection that did not come
+            self.placed.settle(self.current, start)
         timeline = self.timeline if geometry.causal else self.policy.extended(self.timeline, self.num_steps)
         is_anchor = not geometry.causal and timeline.sink > start
         if compressor.given and not is_anchor:

@@ -226,10 +226,8 @@ class Placed(State):
             self._rotate_late(late, now + shift)
 
     def settle(self, current: int, first: int) -> None:
-        """If the `current` tokens, from step `first` on, wait for a selection that did not come: rotate them to where
-        recent is."""
-        if self.waiting:
-            self._rotate_late(current, first + self.window.recent_shift)
+        """Rotate the `current` tokens, which wait from step `first` on, to where recent is."""
+        self._rotate_late(current, first + self.window.recent_shift)
 
     def _rotate_late(self, tokens: int, step: int) -> None:
         """Rotate the newest `tokens` tokens, which are unrotated, to the positions from `step` on."""

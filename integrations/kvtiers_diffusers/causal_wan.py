@@ -173,12 +173,8 @@ class CausalWan:
     def _undone_on_error(self, run: Callable[[], Tensor], *, sources: bool = False) -> Tensor:
         """What `run` returns. If it fails, a new video has no size yet, what encodes pixels (`sources`) has seen no
         block more, a block whose first step it was has chosen nothing, and the same block is known as the last one."""
-        began, timestep, frames, given = (
-            self.cache is None,
-            self._last_timestep,
-            self.sources.frames,
-            self.sources.given,
-        )
+        began, timestep = self.cache is None, self._last_timestep
+        frames, given = self.sources.frames, self.sources.given
         before = self.sources.remembered() if sources else None
         committed = copy.copy(self._committed), self._committed_frames
 

@@ -141,8 +141,8 @@ class TransformersCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make every row `repeats` rows, one behind the other, in every layer or (on an error) in none."""
-        if repeats < 0:
-            raise GeometryError(f"a row cannot be repeated {repeats} times; give a whole number of at least 1")
+        if not hasattr(repeats, "__index__") or operator.index(repeats) < 0:
+            raise GeometryError(f"a row cannot be repeated {repeats!r} times; give a whole number of at least 1")
         rows = torch.arange(self.core.layers[0].batch or 0).repeat_interleave(repeats)
         self._change_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
 

@@ -132,8 +132,9 @@ def test_a_crop_that_makes_no_sense_is_refused(number: int, message: str) -> Non
         feed(model, tokens(40), cache, ())
         with pytest.raises(CropError, match=message):
             cache.crop(number)
-        with pytest.raises(GeometryError, match="cannot be repeated -1 times"):
-            cache.batch_repeat_interleave(-1)
+        for repeats in (-1, 1.5, "2"):
+            with pytest.raises(GeometryError, match=f"cannot be repeated {repeats!r} times"):
+                cache.batch_repeat_interleave(repeats)  # type: ignore[arg-type]
         with pytest.raises(GeometryError, match=r"a tensor of whole numbers, got \[0\]"):
             cache.core.select_rows([0])
         assert cache.get_seq_length() == 40
