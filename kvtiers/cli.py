@@ -120,7 +120,7 @@ def policies(as_json: bool, name: str | None) -> None:
         told = about(name)
         click.echo(json.dumps({"name": name, "about": told}, indent=2) if as_json else told)
         return
-    presets = [_preset(name) for name in registry().names("policy")]
+    presets = sorted(map(_preset, registry().names("policy")), key=_beside)
     choices = [_choice(slot, name) for slot in SLOTS for name in registry().names(slot)]
     if as_json:
         click.echo(json.dumps({"policies": presets, "slots": choices}, indent=2))
@@ -138,6 +138,12 @@ def policies(as_json: bool, name: str | None) -> None:
     for choice in choices:
         table.add_row(choice["slot"], choice["name"], choice["distribution"], choice["error"] or choice["about"])
     console.print(table)
+
+
+def _beside(preset: dict[str, Any]) -> int:
+    """How many presets come from the same plugin: short collections are shown first, the long catalogue last."""
+    plugins = [plugin.provides.get("policy", ()) for plugin in registry().plugins]
+    return max((len(names) for names in plugins if preset["name"] in names), default=0)
 
 
 def _table(*columns: str) -> Table:

@@ -34,8 +34,8 @@ def shape(model: str, *, size: str, seconds: float, fps: int, block_frames: int,
     model: wan2.1-t2v-1.3b, wan2.1-t2v-14b, or a folder with the config.json of a transformer, or with such a folder
         named transformer. A vae/config.json beside it tells how it scales, which is Wan 2.1's scale otherwise.
 
-    Raises `PolicyError` for a size that tokens do not divide, less than one latent frame, and a model whose scale
-    cannot be told.
+    Raises `PolicyError` for a name like a Wan's that is not known, a size that tokens do not divide, less than one
+    latent frame, and a model whose scale cannot be told.
     """
     found = _found(model)
     if found is None:
@@ -88,6 +88,8 @@ def _found(model: str) -> tuple[dict[str, Any], Scale] | None:
             if config.get("_class_name") != WanTransformer3DModel.__name__:
                 return None
             return config, _scale(folder, config)
+    if model.lower().startswith("wan") and "/" not in model and not Path(model).exists():  # no hub is asked about it
+        raise PolicyError(f"no Wan is called {model!r}; give {', '.join(_KNOWN)}, or a folder with its config.json")
     return None
 
 

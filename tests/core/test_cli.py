@@ -64,6 +64,12 @@ def test_policies_lists_presets_with_their_settings_and_every_slots_choices():
     assert all(choice["distribution"] for choice in listed["slots"])
 
 
+def test_policies_shows_short_collections_of_presets_before_the_long_one():
+    order = [preset["name"] for preset in json.loads(run("policies", "--json").output)["policies"]]
+    assert max(map(order.index, ("archive", "full", "packforcing", "packforcing-lm"))) < order.index("adakv")
+    assert set(order) == set(registry().names("policy"))
+
+
 def test_policies_shows_tables_by_default():
     shown = run("policies")
     assert shown.exit_code == 0

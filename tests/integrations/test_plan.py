@@ -94,6 +94,7 @@ def test_the_autoencoder_beside_a_wan_tells_its_scale(tmp_path: Path) -> None:
             id="hub",
         ),
         pytest.param(["--model", "/nowhere/wan"], "no installed plugin knows a model '/nowhere/wan'", id="name"),
+        pytest.param(["--model", "wan2.2"], "give wan2.1-t2v-1.3b, wan2.1-t2v-14b, or a folder", id="another Wan"),
         pytest.param(["--model", "wan2.1-t2v-1.3b", "--size", "832"], "such as 832x480, got '832'", id="size"),
         pytest.param(
             ["--model", "wan2.1-t2v-1.3b", "--size", "830x480"], "multiples of 16 and 16 pixels", id="odd size"
