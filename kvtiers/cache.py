@@ -16,7 +16,7 @@ from kvtiers.accounting import MemoryUsage, memory_usage_of
 from kvtiers.archive import Archive, ByteBudget
 from kvtiers.blocks import Blocks, Context, Extent, Tier
 from kvtiers.changes import check_policy, check_realigners, check_steps, check_together, one_per_layer, why_not_crop
-from kvtiers.checks import check_layer, given_forms, one_of
+from kvtiers.checks import check_layer, given_forms, one_of, rows_of
 from kvtiers.errors import CropError, GeometryError
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
@@ -55,14 +55,14 @@ class TieredCache:
         alike: dict[object, Rotary] = {}  # layers that rotate alike share the tables of one rotary
         given = list(rotaries) if rotaries is not None else [None] * count
         rotary = [None if one is None else alike.setdefault(one.fingerprint, one) for one in given]
-        if len(each) != count or len(rotary) != count:
+        self.numbers = list(range(count)) if numbers is None else list(numbers)
+        if not len(each) == len(rotary) == len(self.numbers) == count:
             raise GeometryError(
-                f"one policy and one rotary per layer: got {len(each)} policies, {len(rotary)} rotaries "
-                f"for {count} layers"
+                f"one policy, one rotary and one number per layer: got {len(each)} policies, {len(rotary)} rotaries "
+                f"and {len(self.numbers)} numbers for {count} layers"
             )
         check_realigners(each)
         self.policies, self.geometries, self.rotaries = each, list(geometries), rotary
-        self.numbers = list(range(count)) if numbers is None else list(numbers)
         self.observe, self.check, self.layer_class = observe, check, layer
         self.tell = Observers(observe)
         """Tells every observer of an event; false while there is none."""
@@ -115,7 +115,7 @@ class TieredCache:
 
         replace: in place of the current ones, which otherwise become history (video: a denoise step).
         """
-        groups = one_of(self.layers, layer).for_rows(keys.shape[0])
+        groups = one_of(self.layers, layer).for_rows(rows_of(keys, values, layer=layer))
         parts = [(one.layer, of_rows(keys, one.rows), of_rows(values, one.rows)) for one in groups]
         writes = [partial(layer.write, *tensors, replace=replace) for layer, *tensors in parts]
         writes[0]() if len(writes) == 1 else self.all_or_nothing(*writes)
@@ -301,7 +301,7 @@ class TieredCache:
         beside: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write everything to one safetensors file, whole or not at all; `extra` and `beside` are kept with it."""
-        saving.save(self.layers, self._outline(), Path(path), dict(extra or {}), dict(beside or {}))
+        saving.save(self.layers, self._outline(), saving.file_path(path), dict(extra or {}), dict(beside or {}))
 
     def load(
         self,
@@ -317,9 +317,9 @@ class TieredCache:
         (`SavedCacheError`) this cache is unchanged.
         """
         where, due = torch.device(device), dict(expect or {})
-        groups, extra, kept = saving.load(self.new_layer, self._outline(), Path(path), where, due)
-        for layer, those in zip(self.layers, groups, strict=True):
-            layer.groups = those
+        groups, extra, kept = saving.load(self.new_layer, self._outline(), saving.file_path(path), where, due)
+        changes = [partial(setattr, layer, "groups", those) for layer, those in zip(self.layers, groups, strict=True)]
+        self.all_or_nothing(*changes)
         if beside is not None:
             beside |= kept
         return extra

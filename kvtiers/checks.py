@@ -1,7 +1,7 @@
 """What a layer refuses before it changes anything: policies that do not fit it, and tokens that do not."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ def one_of(layers: Sequence[One], index: int) -> One:
     if type(index) is not int or not 0 <= index < len(layers):
         raise GeometryError(f"there is no layer {index!r}; a cache of {len(layers)} layers has 0 to {len(layers) - 1}")
     return layers[index]
+
+
+def rows_of(keys: Any, values: Any, *, layer: int) -> int:
+    """How many rows these tokens are of. Raises `GeometryError` for what is no tensor of four axes."""
+    for name, given in (("keys", keys), ("values", values)):
+        if not isinstance(given, Tensor) or given.dim() != 4:
+            got = f"{tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise GeometryError(f"layer {layer} takes {name} [batch, kv_heads, tokens, width]; got {got}")
+    return int(keys.shape[0])
 
 
 def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer: int) -> None:

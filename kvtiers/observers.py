@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from kvtiers.errors import KVTiersError
 from kvtiers.events import Event
 from kvtiers.plugins import registry
 
@@ -17,6 +18,8 @@ class Observers:
     """
 
     def __init__(self, own: Callable[[Event], None] | None) -> None:
+        if own is not None and not callable(own):
+            raise KVTiersError(f"observe is called with every event; got {own!r}, which cannot be called")
         self.own = own
 
     def __bool__(self) -> bool:

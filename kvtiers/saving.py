@@ -28,6 +28,13 @@ from kvtiers.rows import LayerRows, RowGroup
 FORMAT = "kvtiers-cache-4"
 
 
+def file_path(path: object) -> Path:
+    """`path` as a `Path`. Raises `SavedCacheError` for what is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise SavedCacheError(f"a cache is kept in a file, whose path is a text or a Path; got {path!r}")
+    return Path(path)
+
+
 def save(
     layers: Sequence[LayerRows],
     outline: list[dict[str, Any]],

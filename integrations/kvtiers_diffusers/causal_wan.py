@@ -342,7 +342,7 @@ class CausalWan:
 
     def load(self, path: str | Path) -> None:
         """Become what `save` wrote, of a video with the same model and policy. On an error nothing changes."""
-        where = Path(path)
+        where = saving.file_path(path)
         video = saving.extra(where).get("video")
         if not isinstance(video, dict):
             raise SavedCacheError(f"{where} holds no video; give a file that save() of a CausalWan wrote")
@@ -357,18 +357,15 @@ class CausalWan:
         cache.load(where, device=device_of(self.transformer), beside=beside)
         if self.needs_pixels and video["encoded"] != cache.committed_steps:
             raise SavedCacheError(f"{where} does not say encoded of its video; save it again")
-        before = self.sources.remembered()
+        sources = self.sources.fork()
         try:
-            self.sources.restore(beside)
+            sources.restore(beside)
         except (IndexError, ValueError) as error:
-            self.sources.restore(before)
             raise SavedCacheError(
                 f"{where} was saved with another autoencoder ({error}); give the one that it was made with"
             ) from error
-        self.forget_prompts()
-        self._committed.clear()
-        self.cache, self.sources.frames, self.sources.given = cache, video["encoded"], video["given"]
-        self._unfinished, self._last_timestep, self._committed_frames = False, None, 0
+        sources.frames, sources.given = video["encoded"], video["given"]
+        self._begin(cache, sources)
 
     def swap(self, policy: str | Path | Policy, **changes: Any) -> None:
         """Go on under another policy, as `TieredCache.swap`; its compressor stays."""
@@ -378,11 +375,17 @@ class CausalWan:
 
     def reset(self) -> None:
         """Forget the video and its prompt; the next block begins another."""
-        self.cache, self._unfinished, self._last_timestep = None, False, None
-        self._committed_frames = 0
-        self._committed.clear()
+        sources = self.sources.fork()
+        sources.reset()
+        self._begin(None, sources)
+
+    def _begin(self, cache: TieredCache | None, sources: Sources) -> None:
+        """Go on with these, between two blocks. It happens at once, so that Ctrl-C finds all of it done or nothing."""
         self.forget_prompts()
-        self.sources.reset()
+        vars(self).update(
+            cache=cache, sources=sources, _committed=TensorIdentity(), _committed_frames=0, _unfinished=False,
+            _compressed=[], _last_timestep=None,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give the transformer back as it was. Harmless if that is done."""

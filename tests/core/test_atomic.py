@@ -6,6 +6,7 @@ taken, the next call), or the cache refuses to go on.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import kvtiers
-from faults import points, sweep
+from faults import Fault, points, sweep
 from kvtiers import Blocks, Geometry, Policy, Rotary, TieredCache
+from kvtiers.rows import LayerRows
 from strategies import Stream, copied, rotary, same, stream
 
 pytestmark = pytest.mark.usefixtures("_shapes_go_unchecked")
@@ -216,3 +218,26 @@ def test_a_write_that_fails_in_one_of_two_groups_of_rows_can_be_repeated() -> No
 
 def fails(*_: Any, **__: Any) -> None:
     raise MemoryError
+
+
+def test_a_file_is_loaded_into_every_layer_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, path = Geometry(kv_heads=1, head_dim=4), tmp_path / "cache.safetensors"
+    caches = [TieredCache(kvtiers.policy("full"), [geometry, geometry]) for _ in range(2)]
+    for cache, steps in zip(caches, (3, 5), strict=True):
+        for layer in (0, 1):
+            cache.write(layer, torch.ones(1, 1, steps, 4), torch.ones(1, 1, steps, 4))
+    saved, other = caches
+    saved.save(path)
+
+    def failing(rows: LayerRows, name: str, value: Any) -> None:
+        if rows is other.layers[1] and value[0].layer.num_steps == 3:
+            raise Fault
+        object.__setattr__(rows, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerRows, "__setattr__", failing)
+        with pytest.raises(Fault):
+            other.load(path)
+    assert [rows.num_steps for rows in other.layers] == [5, 5]
+    other.load(path)
+    assert [rows.num_steps for rows in other.layers] == [3, 3]

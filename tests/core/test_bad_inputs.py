@@ -14,6 +14,7 @@ from kvtiers.errors import (
     NotFiniteError,
     PolicyError,
     RotaryError,
+    SavedCacheError,
     SelectionError,
     SlotError,
 )
@@ -108,7 +109,7 @@ def test_a_geometry_that_cannot_be_is_refused(fields, error):
 
 def test_one_policy_and_one_rotary_per_layer_are_asked_for():
     with pytest.raises(
-        GeometryError, match="one policy and one rotary per layer: got 2 policies, 3 rotaries for 3 layers"
+        GeometryError, match="one number per layer: got 2 policies, 3 rotaries and 3 numbers for 3 layers"
     ):
         TieredCache([policy("full")] * 2, [GEOMETRY] * 3)
 
@@ -289,3 +290,37 @@ def test_queries_that_cannot_be_those_of_the_current_tokens_are_refused(query):
     with pytest.raises(GeometryError, match=r"layer 0 takes queries .* = \(1, 2, 2, 4\) of the current tokens"):
         cache.select(0, query)
     cache.select(0, torch.zeros(1, 2, 2, 4))
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        pytest.param(1, 2, r"layer 0 takes keys \[batch, kv_heads, tokens, width\]; got a int", id="numbers"),
+        pytest.param(torch.zeros(1, 1, 4), torch.zeros(1, 1, 1, 4), r"takes keys .* got \(1, 1, 4\)", id="three axes"),
+        pytest.param(torch.zeros(1, 1, 1, 4), None, "takes values .* got a NoneType", id="None"),
+    ],
+)
+def test_only_tensors_of_four_axes_are_written(keys, values, message):
+    cache = TieredCache(policy("full"), [Geometry(kv_heads=1, head_dim=4)])
+    with pytest.raises(GeometryError, match=message):
+        cache.write(0, keys, values)
+    assert cache.num_steps == 0
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize("verb", ["save", "load"])
+@pytest.mark.parametrize("path", [None, 5, ["a"]])
+def test_a_file_has_a_path(verb, path):
+    cache = TieredCache(policy("full"), [Geometry(kv_heads=1, head_dim=4)])
+    with pytest.raises(SavedCacheError, match="whose path is a text or a Path; got"):
+        getattr(cache, verb)(path)
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+def test_an_observer_can_be_called_and_every_layer_has_a_number():
+    geometry = Geometry(kv_heads=1, head_dim=4)
+    with pytest.raises(KVTiersError, match="observe is called with every event; got 5"):
+        TieredCache(policy("full"), [geometry], observe=5)
+    with pytest.raises(GeometryError, match="and 1 numbers for 2 layers"):
+        TieredCache(policy("full"), [geometry, geometry], numbers=[0])

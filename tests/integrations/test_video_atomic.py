@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusers'")
 import torch
 from torch import Tensor
 
-from faults import Fault, points, sweep
+from faults import Fault, at_line, points, sweep
 from kvtiers import GeometryError
 from kvtiers_diffusers import CausalWan, tiered
 from kvtiers_diffusers.tensor_identity import TensorIdentity
@@ -112,3 +113,38 @@ def test_a_fault_when_a_block_is_noted_lets_it_be_committed_again(name: str, mon
         assert other.sources.frames == other.frames == 12
         flows = [one.denoise(clips[6], 500.0, text) for one in (wan, other)]
         assert torch.equal(*flows)
+
+
+@pytest.mark.parametrize(
+    ("verb", "step"), [("reset", 1), ("load", 31), pytest.param("load", 1, marks=pytest.mark.slow)]
+)
+@torch.no_grad()
+def test_a_fault_leaves_the_video_as_it_was_or_gives_the_other(verb: str, step: int, tmp_path: Path) -> None:
+    text, clips, path = prompt(), blocks(5, **CLIPS), tmp_path / "video.safetensors"
+    with made("packforcing") as wan:
+        wan.commit(clips[0], text)
+        wan.save(path)
+        for clip in clips[1:4]:
+            wan.commit(clip, text)
+
+        def then(one: CausalWan) -> tuple[int, Tensor, int | None]:
+            return one.frames, one.denoise(clips[4], 500.0, text), one.sources.frames
+
+        def changed(one: CausalWan) -> None:
+            one.load(path) if verb == "load" else one.reset()
+
+        right, number, other = then(wan.fork()), 1, wan.fork()
+        changed(other)
+        new = then(other)
+        while True:
+            other = wan.fork()
+            try:
+                with at_line(number, "kvtiers_diffusers"):
+                    changed(other)
+            except Fault:
+                now = then(other)
+                assert any(now[::2] == due[::2] and torch.equal(now[1], due[1]) for due in (right, new))
+            else:
+                break
+            number += step
+    assert number > 10 * step
