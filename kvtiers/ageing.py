@@ -16,7 +16,7 @@ from kvtiers.blocks import Blocks, Extent, Form, run_of
 from kvtiers.checks import called
 from kvtiers.errors import SlotError
 from kvtiers.history import History
-from kvtiers.mid import Fetched, HeldBlocks, MidTokens
+from kvtiers.mid import Fetched, MidTokens
 from kvtiers.placed import Placed
 from kvtiers.slots import Moment
 
@@ -86,7 +86,7 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
     if "compressed" in policy.forms:
         made = blocks if compressor.keeps else None
         if compressor.given:
-            made = history.waiting[str(first)].blocks
+            made = history.waiting[str(first)]
         elif not compressor.keeps:
             unasked = compressor.attention is None and blocks.attention is not None  # noted for the retriever alone
             made = compressor.age(attrs.evolve(blocks, attention=None) if unasked else blocks, moment)
@@ -111,7 +111,7 @@ def archived(history: History, blocks: Blocks, first: int, span: int, moment: Mo
 
 def rewrite(history: History, leaving: Blocks, attention: Tensor | None, moment: Moment) -> None:
     """Let the compressor make all of mid anew. attention: what mid got, [batch, query_heads, tokens], if watched."""
-    mid = None if history.rewritten is None else history.rewritten.blocks
+    mid = history.rewritten
     if mid is not None and attention is not None:
         mid = attrs.evolve(mid, attention=attention[:, :, None])
     made = history.policy.compressor.rewrite(leaving, mid, moment)
@@ -127,7 +127,7 @@ def rewrite(history: History, leaving: Blocks, attention: Tensor | None, moment:
         )
         keys, values = made.keys.clone(), made.values.clone()  # they may be views of what leaves
         made = attrs.evolve(made, keys=keys, values=values, starts=made.starts.reshape(-1)[:1], rotated=None)
-    history.rewritten = None if made is None else HeldBlocks.of(made)
+    history.rewritten = made
 
 
 def rewritten(history: History) -> Fetched | None:

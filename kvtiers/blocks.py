@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvtiers.state import BROADCAST, NUMBER, ROWS, SHARED, State
+
 Tier = Literal["sink", "mid", "recent", "current"]
 Form = Literal["full", "compressed"]
 Location = Literal["device", "host", "disk"]
@@ -25,8 +27,8 @@ class Extent:
         return self.stop - self.start
 
 
-@attrs.frozen(eq=False, kw_only=True)
-class Blocks:
+@attrs.frozen(eq=False, slots=False, kw_only=True)
+class Blocks(State):
     """A run of blocks of equal size, of one layer.
 
     keys, values: [batch, kv_heads, blocks, tokens, head_dim]; keys as the layer stores them (`Moment.keys_rotated`).
@@ -40,15 +42,15 @@ class Blocks:
         when there is only one block, row and head.
     """
 
-    keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"]
-    values: Float[Tensor, "batch kv_heads blocks tokens value_dim"]
-    offsets: Float[Tensor, "#batch #kv_heads #blocks tokens axes"]
-    starts: Int[Tensor, "*selection blocks"]
-    span: int
-    rotated: Float[Tensor, "batch kv_heads blocks tokens head_dim"] | None = None
-    attention: Float[Tensor, "batch query_heads blocks tokens"] | None = None
-    bias: Float[Tensor, "#batch #kv_heads #blocks tokens"] | None = None
-    offsets_differ: bool = False
+    keys: Float[Tensor, "batch kv_heads blocks tokens head_dim"] = attrs.field(metadata=ROWS)
+    values: Float[Tensor, "batch kv_heads blocks tokens value_dim"] = attrs.field(metadata=ROWS)
+    offsets: Float[Tensor, "#batch #kv_heads #blocks tokens axes"] = attrs.field(metadata=BROADCAST)
+    starts: Int[Tensor, " blocks"] = attrs.field(metadata=SHARED)
+    span: int = attrs.field(metadata=NUMBER)
+    rotated: Float[Tensor, "batch kv_heads blocks tokens head_dim"] | None = attrs.field(default=None, metadata=ROWS)
+    attention: Float[Tensor, "batch query_heads blocks tokens"] | None = attrs.field(default=None, metadata=ROWS)
+    bias: Float[Tensor, "#batch #kv_heads #blocks tokens"] | None = attrs.field(default=None, metadata=BROADCAST)
+    offsets_differ: bool = attrs.field(default=False, metadata=NUMBER)
 
     @property
     def alike(self) -> bool:
@@ -64,15 +66,15 @@ class Blocks:
         return self.keys.shape[3]
 
 
-@attrs.frozen(eq=False, kw_only=True)
-class Selection:
+@attrs.frozen(eq=False, slots=False, kw_only=True)
+class Selection(State):
     """Which archived blocks a context attends: indices in order of origin, the same number for every row and head."""
 
-    chosen: Int[Tensor, "batch kv_heads chosen"]
+    chosen: Int[Tensor, "batch kv_heads chosen"] = attrs.field(metadata=ROWS)
     """Attended in the form that the policy's `attend` names."""
-    compressed: Int[Tensor, "batch kv_heads compressed"]
+    compressed: Int[Tensor, "batch kv_heads compressed"] = attrs.field(metadata=ROWS)
     """Attended in compressed form beside them."""
-    shared: bool = False
+    shared: bool = attrs.field(default=False, metadata=NUMBER)
     """Whether all KV heads attend the same blocks, so that what is worked out for one stands for all."""
 
     @property

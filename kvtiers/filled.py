@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from kvtiers.ageing import check_made
-from kvtiers.blocks import Form
+from kvtiers.blocks import Blocks, Form
 from kvtiers.errors import SavedCacheError
 from kvtiers.layer_state import LayerState
-from kvtiers.mid import HeldBlocks
 from kvtiers.window import Window
 
 Claims = Iterator[tuple[object, str]]
@@ -37,6 +36,8 @@ def _numbers(layer: LayerState) -> Claims:
     line, policy, geometry = layer.timeline, layer.policy, layer.geometry
     steps, committed, start = layer.num_steps, layer.committed_steps, layer.recent_start
     most = policy.chunk_size if geometry.causal else geometry.steps_per_commit
+    yield line.cuts is None if geometry.causal else isinstance(line.cuts, tuple), "blocks"
+    yield line.sink == policy.sink_steps if line.cuts is None else line.sink in (0, *line.cuts), "anchors"
     yield 0 <= committed <= steps and (most is None or steps - committed <= most), "steps"
     yield layer.window.planes or not any(True for _ in layer.tensors()), "tensors"
     yield layer.window.planes or steps == 0, "steps"
@@ -202,19 +203,22 @@ def _history(layer: LayerState) -> Claims:
         yield not history.spans and not history.compressed_spans, "spans"
         yield not policy.archives or layer.tier_counts()["mid"] == 0, "mid steps"
     yield from _digests(layer)
-    chosen, further = history.chosen, history.chosen_compressed
-    yield (chosen is None) == (further is None) and (chosen is not None or not history.chosen_shared), "chosen blocks"
-    if chosen is not None and further is not None:
-        for index in (chosen, further):
+    selection = history.selection
+    if selection is not None:
+        for index in (selection.chosen, selection.compressed):
             yield _is(index, (*wide, None), torch.long) and _ascending(index), "chosen blocks"
             yield not index.numel() or 0 <= int(index.min()) <= int(index.max()) < count, "chosen blocks"
         most = count if layer.stale else policy.retriever.count(policy.top_k, count)  # stale: of a policy before a swap
-        yield 0 < chosen.shape[2] <= most, "chosen blocks"
+        yield 0 < selection.chosen.shape[2] <= most, "chosen blocks"
     due = policy.retriever.count(policy.top_k, count) if count and not layer.stale else 0
     if due:
-        yield chosen is not None and further is not None, "chosen blocks"
-        both: tuple[tuple[Form, Tensor | None], ...] = ((policy.attend, chosen), ("compressed", further))
-        tokens = (history.most_tokens[form] * x.shape[2] for form, x in both if x is not None and x.shape[2])
+        yield selection is not None, "chosen blocks"
+    if due and selection is not None:
+        both: tuple[tuple[Form, Tensor], ...] = (
+            (policy.attend, selection.chosen),
+            ("compressed", selection.compressed),
+        )
+        tokens = (history.most_tokens[form] * x.shape[2] for form, x in both if x.shape[2])
         yield layer.window.mid == sum(tokens), "chosen blocks"
 
 
@@ -270,11 +274,11 @@ def _waiting(layer: LayerState) -> Claims:
         yield mid.keys.shape[3] == layer.window.mid, "mid tokens"
 
 
-def _held(layer: LayerState, held: HeldBlocks, tokens: int, what: str, *, at_most: bool) -> Claims:
+def _held(layer: LayerState, held: Blocks, tokens: int, what: str, *, at_most: bool) -> Claims:
     """One block, as a compressor may make it."""
     geometry = layer.geometry
-    yield all(x is not None for x in (held.keys, held.values, held.offsets, held.starts)), what
-    check_made(layer.history, held.blocks, 1, tokens, "age", layer.moment(_device(layer)), at_most=at_most)
+    yield all(x is not None for x in (held.keys, held.values, held.offsets, held.starts)) and held.rotated is None, what
+    check_made(layer.history, held, 1, tokens, "age", layer.moment(_device(layer)), at_most=at_most)
     yield _is(held.starts, (1,), torch.long) and _finite(held.offsets), what
     yield held.span <= _FAR and (held.bias is None or _in_range(held.bias)), what
     attention = (geometry.batch, geometry.query_heads, 1, held.keys.shape[3])

@@ -3,7 +3,7 @@
 It knows blocks and no slots. `add` takes blocks in, all or none; `select` scores and chooses; `fetch` brings tokens.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import attrs
@@ -18,10 +18,10 @@ from kvtiers.checks import called, check_decoded, check_encoded, check_returned
 from kvtiers.errors import GeometryError, SelectionError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.growing import Growing
-from kvtiers.mid import Fetched, HeldBlocks, MidTokens, merged
+from kvtiers.mid import Fetched, MidTokens, merged
 from kvtiers.policy import Policy, choose
 from kvtiers.slots import Moment
-from kvtiers.state import State, number, part, rows
+from kvtiers.state import State, number, part
 from kvtiers.tokens import TokenTable, lengthened
 
 
@@ -49,13 +49,12 @@ class History(State):
     stores: dict[Form, BlockStore] = part(factory=dict)
     tokens: dict[Form, TokenTable] = part(factory=dict)
     """Where the tokens of the blocks lie, and their bias."""
-    waiting: dict[str, HeldBlocks] = part(factory=dict)
+    waiting: dict[str, Blocks] = part(factory=dict)
     """Compressed forms that came with blocks that have not left recent yet, by their first step."""
-    rewritten: HeldBlocks | None = part(None)
+    rewritten: Blocks | None = part(None)
     """All of mid, where a compressor rewrites it."""
-    chosen: Tensor | None = rows()
-    chosen_compressed: Tensor | None = rows()
-    chosen_shared: bool = number(False)
+    selection: Selection | None = part(None)
+    """Which blocks are attended now."""
 
     @property
     def wide(self) -> tuple[int, int]:
@@ -193,19 +192,6 @@ class History(State):
     # ------------------------------------------------------------------ select and fetch
 
     @property
-    def selection(self) -> Selection | None:
-        """Which blocks are attended now."""
-        if self.chosen is None or self.chosen_compressed is None:
-            return None
-        return Selection(chosen=self.chosen, compressed=self.chosen_compressed, shared=self.chosen_shared)
-
-    @selection.setter
-    def selection(self, selection: Selection | None) -> None:
-        self.chosen = None if selection is None else selection.chosen
-        self.chosen_compressed = None if selection is None else selection.compressed
-        self.chosen_shared = selection is not None and selection.shared
-
-    @property
     def starts(self) -> Tensor | None:
         """The first step of every block, ascending."""
         return None if self.table.data is None else self.table.data[: self.count, 0]
@@ -337,8 +323,16 @@ class History(State):
     def empty(self, name: str) -> State:
         if name == "stores":
             return self._opened()
-        kinds: dict[str, type[State]] = {"waiting": HeldBlocks, "rewritten": HeldBlocks, "tokens": TokenTable}
-        return kinds[name]() if name in kinds else Growing(0 if name == "table" else 2)
+        nothing: Any = None  # which is filled
+        made: Mapping[str, Callable[[], State]] = {
+            "selection": lambda: Selection(chosen=nothing, compressed=nothing),
+            "tokens": TokenTable,
+            "table": lambda: Growing(0),
+            "digests": lambda: Growing(2),
+        }
+        if name in made:
+            return made[name]()
+        return Blocks(keys=nothing, values=nothing, offsets=nothing, starts=nothing, span=0)
 
 
 def _rotated(blocks: Blocks, moment: Moment) -> Tensor:

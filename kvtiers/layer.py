@@ -17,11 +17,11 @@ from kvtiers import ageing, events
 from kvtiers.archive import ByteBudget
 from kvtiers.blocks import Blocks, Extent
 from kvtiers.checks import admit_query, called, check_finite, check_layer, check_placement
-from kvtiers.errors import SavedCacheError, SlotError
+from kvtiers.errors import SlotError
 from kvtiers.filled import check_filled
 from kvtiers.history import History
 from kvtiers.layer_state import LayerState
-from kvtiers.mid import Fetched, HeldBlocks
+from kvtiers.mid import Fetched
 from kvtiers.placed import Placed
 from kvtiers.policy import Policy
 from kvtiers.state import State
@@ -237,7 +237,10 @@ class Layer(LayerState):
 
     def receive(self, compressed: Blocks, start: int) -> None:
         """Hold the compressed form of the current block, which begins at step `start`, until it leaves recent."""
-        self.history.waiting = {**self.history.waiting, str(start): HeldBlocks.received(compressed, start)}
+        keys, values = compressed.keys.detach().clone(), compressed.values.detach().clone()  # it may be a view of more
+        starts = torch.tensor([start], device=keys.device)
+        own = attrs.evolve(compressed, keys=keys, values=values, starts=starts, rotated=None)
+        self.history.waiting = {**self.history.waiting, str(start): own}
 
     # ------------------------------------------------------------------ age
 
@@ -318,11 +321,7 @@ class Layer(LayerState):
         self.history.join(budget)
 
     def fill(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        line = about.get("timeline")
-        if not isinstance(line, dict) or set(line) != {"sink", "origin", "cuts"}:
-            raise SavedCacheError(f"layer {self.layer} is saved without its timeline")
-        super().fill(tensors, {name: value for name, value in about.items() if name != "timeline"})
-        self.timeline = self.timeline.restored(**line)
+        super().fill(tensors, about)
         check_filled(self)
 
     def empty(self, name: str) -> State:

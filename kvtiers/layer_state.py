@@ -57,7 +57,7 @@ class LayerState(Undoable):
     observe: Observe | None = None
     check: bool = False
     budget: ByteBudget | None = None
-    timeline: Timeline = attrs.field(init=False)
+    timeline: Timeline = part(None)
     placed: Placed = part(None)
     history: History = part(None)
     watched: Watched = part(None)
@@ -225,10 +225,7 @@ class LayerState(Undoable):
 
     def dump(self) -> Saved:
         self.check_whole()
-        tensors, about = super().dump()
-        line = self.timeline
-        cuts = None if line.cuts is None else list(line.cuts)
-        return tensors, about | {"timeline": {"sink": line.sink, "origin": line.origin, "cuts": cuts}}
+        return super().dump()
 
     def tell(self, kind: Any, **about: Any) -> None:
         """Send an event of this layer to whoever observes it."""

@@ -1,12 +1,12 @@
-"""Mid tokens: blocks as they are held, as they are fetched into a context, and where each token comes from and lies."""
+"""Mid tokens: blocks as they are fetched into a context, and where each token comes from and lies."""
 
 import attrs
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvtiers.blocks import Blocks, Selection
-from kvtiers.state import State, broadcast, number, rows, shared
+from kvtiers.blocks import Selection
+from kvtiers.state import State, broadcast
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
@@ -33,35 +33,6 @@ class MidTokens(State):
         positions = self.offsets.double().expand(*lead, *self.offsets.shape[-2:]).clone()
         positions[..., 0] += per_token
         return positions
-
-
-@attrs.define(eq=False, slots=False, kw_only=True)
-class HeldBlocks(State):
-    """A run of blocks that is remembered as it is."""
-
-    keys: Tensor = rows()
-    values: Tensor = rows()
-    offsets: Tensor = broadcast()
-    starts: Tensor = shared()
-    bias: Tensor | None = broadcast()
-    attention: Tensor | None = rows()
-    span: int = number(0)
-    offsets_differ: bool = number(False)
-
-    @staticmethod
-    def of(blocks: Blocks) -> "HeldBlocks":
-        return HeldBlocks(**{field.name: getattr(blocks, field.name) for field in attrs.fields(HeldBlocks)})
-
-    @staticmethod
-    def received(blocks: Blocks, start: int) -> "HeldBlocks":
-        """A copy of one block, which begins at step `start` and may be a view of far more."""
-        keys, values = blocks.keys.detach().clone(), blocks.values.detach().clone()
-        starts = torch.tensor([start], device=keys.device)
-        return HeldBlocks.of(attrs.evolve(blocks, keys=keys, values=values, starts=starts))
-
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks(**{field.name: getattr(self, field.name) for field in attrs.fields(HeldBlocks)})
 
 
 @attrs.frozen(eq=False, kw_only=True)

@@ -25,7 +25,7 @@ from kvtiers.presets import describe
 from kvtiers.rotary import Rotary
 from kvtiers.rows import LayerRows, RowGroup
 
-FORMAT = "kvtiers-cache-4"
+FORMAT = "kvtiers-cache-5"
 
 
 def file_path(path: object) -> Path:

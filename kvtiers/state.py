@@ -2,7 +2,7 @@
 
 `number` declares a plain value that JSON can hold, `rows` tensors whose first axis is the batch, `broadcast` tensors
 whose first axis is the batch or 1, `shared` tensors that all rows have in common, and `part` another piece of state.
-Nothing here knows caches or layers.
+A frozen value declares the same by the `metadata` of its fields. Nothing here knows caches or layers.
 """
 
 import copy
@@ -19,33 +19,33 @@ Own = TypeVar("Own", bound="State")
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Named tensors, and what JSON can hold."""
 
+NUMBER, ROWS, BROADCAST, SHARED, PART = ({"state": kind} for kind in ("number", "rows", "broadcast", "shared", "part"))
+
 
 def number(default: Any) -> Any:
     """A plain value: a number, a text, a truth value, None, or a list of those. Loading demands the default's type."""
-    return attrs.field(default=default, metadata={"state": "number"})
+    return attrs.field(default=default, metadata=NUMBER)
 
 
 def rows(*, named: bool = False) -> Any:
     """A tensor (or None) whose first axis is the batch; `named`: a mapping of names to such tensors."""
     default: Any = attrs.Factory(dict) if named else None
-    return attrs.field(default=default, metadata={"state": "rows"})
+    return attrs.field(default=default, metadata=ROWS)
 
 
 def broadcast() -> Any:
     """A tensor (or None) whose first axis is the batch, or 1 where all rows agree."""
-    return attrs.field(default=None, metadata={"state": "broadcast"})
+    return attrs.field(default=None, metadata=BROADCAST)
 
 
 def shared() -> Any:
     """A tensor (or None) that does not differ by row."""
-    return attrs.field(default=None, metadata={"state": "shared"})
+    return attrs.field(default=None, metadata=SHARED)
 
 
 def part(default: Any = attrs.NOTHING, *, factory: Any = None) -> Any:
     """Another `State` (or None), or a mapping of names to them."""
-    if factory is not None:
-        return attrs.field(factory=factory, metadata={"state": "part"})
-    return attrs.field(default=default, metadata={"state": "part"})
+    return attrs.field(default=default if factory is None else attrs.Factory(factory), metadata=PART)
 
 
 def select(x: Tensor, at: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ class State:
                 continue
             each = inner if kind == "part" else lambda x, kind=kind: tensor(kind, x)
             if isinstance(value, Mapping):
-                setattr(other, name, {key: each(one) for key, one in value.items()})
+                other.__dict__[name] = {key: each(one) for key, one in value.items()}
             elif value is not None:
-                setattr(other, name, each(value))
+                other.__dict__[name] = each(value)
         return other
 
     def tensors(self) -> Iterator[Tensor]:
@@ -131,12 +131,11 @@ class State:
         for name, kind, value in list(self.declared()):
             said = about[name]
             if kind == "number":
-                setattr(self, name, _plain(f"{type(self).__name__}.{name}", said, value))
+                self.__dict__[name] = _plain(f"{type(self).__name__}.{name}", said, value)
             elif isinstance(value, Mapping) or (kind == "part" and isinstance(said, dict) and "state" not in said):
-                made = {key: self._part_of(name, key, one, tensors) for key, one in said.items()}
-                setattr(self, name, made)
+                self.__dict__[name] = {key: self._part_of(name, key, one, tensors) for key, one in said.items()}
             else:
-                setattr(self, name, self._part_of(name, None, said, tensors))
+                self.__dict__[name] = self._part_of(name, None, said, tensors)
 
     def _part_of(self, name: str, key: str | None, said: Any, tensors: Mapping[str, Tensor]) -> Any:
         """The value of one field (or of one name in a mapping), by its description."""

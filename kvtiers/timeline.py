@@ -1,20 +1,18 @@
 """Which blocks exist, which tier each is in, and what the next commit moves. A pure value; no tensors."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import cast
 
 import attrs
 from attrs import validators as v
 
 from kvtiers.blocks import Extent, Tier
-from kvtiers.errors import SavedCacheError
+from kvtiers.state import NUMBER, State
 
 _COUNT = [v.instance_of(int), v.ge(0)]
 
 
-@attrs.frozen(kw_only=True)
-class Timeline:
+@attrs.frozen(slots=False, kw_only=True)
+class Timeline(State):
     """Blocks of `block_size` steps on an absolute grid that starts where the sink ends, so all are of one size.
 
     A block is `sink` if it lies before `sink` steps, `mid` once its end is at least `recent` steps in the past, and
@@ -25,12 +23,12 @@ class Timeline:
     sink ends. When `compact` makes a block leave early, the origin moves to the end of that block.
     """
 
-    sink: int = attrs.field(validator=_COUNT)
+    sink: int = attrs.field(validator=_COUNT, metadata=NUMBER)
     recent: int | None = attrs.field(validator=v.optional(_COUNT))
     """None: nothing ever leaves recent."""
     block_size: int = attrs.field(validator=[v.instance_of(int), v.ge(1)])
-    cuts: Sequence[int] | None = None
-    origin: int | None = None
+    cuts: tuple[int, ...] | None = attrs.field(default=None, metadata=NUMBER)
+    origin: int | None = attrs.field(default=None, metadata=NUMBER)
 
     @property
     def start(self) -> int:
@@ -48,19 +46,6 @@ class Timeline:
             return attrs.evolve(self, origin=None if steps <= self.sink else origin)
         cuts = self.cuts[: bisect_right(self.cuts, steps)]
         return attrs.evolve(self, origin=origin, cuts=cuts, sink=min(self.sink, steps))
-
-    def restored(self, *, sink: object, origin: object, cuts: object) -> "Timeline":
-        """With what a file says of it. Raises `SavedCacheError` for what no timeline of these settings could be."""
-        steps = [*(cuts if isinstance(cuts, list) else []), sink, *([] if origin is None else [origin])]
-        whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in steps)
-        if not whole or (cuts is None) != (self.cuts is None) or (self.cuts is None and sink != self.sink):
-            raise SavedCacheError(
-                f"a timeline of sink {sink!r}, origin {origin!r}, cuts {cuts!r} belongs to no such layer"
-            )
-        ends = None if cuts is None else tuple(steps[: len(steps) - (1 if origin is None else 2)])
-        if ends is not None and sink not in (0, *ends):
-            raise SavedCacheError(f"a sink of {sink!r} steps ends inside a block")
-        return attrs.evolve(self, sink=cast(int, sink), origin=cast(int | None, origin), cuts=ends)
 
     def recent_start_at(self, steps: int) -> int:
         """The first step of the recent tier when `steps` steps are history (at least the end of the sink)."""

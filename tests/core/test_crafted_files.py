@@ -184,7 +184,7 @@ NEVER = re.compile(r"= 'x'|= 1\.5|1099511627776|10{30}|\d\) is gone|no (policies
 """What no header may say."""
 KEYS_AND_VALUES = re.compile(r"^\S*(planes\.(?!bias|attention)\S+|stores\.\S+|watched\.[cf]\S+|\.(keys|values))$")
 """What a model gave may be any numbers, as long as there are as many."""
-FREE = re.compile(r"^\S*(mid\.\S+|offsets|chosen|chosen_compressed|planes\.unrotated|watched\.\S+)$")
+FREE = re.compile(r"^\S*(mid\.\S+|offsets|selection\.\S+|planes\.unrotated|watched\.\S+)$")
 """Tensors that may have more or fewer rows, heads, blocks, queries or slots, or another dtype."""
 
 
@@ -262,7 +262,7 @@ def test_layers_that_have_not_come_equally_far_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "place", "change"),
     [
-        ("streaming", ("timeline", "origin"), lambda _: 0),
+        ("streaming", ("timeline", "state", "origin"), lambda _: 0),
         ("streaming", ("recent_start",), lambda _: 0),
         ("archive that rotates", (*WINDOW, "tail"), lambda tail: tail + 1),
         ("archive that rotates", (*UNROTATED, "tail"), lambda tail: tail + 1),
