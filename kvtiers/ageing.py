@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvtiers import events
 from kvtiers.blocks import Blocks, Extent, Form, run_of
-from kvtiers.checks import called
+from kvtiers.checks import Sizes, called, check_returned
 from kvtiers.errors import SlotError
 from kvtiers.history import History
 from kvtiers.mid import Fetched, MidTokens
@@ -157,45 +157,26 @@ def check_made(
         who = f"layer {history.layer}: commit(compressed=...) for {type(compressor).__name__}"
     if not isinstance(made, Blocks):
         raise SlotError(f"{who} returned a {type(made).__name__}; due is Blocks, or None where blocks are dropped")
-    keys, values, most = made.keys, made.values, "at most " if at_most else ""
-    due = (*history.wide, count)
-    enough = keys.dim() == 5 and (keys.shape[3] <= tokens if at_most else keys.shape[3] == tokens)
-    if not enough or keys.shape[:3] != due or keys.shape[:4] != values.shape[:4]:
-        declared = "mid_tokens()" if at_most else "compressed_tokens()"
-        raise SlotError(
-            f"{who} made keys {tuple(keys.shape)} and values {tuple(values.shape)}; due is [batch, kv_heads, blocks, "
-            f"tokens, width] with {due} and {most}{tokens} tokens, as {declared} says"
-        )
-    got, widths = (keys.shape[4], values.shape[4]), (moment.geometry.head_dim, moment.geometry.value_dim)
-    if got != widths:
-        raise SlotError(f"{who} made keys and values of widths {got}; due are {widths}")
-    if {keys.dtype, values.dtype} != {history.geometry.dtype}:
-        raise SlotError(
-            f"{who} made keys of {keys.dtype} and values of {values.dtype}; due is {history.geometry.dtype}"
-        )
-    if {keys.device, values.device} != {moment.device}:
-        raise SlotError(f"{who} made keys on {keys.device} and values on {values.device}; due is {moment.device}")
+    keys: Any = made.keys
+    geometry, device = moment.geometry, moment.device
+    declared, most = ("mid_tokens()", "at most ") if at_most else ("compressed_tokens()", "")
+    due = f"[batch, kv_heads, blocks, tokens, width], of {most}{tokens} tokens, as {declared} says,"
+    fewer = at_most and isinstance(keys, Tensor) and keys.dim() == 5 and keys.shape[3] < tokens
+    many = keys.shape[3] if fewer else tokens
+    lead = (*history.wide, count)
+    for name, part, width in (("keys", keys, geometry.head_dim), ("values", made.values, geometry.value_dim)):
+        check_returned(f"{who}, {name},", part, due, (*lead, many, width), dtype=geometry.dtype, device=device)
     span: object = made.span
     if not isinstance(span, int) or span < 1:
         raise SlotError(f"{who} made blocks of span {span!r}; due is a whole number of steps of at least 1")
-    axes, lead = 1 + len(moment.geometry.grid), (*due, keys.shape[3])
-    if made.offsets.dim() == 5 and made.offsets.shape[4] != axes:
-        raise SlotError(f"{who} made offsets of {made.offsets.shape[4]} axes; due are {axes}: time, then the grid's")
-    for name, part, ends in (("offsets", made.offsets, 1), ("bias", made.bias, 0)):
-        if part is None:
-            continue
-        shape = part.shape[: part.dim() - ends]
-        if (
-            part.dim() != 4 + ends
-            or any(a not in (1, b) for a, b in zip(shape, lead, strict=True))
-            or shape[3] != lead[3]
-        ):
-            due = (*lead, axes) if ends else lead
-            raise SlotError(f"{who} made {name} {tuple(part.shape)}; due is {due}, where the first three may be 1")
-        if part.device != keys.device:
-            raise SlotError(f"{who} made {name} on {part.device}; due is {keys.device}, as keys are")
-        if not part.is_floating_point():
-            raise SlotError(f"{who} made {name} of {part.dtype}; due is a floating dtype")
+    some: Sizes = (*((1, n) for n in lead), many)
+    may = "where the first three may be 1"
+    due = f"[batch, kv_heads, blocks, tokens, axes], {may}, and axes are time and the grid's,"
+    axes = 1 + len(geometry.grid)
+    check_returned(f"{who}, offsets,", made.offsets, due, (*some, axes), dtype=None, device=device)
+    if made.bias is not None:
+        due = f"[batch, kv_heads, blocks, tokens], {may},"
+        check_returned(f"{who}, bias,", made.bias, due, some, dtype=None, device=device)
     if compressor.alike and (made.bias is not None or not made.alike):
         raise SlotError(
             f"{who} made blocks that have a bias, or whose tokens lie otherwise than in others, and says alike = True; "

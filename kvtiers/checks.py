@@ -14,6 +14,16 @@ from kvtiers.rotary import Rotary
 from kvtiers.slots import Placement
 
 One = TypeVar("One")
+Sizes = Sequence[int | tuple[int, int] | None]
+"""The size that each axis must have: one of two, or, if None, any."""
+
+
+def fits(x: Tensor, shape: Sizes) -> bool:
+    """Whether a tensor is of `shape`."""
+    return x.dim() == len(shape) and all(
+        due is None or size in (due if isinstance(due, tuple) else (due,))
+        for size, due in zip(x.shape, shape, strict=True)
+    )
 
 
 def called(layer: int, part: object, method: str) -> str:
@@ -114,10 +124,9 @@ def admit(
 def admit_query(query: object, geometry: Geometry, current: int, *, layer: int) -> None:
     """Raise `GeometryError` unless these may be queries of the `current` tokens."""
     due = (geometry.batch, geometry.query_heads, geometry.head_dim)
-    shape = tuple(query.shape) if isinstance(query, Tensor) else ()
-    fits = len(shape) == 4 and (*shape[:2], shape[3]) == due and 0 < shape[2] <= (current or shape[2])
-    if not isinstance(query, Tensor) or not fits or not query.is_floating_point():
-        got = f"{shape} {query.dtype}" if isinstance(query, Tensor) else f"a {type(query).__name__}"
+    right = isinstance(query, Tensor) and fits(query, (*due[:2], None, due[2])) and query.is_floating_point()
+    if not isinstance(query, Tensor) or not right or not 0 < query.shape[2] <= (current or query.shape[2]):
+        got = f"{tuple(query.shape)} {query.dtype}" if isinstance(query, Tensor) else f"a {type(query).__name__}"
         raise GeometryError(
             f"layer {layer} takes queries [batch, query_heads, tokens, head_dim] = ({due[0]}, {due[1]}, {current}, "
             f"{due[2]}) of the current tokens, of a floating dtype; got {got}"
@@ -140,16 +149,16 @@ def given_forms(compressed: object, policies: Sequence[Policy]) -> Sequence[Bloc
 
 
 def check_returned(
-    who: str, made: object, due: str, shape: Sequence[int | None], *, dtype: torch.dtype | None, device: torch.device
+    who: str, made: object, due: str, shape: Sizes, *, dtype: torch.dtype | None, device: torch.device
 ) -> None:
-    """Raise `SlotError` unless a policy returned a tensor of `shape` (None: any size) on `device`.
+    """Raise `SlotError` unless a policy returned a tensor of `shape` on `device`.
 
     due: the shape in words. dtype: None for any that floats. Waits for nothing.
     """
     if not isinstance(made, Tensor):
         raise SlotError(f"{who} returned a {type(made).__name__}; due is a tensor {due}")
-    if made.dim() != len(shape) or any(n not in (None, got) for got, n in zip(made.shape, shape, strict=True)):
-        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+    if not fits(made, shape):
+        sizes = ", ".join("any" if n is None else str(max(n) if isinstance(n, tuple) else n) for n in shape)
         raise SlotError(f"{who} returned {tuple(made.shape)}; due is {due} = ({sizes})")
     if made.dtype != dtype and (dtype is not None or not made.is_floating_point()):
         raise SlotError(f"{who} returned {made.dtype}; due is {dtype or 'a floating dtype'}")

@@ -3,7 +3,7 @@
 A checksum tells a file that was damaged. These are the checks for one that was made to be wrong.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvtiers.ageing import check_made
 from kvtiers.blocks import Blocks, Form
+from kvtiers.checks import Sizes, fits
 from kvtiers.errors import SavedCacheError
 from kvtiers.layer_state import LayerState
 from kvtiers.window import Window
@@ -290,14 +291,9 @@ def _kinds(parts: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dty
     return {name: (part.shape, part.dtype) for name, part in parts.items()}
 
 
-def _is(x: Tensor | None, shape: Sequence[int | tuple[int, int] | None], dtype: torch.dtype | None = None) -> bool:
-    """Whether this is a tensor of a shape (a size may be one of two, or, if None, any) and dtype (None: any float)."""
-    if x is None or x.dim() != len(shape) or (x.dtype != dtype if dtype else not x.is_floating_point()):
-        return False
-    return all(
-        due is None or size in (due if isinstance(due, tuple) else (due,))
-        for size, due in zip(x.shape, shape, strict=True)
-    )
+def _is(x: Tensor | None, shape: Sizes, dtype: torch.dtype | None = None) -> bool:
+    """Whether this is a tensor of a shape and dtype (None: any float)."""
+    return x is not None and fits(x, shape) and (x.dtype == dtype if dtype else x.is_floating_point())
 
 
 def _finite(x: Tensor | None, most: float = _FAR) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from kvtiers.archive import BlockStore, ByteBudget
 from kvtiers.blocks import Blocks, Form, Selection
-from kvtiers.checks import called, check_decoded, check_encoded, check_returned
+from kvtiers.checks import Sizes, called, check_decoded, check_encoded, check_returned
 from kvtiers.errors import GeometryError, SelectionError, SlotError
 from kvtiers.geometry import Geometry
 from kvtiers.growing import Growing
@@ -210,16 +210,10 @@ class History(State):
             return None
         digests = self.digests.data
         scores = retriever.score(query, None if digests is None else digests[:, :, : self.count], self.count, moment)
-        wide = self.wide
-        lead = tuple(1 if n == 1 else due for n, due in zip(getattr(scores, "shape", ()), wide, strict=False))
-        check_returned(
-            called(self.layer, retriever, "score"),
-            scores,
-            "[batch, kv_heads, archived], where the first two may be 1,",
-            (*(lead if len(lead) == 2 else wide), self.count),
-            dtype=None,
-            device=moment.device,
-        )
+        wide, who = self.wide, called(self.layer, retriever, "score")
+        due = "[batch, kv_heads, archived], where the first two may be 1,"
+        shape: Sizes = (*((1, n) for n in wide), self.count)
+        check_returned(who, scores, due, shape, dtype=None, device=moment.device)
         ranked = choose(scores, count + more)
         best, next_best = ranked[..., :count].sort(-1).values, ranked[..., count:].sort(-1).values
         return Selection(
