@@ -154,14 +154,14 @@ def _table(*columns: str) -> Table:
 
 
 def _row(plugin: Plugin) -> dict[str, Any]:
-    status = "disabled" if plugin.disabled else "failed" if plugin.errors else "ok"
+    status = "disabled" if plugin.disabled_by else "failed" if plugin.errors else "ok"
     return {
         "name": plugin.name,
         "distribution": plugin.distribution,
         "version": plugin.version,
         "module": plugin.module,
         "provides": {kind: list(names) for kind, names in plugin.provides.items()},
-        "observes": plugin.observes,
+        "observes": plugin.observe is not None,
         "status": status,
         "errors": [explain(error) for error in plugin.errors],
     }

@@ -49,7 +49,8 @@ class Plugin:
     """One plugin: where it comes from, what it provides, and what went wrong.
 
     factories: for each kind of `HOOKS`, what it provides by name. failed: the kinds whose names are not known because
-        of an error. disabled_by: the environment variable that says that it is not to be loaded.
+        of an error. observe: is told of every event. disabled_by: the environment variable that says that it is not to
+        be loaded.
     """
 
     name: str
@@ -66,16 +67,6 @@ class Plugin:
     def provides(self) -> dict[str, tuple[str, ...]]:
         """The names that it gives, sorted, for each kind of `HOOKS` of which it gives any."""
         return {kind: tuple(sorted(found)) for kind, found in self.factories.items() if found}
-
-    @property
-    def observes(self) -> bool:
-        """Whether it is told of every event."""
-        return self.observe is not None
-
-    @property
-    def disabled(self) -> bool:
-        """Whether it was not loaded because the user says so."""
-        return self.disabled_by is not None
 
     @property
     def error(self) -> Exception | None:
@@ -123,23 +114,44 @@ class Registry:
     @property
     def plugins(self) -> tuple[Plugin, ...]:
         """Every plugin, those that failed or clash included, in the order of loading."""
-        return tuple(self._with_clashes(plugin) for plugin in self._plugins)
+        found = []
+        for plugin in self._plugins:
+            given = [(kind, name) for kind, names in plugin.provides.items() for name in names]
+            several = [(*each, by) for each in given if len(by := self._providers(*each)) > 1]
+            found.append(attrs.evolve(plugin, errors=(*plugin.errors, *(_clash(*each) for each in several))))
+        return tuple(found)
 
     def names(self, kind: str) -> tuple[str, ...]:
         """The names installed for one kind of `HOOKS`, sorted."""
         return tuple(sorted({name for plugin in self._plugins for name in plugin.factories.get(kind, {})}))
 
-    def provider(self, kind: str, name: str) -> Plugin:
-        """The plugin that provides `name`."""
-        return self._find(kind, name)
-
     def factory(self, kind: str, name: str) -> Factory:
-        """The factory of `name`.
+        """The factory of `name`. Errors are those of `provider`."""
+        return self.provider(kind, name).factories[kind][name]
+
+    def provider(self, kind: str, name: str) -> Plugin:
+        """The plugin that provides `name`.
 
         Raises `UnknownPolicyError` for a name that nobody provides (an `UnprovidedError`, which is a `PluginError` too,
         if a plugin that failed may have), `PluginError` for a name that two plugins provide.
         """
-        return self._find(kind, name).factories[kind][name]
+        providers = self._providers(kind, name)
+        if len(providers) == 1:
+            return providers[0]
+        if providers:
+            raise _clash(kind, name, providers)
+        known = self.names(kind)
+        message = f"unknown {kind} {name!r}; installed: {', '.join(known) or 'none'}.{suggest(name, known)}"
+        for by, why in ((DISABLE, "Disabled by"), (ONLY, "Left out by")):
+            out = [plugin.origin for plugin in self._plugins if plugin.disabled_by == by]
+            message += f" {why} {by}: {', '.join(out)}." if out else ""
+        broken = [plugin for plugin in self._plugins if kind in plugin.failed]
+        if not broken:
+            raise UnknownPolicyError(message)
+        why = "; ".join(f"{plugin.origin} ({explain(plugin.errors[0])})" for plugin in broken)
+        raise UnprovidedError(f"{message} It may belong to a plugin that failed: {why}. See `kvtiers plugins`.") from (
+            broken[0].errors[0]
+        )
 
     def register(self, plugin: object, name: str | None = None) -> Plugin:
         """Add a module or object with hook implementations. Raises `PluginError` at once if it is at fault."""
@@ -153,9 +165,9 @@ class Registry:
             raise PluginError(f"plugin {name!r} cannot be registered: {explain(loaded.error)}") from loaded.error
         for kind, names in loaded.provides.items():
             for each in names:
-                if each in self.names(kind):
-                    origin = self._providers(kind, each)[0].origin
+                if other := self._providers(kind, each):
                     self._manager.unregister(name=name)
+                    origin = other[0].origin
                     raise PluginError(f"plugin {name!r} provides the {kind} {each!r}, as {origin} does; rename it")
         self._add(loaded)
         return loaded
@@ -227,46 +239,19 @@ class Registry:
 
     def _add(self, plugin: Plugin) -> None:
         self._plugins.append(plugin)
-        if plugin.observes:
+        if plugin.observe is not None:
             self._observers = (*self._observers, plugin)
 
     def _providers(self, kind: str, name: str) -> list[Plugin]:
         return [plugin for plugin in self._plugins if name in plugin.factories.get(kind, {})]
 
-    def _find(self, kind: str, name: str) -> Plugin:
-        providers = self._providers(kind, name)
-        if len(providers) == 1:
-            return providers[0]
-        if providers:
-            raise self._clash(kind, name, providers)
-        known = self.names(kind)
-        message = f"unknown {kind} {name!r}; installed: {', '.join(known) or 'none'}.{suggest(name, known)}"
-        for by, why in ((DISABLE, "Disabled by"), (ONLY, "Left out by")):
-            out = [plugin.origin for plugin in self._plugins if plugin.disabled_by == by]
-            message += f" {why} {by}: {', '.join(out)}." if out else ""
-        broken = [plugin for plugin in self._plugins if kind in plugin.failed]
-        if not broken:
-            raise UnknownPolicyError(message)
-        why = "; ".join(f"{plugin.origin} ({explain(plugin.errors[0])})" for plugin in broken)
-        raise UnprovidedError(f"{message} It may belong to a plugin that failed: {why}. See `kvtiers plugins`.") from (
-            broken[0].errors[0]
-        )
 
-    def _clash(self, kind: str, name: str, providers: list[Plugin]) -> PluginError:
-        origins = " and ".join(plugin.origin for plugin in providers)
-        names = ", ".join(plugin.name for plugin in providers)
-        return PluginError(
-            f"the {kind} {name!r} is provided by {origins}; uninstall one, or set {DISABLE} to one of: {names}"
-        )
-
-    def _with_clashes(self, plugin: Plugin) -> Plugin:
-        clashes = tuple(
-            self._clash(kind, name, providers)
-            for kind, factories in plugin.factories.items()
-            for name in factories
-            if len(providers := self._providers(kind, name)) > 1
-        )
-        return attrs.evolve(plugin, errors=(*plugin.errors, *clashes))
+def _clash(kind: str, name: str, providers: list[Plugin]) -> PluginError:
+    origins = " and ".join(plugin.origin for plugin in providers)
+    names = ", ".join(plugin.name for plugin in providers)
+    return PluginError(
+        f"the {kind} {name!r} is provided by {origins}; uninstall one, or set {DISABLE} to one of: {names}"
+    )
 
 
 def _module(plugin: object) -> str:

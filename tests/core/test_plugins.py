@@ -225,7 +225,7 @@ def test_a_plugin_is_skipped_by_entry_point_name_or_distribution(install, monkey
     monkeypatch.setenv("KVTIERS_DISABLE_PLUGINS", disabled)
     found = Registry.installed()
     record = next(plugin for plugin in found.plugins if plugin.name == "one")
-    assert record.disabled
+    assert record.disabled_by == "KVTIERS_DISABLE_PLUGINS"
     assert record.error is None
     with pytest.raises(UnknownPolicyError, match="Disabled by KVTIERS_DISABLE_PLUGINS: 'one' of kvtt-one"):
         found.factory("sinks", "what")
@@ -237,7 +237,7 @@ def test_only_the_plugins_that_are_named_are_loaded(install, monkeypatch, only):
     install("kvtt-two", "two", "raise RuntimeError('imported')")
     monkeypatch.setenv("KVTIERS_PLUGINS", only)
     found = Registry.installed()
-    assert [plugin.name for plugin in found.plugins if not plugin.disabled] == ["one"]
+    assert [plugin.name for plugin in found.plugins if not plugin.disabled_by] == ["one"]
     assert found.names("sinks") == ("mine",)
     assert all(plugin.error is None for plugin in found.plugins)
     with pytest.raises(UnknownPolicyError, match=r"Left out by KVTIERS_PLUGINS: .*'two' of kvtt-two 1\.2") as got:
