@@ -13,7 +13,6 @@ from torch import Tensor
 from kvtiers.blocks import Context
 from kvtiers.errors import GeometryError
 from kvtiers.layer import Layer
-from kvtiers.together import SharedBuffer, can_share, turned
 
 
 class PaddingPattern:
@@ -53,8 +52,6 @@ class RowGroup:
 
     rows: Int[Tensor, " rows"] | None
     layer: Layer
-    shared: SharedBuffer | None = None
-    """The buffer that all groups share, if a token of each was attended in one call."""
 
     def numbers(self) -> list[int]:
         """The rows by number."""
@@ -137,16 +134,8 @@ class LayerRows:
         keys: Float[Tensor, "batch kv_heads steps head_dim"],
         values: Float[Tensor, "batch kv_heads steps value_dim"],
         padding: PaddingPattern | None = None,
-        *,
-        together: bool = False,
     ) -> Iterator[Chunk]:
-        """Feed a forward of any length through the three verbs, cut on the policy's absolute chunk grid (text).
-
-        together: attend rows of different length in one call where that can be, with a mask for each row.
-        """
-        if together and padding is None and keys.shape[2] == 1 and self._may_share(keys):
-            yield from self._one_token(query, keys, values)
-            return
+        """Feed a forward of any length through the three verbs, cut on the policy's absolute chunk grid (text)."""
         for group, columns in self._split(keys.shape[0], padding):
             layer, start = group.layer, 0
             length = keys.shape[2] if columns is None else columns.numel()
@@ -161,41 +150,6 @@ class LayerRows:
                 layer.select(q)
                 yield Chunk(rows=group.rows, columns=where, query=layer.place_query(q), context=layer.context())
                 start = stop
-
-    def _may_share(self, keys: Tensor) -> bool:
-        """Whether the next token of every row can be attended in one call."""
-        if len(self.groups) < 2 or torch.is_grad_enabled():
-            return False
-        self.check_batch(keys.shape[0])
-        return all(can_share(layer) for layer in self.layers())
-
-    def _one_token(self, query: Tensor, keys: Tensor, values: Tensor) -> Iterator[Chunk]:
-        """Write a token of every row, let those choose that have to, and attend all in one call.
-
-        Where a row just chose tokens that have a bias, groups attend one by one: the shared buffer holds no biases.
-        """
-        layers, shared = self.layers(), self.groups[0].shared
-        if shared is None or not shared.holds(layers):
-            shared = self._joined(layers)
-        query, keys, values = (of_rows(x, shared.order) for x in (query, keys, values))
-        shared.write(layers, keys, values)
-        shared.select(layers, query)
-        if not all(can_share(layer) for layer in layers):
-            parts = query.split([layer.geometry.batch for layer in layers])
-            for group, own in zip(self.groups, parts, strict=True):
-                placed, context = group.layer.place_query(own), group.layer.context()
-                yield Chunk(rows=group.rows, columns=slice(0, 1), query=placed, context=context)
-            return
-        if not shared.holds(layers, room=0):  # mid outgrew the buffer
-            shared = self._joined(layers)
-        placed = turned(layers, query, [layer.committed_steps for layer in layers])
-        yield Chunk(rows=shared.order, columns=slice(0, 1), query=placed, context=shared.context(layers))
-
-    def _joined(self, layers: list[Layer]) -> SharedBuffer:
-        """All groups, moved into one buffer."""
-        shared = SharedBuffer.of(layers, [group.numbers() for group in self.groups])
-        self.groups = tuple(attrs.evolve(group, shared=shared) for group in self.groups)
-        return shared
 
     def check_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Raise `GeometryError` unless `rows` names rows that are here. Rows on a GPU are looked at only if parted."""

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvtiers import Context, LayerRows, PaddingPattern, UnsupportedModelError
+from kvtiers_transformers import together
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -146,7 +147,8 @@ def tiered_attention(
         result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
         return result
     out: Tensor | None = None
-    for chunk in kvtiers.chunks(query, key, value, forward.padding, together=backend in _WITH_MASKS_BY_ROW):
+    chunks = together.chunks if backend in _WITH_MASKS_BY_ROW else LayerRows.chunks
+    for chunk in chunks(kvtiers, query, key, value, forward.padding):
         context = chunk.context
         mask = _mask_for(backend, context, chunk.query)
         if mask is None and backend == "eager" and attention_mask is not None:

@@ -4,20 +4,19 @@ Rows age and select by themselves, which is rare; a decoded token is written and
 of different length end at the same slot, and a mask hides from each row what lies before its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import attrs
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvtiers.blocks import Context
-from kvtiers.checks import admit
-from kvtiers.errors import SelectionError
+from kvtiers import Chunk, Context, Layer, LayerRows, PaddingPattern, SelectionError
 from kvtiers.growing import grown, lasting
-from kvtiers.layer import Layer
+from kvtiers.rows import of_rows
 from kvtiers.window import Window
 
 
@@ -81,9 +80,8 @@ class SharedBuffer:
 
     def write(self, layers: Sequence[Layer], keys: Tensor, values: Tensor) -> None:
         """Take a token of each row, [all rows, kv_heads, 1, width], in the order of this buffer."""
-        slot, one = layers[0].window.tail, layers[0]
-        few, held = slice(one.geometry.batch), self.rotated.planes["rotated"].device
-        admit(keys[few], values[few], one.policy, one.geometry, layer=one.layer, held=held)
+        slot, few = layers[0].window.tail, slice(layers[0].geometry.batch)
+        layers[0].admit(keys[few], values[few])
         placed = turned(layers, keys, [layer.num_steps for layer in layers])
         for name, new in (("rotated", placed), ("values", values)):
             self.rotated.planes[name][:, :, slot : slot + 1] = new
@@ -116,6 +114,49 @@ class SharedBuffer:
             causal=False,
             locate=_nowhere,
         )
+
+
+buffers: WeakKeyDictionary[Layer, SharedBuffer] = WeakKeyDictionary()
+"""The buffer that the groups of some rows share, by the layer of the first, with which it is freed."""
+
+
+def chunks(
+    rows: LayerRows, query: Tensor, keys: Tensor, values: Tensor, padding: PaddingPattern | None
+) -> Iterator[Chunk]:
+    """As `LayerRows.chunks`; but a token of each row, [batch, heads, 1, width], is attended in one call where that can
+    be, with a mask for each row.
+
+    Where a row just chose tokens that have a bias, groups attend one by one: the shared buffer holds no biases.
+    """
+    layers = rows.layers()
+    alone = padding is not None or keys.shape[2] != 1 or len(layers) < 2 or torch.is_grad_enabled()
+    if not alone:
+        rows.check_batch(keys.shape[0])
+    if alone or not all(map(can_share, layers)):
+        yield from rows.chunks(query, keys, values, padding)
+        return
+    shared = buffers.get(layers[0])
+    if shared is None or not shared.holds(layers):
+        shared = _joined(rows)
+    query, keys, values = (of_rows(x, shared.order) for x in (query, keys, values))
+    shared.write(layers, keys, values)
+    shared.select(layers, query)
+    if not all(map(can_share, layers)):
+        for group, own in zip(rows.groups, _parted(layers, query), strict=True):
+            placed, context = group.layer.place_query(own), group.layer.context()
+            yield Chunk(rows=group.rows, columns=slice(0, 1), query=placed, context=context)
+        return
+    if not shared.holds(layers, room=0):  # mid outgrew the buffer
+        shared = _joined(rows)
+    placed = turned(layers, query, [layer.committed_steps for layer in layers])
+    yield Chunk(rows=shared.order, columns=slice(0, 1), query=placed, context=shared.context(layers))
+
+
+def _joined(rows: LayerRows) -> SharedBuffer:
+    """All groups, moved into one buffer."""
+    layers = rows.layers()
+    buffers[layers[0]] = made = SharedBuffer.of(layers, [group.numbers() for group in rows.groups])
+    return made
 
 
 def _parted(layers: Sequence[Layer], x: Tensor) -> Sequence[Tensor]:

@@ -1,7 +1,13 @@
 """Rows of different length are decoded in one attention call, and each is still the same row alone."""
 
+import gc
+import weakref
+
 import attrs
 import pytest
+
+pytest.importorskip("transformers", reason="needs the extra 'transformers'")
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +18,7 @@ from kvtiers.errors import SelectionError
 from kvtiers.geometry import Geometry
 from kvtiers.presets import policy
 from kvtiers.rows import Chunk, PaddingPattern
-from kvtiers.together import can_share
+from kvtiers_transformers.together import buffers, can_share, chunks
 from strategies import STEPS, Setting, Stream, attend_context, fewer, policies, rotary, settings_of, small_presets
 
 
@@ -23,7 +29,7 @@ def fed(cache: TieredCache, now: Stream, valid: torch.Tensor | None = None) -> t
     calls = []
     with torch.no_grad():
         padding = PaddingPattern.of(valid)
-        for chunk in cache.layers[0].chunks(now.query, now.keys, now.values, padding, together=True):
+        for chunk in chunks(cache.layers[0], now.query, now.keys, now.values, padding):
             rows = torch.arange(batch) if chunk.rows is None else chunk.rows
             columns = torch.arange(steps)[chunk.columns]
             out[rows[:, None], :, columns[None]] = attend_context(chunk.query, chunk.context).transpose(1, 2)
@@ -97,9 +103,11 @@ def test_bytes_are_told_as_they_are_held_in_the_shared_buffer():
 def test_forgetting_everything_frees_the_shared_buffer():
     setting, cache = batch()
     fed(cache, setting.tokens.part(14, 15))
-    assert cache.layers[0].groups[0].shared is not None
+    shared = weakref.ref(buffers[cache.every_layer()[0]])
     cache.reset()
+    gc.collect()
     assert not cache.layers[0].groups
+    assert shared() is None
 
 
 def test_a_fork_writes_nothing_into_the_buffer_that_its_origin_shares():
@@ -119,7 +127,7 @@ def test_the_buffer_grows_with_the_tokens_and_not_with_each_change_of_rows(chang
     for step in range(14, 30):
         if change == "fork":
             cache = cache.fork()
-            assert cache.layers[0].groups[0].shared is None
+            assert cache.every_layer()[0] not in buffers
         else:
             cache.select_rows(torch.arange(3))
         fed(cache, setting.tokens.part(step, step + 1))
@@ -156,9 +164,9 @@ def test_while_the_sink_fills_there_is_nothing_recent_to_rewind(steps):
 def test_where_gradients_are_wanted_rows_attend_by_themselves():
     setting, cache = batch()
     now = setting.tokens.part(14, 15)
-    chunks = list(cache.layers[0].chunks(now.query, now.keys.requires_grad_(), now.values, together=True))
-    assert len(chunks) == 3
-    assert sum(chunk.context.keys.requires_grad for chunk in chunks) == 3
+    calls = list(chunks(cache.layers[0], now.query, now.keys.requires_grad_(), now.values, None))
+    assert len(calls) == 3
+    assert sum(chunk.context.keys.requires_grad for chunk in calls) == 3
 
 
 def test_positions_of_rows_that_attend_together_are_asked_of_each_group():
