@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtiers.errors import KVTiersError, MissingExtraError, PolicyError, explain
-from kvtiers.planning import Shape, cost
+from kvtiers.planning import Shape
 from kvtiers.plugins import registry
 from kvtiers.presets import parse, policy
+from kvtiers_models.costs import cost
 
 
 @click.command()

@@ -11,9 +11,10 @@ from kvtiers.blocks import Blocks, Context
 from kvtiers.changes import why_not_crop
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
-from kvtiers.planning import Shape, cost
+from kvtiers.planning import Shape
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
+from kvtiers_models.costs import cost
 
 
 def wan_rotary(head_dim: int) -> Rotary:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from kvtiers.accounting import bytes_in, memory_usage_of
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
-from kvtiers.planning import Shape, cost
+from kvtiers.planning import Shape
 from kvtiers.presets import policy
+from kvtiers_models.costs import cost
 from strategies import any_policy, cuts, feed, policies, settings_of
 
 WAN = Shape(
