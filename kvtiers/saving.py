@@ -7,7 +7,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,20 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
 
 def extra(path: Path) -> dict[str, Any]:
     """The plain data that was kept beside a cache; nothing else is read or checked."""
+    with _opened(path) as (_, metadata):
+        return dict(json.loads(metadata.get("about", "{}"))["extra"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Mapping[str, str]]]:
+    """A saved cache that is being read, and its header. What cannot be read is a `SavedCacheError`."""
     if not path.is_file():
         raise SavedCacheError(f"{path} is no file; give the path that save() was given")
     try:
         with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
-            kept: dict[str, Any] = dict(about["extra"])
+            yield file, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise SavedCacheError(f"{path} cannot be read as a saved cache: {error}; is it truncated?") from error
-    return kept
 
 
 Groups = list[tuple[RowGroup, ...]]
@@ -194,15 +200,9 @@ def _groups(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of a saved cache, after checking that nothing is missing or changed."""
-    if not path.is_file():
-        raise SavedCacheError(f"{path} is no file; give the path that save() was given")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-            # Copied, since get_tensor maps the file: whoever changes or truncates it later must not reach the cache.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SavedCacheError(f"{path} cannot be read as a saved cache: {error}; is it truncated?") from error
+    with _opened(path) as (file, metadata):
+        # Copied, since get_tensor maps the file: whoever changes or truncates it later must not reach the cache.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     if metadata.get("format") != FORMAT:
         raise SavedCacheError(
             f"{path} is no saved cache of this version: format {metadata.get('format')!r}, expected {FORMAT!r}"
