@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-import attrs
-
 from kvtiers.archive import Archive
 from kvtiers.errors import CropError, PolicyError, SwapError
 from kvtiers.layer import Layer
-from kvtiers.policy import Policy
+from kvtiers.policy import FIELDS, Policy
 
 _FREE = frozenset({"retriever", "top_k", "refresh", "chunk_size", "budget", "realigner", "top_k_compressed"})
 
@@ -62,8 +60,7 @@ def check_policy(layer: Layer, policy: Policy) -> None:
     if layer.num_steps == 0:
         return
     old, number = layer.policy, layer.layer
-    names = [field.name for field in attrs.fields(Policy)]
-    fixed = [name for name in names if name not in _FREE and getattr(old, name) != getattr(policy, name)]
+    fixed = [name for name in FIELDS if name not in _FREE and getattr(old, name) != getattr(policy, name)]
     if policy.archive.adopts(old.archive):
         fixed = [name for name in fixed if name != "archive"]
     if fixed:

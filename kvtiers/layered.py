@@ -5,13 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from kvtiers.errors import PolicyError
-from kvtiers.policy import SLOTS, Policy
+from kvtiers.policy import FIELDS, SLOTS, Policy
 from kvtiers.presets import load_policy, policy
-
-_FIELDS = tuple(field.name for field in attrs.fields(Policy))
 
 
 def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any) -> list[Policy]:
@@ -29,7 +25,7 @@ def resolve(base: str | Path | Policy, *, layers: Sequence[int], **changes: Any)
     named = base if isinstance(base, Policy) else load_policy(base) if Path(base).suffix == ".toml" else str(base)
     own = {name: value for name, value in changes.items() if _differs(name, value)}
     for name, value in own.items():
-        if name not in _FIELDS:
+        if name not in FIELDS:
             raise PolicyError(
                 f"{name} is no slot or setting of a policy, and an option of a choice is the same for all layers; "
                 f"give one value, or the slot itself by layer, got a {type(value).__name__}"

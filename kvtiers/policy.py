@@ -152,6 +152,10 @@ class Policy(Bounds):
         return timeline.extended(stop, anchor=anchor)
 
 
+FIELDS = tuple(field.name for field in attrs.fields(Policy))
+"""The slots and settings of a policy, by name."""
+
+
 def choose(scores: Float[Tensor, "batch kv_heads archived"], count: int) -> Int[Tensor, "batch kv_heads chosen"]:
     """The indices of the `count` highest scores, best first; of equal scores the newer block wins."""
     newest_first = scores.flip(-1)

@@ -13,12 +13,11 @@ import attrs
 
 from kvtiers.errors import PluginError, PolicyError, SlotError, explain, suggest
 from kvtiers.plugins import Registry, registry
-from kvtiers.policy import SLOTS, Policy
+from kvtiers.policy import FIELDS, SLOTS, Policy
 
 _WHOLE, _FRACTION = re.compile("-?[0-9]+"), re.compile(r"-?[0-9]{1,40}\.[0-9]{1,40}")
 _SLOT_FIELDS = [getattr(attrs.fields(Policy), slot) for slot in SLOTS]
 KINDS: Mapping[str, type] = {"policy": Policy, **{field.name: field.type for field in _SLOT_FIELDS}}
-_FIELDS = tuple(field.name for field in attrs.fields(Policy))
 _DEFAULTS = {field.name: None if field.metadata.get("optional") else field.default for field in attrs.fields(Policy)}
 
 
@@ -34,9 +33,9 @@ def policy(name: str | Policy, /, **changes: Any) -> Policy:
     plugin that provides a name is at fault.
     """
     start: Policy = name if isinstance(name, Policy) else _build("policy", name, {})
-    own = {key: _resolve(key, _meant(value, _DEFAULTS[key])) for key, value in changes.items() if key in _FIELDS}
+    own = {key: _resolve(key, _meant(value, _DEFAULTS[key])) for key, value in changes.items() if key in FIELDS}
     made = attrs.evolve(start, **own)
-    options = {key: value for key, value in changes.items() if key not in _FIELDS}
+    options = {key: value for key, value in changes.items() if key not in FIELDS}
     made = _with_options(made, options, "a policy" if isinstance(name, Policy) else f"policy {name!r}")
     idle = "compressed" not in made.forms and not (made.compressor.keeps or made.compressor.drops)
     if "compressor" in changes and idle:
@@ -81,7 +80,7 @@ def describe(policy: Policy) -> dict[str, Any]:
     A slot is {"name": its installed name, option: value, ...}. Raises `PolicyError` for a slot that no plugin provides
     by name, or whose options are not plain values.
     """
-    found = {name: getattr(policy, name) for name in _FIELDS}
+    found = {name: getattr(policy, name) for name in FIELDS}
     return found | {slot: _describe_slot(slot, found[slot]) for slot in SLOTS}
 
 
@@ -151,10 +150,10 @@ def _options_of(choice: Any) -> list[str]:
 def _refuse_unknown(settings: Mapping[str, Any], what: str, options: Sequence[str] = ()) -> None:
     """options: those of the choices that it has."""
     for key in settings:
-        if key not in _FIELDS:
+        if key not in FIELDS:
             more = ", and the options of its choices" if options else ""
-            near = suggest(key, (*_FIELDS, *options))
-            raise PolicyError(f"{what} has no setting {key!r}; settings: {', '.join(_FIELDS)}{more}.{near}")
+            near = suggest(key, (*FIELDS, *options))
+            raise PolicyError(f"{what} has no setting {key!r}; settings: {', '.join(FIELDS)}{more}.{near}")
 
 
 def _refuse_enormous(what: str, options: Mapping[str, Any]) -> None:
