@@ -3,7 +3,7 @@
 It knows blocks and no slots. `add` takes blocks in, all or none; `select` scores and chooses; `fetch` brings tokens.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
@@ -21,8 +21,12 @@ from kvtiers.growing import Growing
 from kvtiers.mid import Fetched, MidTokens, merged
 from kvtiers.policy import Policy, choose
 from kvtiers.slots import Moment
-from kvtiers.state import State, number, part
+from kvtiers.state import PART, State, number, part
 from kvtiers.tokens import TokenTable, lengthened
+
+_NOTHING: Mapping[str, Any] = dict.fromkeys(("keys", "values", "offsets", "starts"))
+_UNCHOSEN: Mapping[str, Any] = dict.fromkeys(("chosen", "compressed"))
+"""What a file fills."""
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
@@ -42,18 +46,18 @@ class History(State):
     """The length in steps of each block that is shorter than `longest`, ascending."""
     compressed_spans: tuple[int, ...] = number(())
     """The steps that each block's compressed form spans, ascending. Empty while all span what their block does."""
-    table: Growing = part(factory=lambda: Growing(0))
+    table: Growing = attrs.field(factory=lambda: Growing(0), metadata=PART)
     """[blocks, 3]: the first step of each block, the steps that it spans, and those at which its compressed form counts
     when it is placed."""
-    digests: Growing = part(factory=lambda: Growing(2))
-    stores: dict[Form, BlockStore] = part(factory=dict)
-    tokens: dict[Form, TokenTable] = part(factory=dict)
+    digests: Growing = attrs.field(factory=lambda: Growing(2), metadata=PART)
+    stores: dict[Form, BlockStore] = part(lambda history: history.opened(), named=True)
+    tokens: dict[Form, TokenTable] = part(lambda _: TokenTable(), named=True)
     """Where the tokens of the blocks lie, and their bias."""
-    waiting: dict[str, Blocks] = part(factory=dict)
+    waiting: dict[str, Blocks] = part(lambda _: Blocks(**_NOTHING, span=0), named=True)
     """Compressed forms that came with blocks that have not left recent yet, by their first step."""
-    rewritten: Blocks | None = part(None)
+    rewritten: Blocks | None = part(lambda _: Blocks(**_NOTHING, span=0))
     """All of mid, where a compressor rewrites it."""
-    selection: Selection | None = part(None)
+    selection: Selection | None = part(lambda _: Selection(**_UNCHOSEN))
     """Which blocks are attended now."""
 
     @property
@@ -91,7 +95,7 @@ class History(State):
         digest = self._digested(digested, moment)
         starts = first + span * torch.arange(count, device=moment.device)
         try:
-            stores = {form: self.stores.get(form) or self._opened() for form in forms}
+            stores = {form: self.stores.get(form) or self.opened() for form in forms}
             for form, parts in encoded.items():
                 stores[form].write(parts)
             self.stores = stores
@@ -113,7 +117,8 @@ class History(State):
         self.count, self.spans = self.count + count, tuple(sorted((*self.spans, *shorter))) if shorter else self.spans
         return {form: sum(x.nbytes for x in parts.values()) for form, parts in encoded.items()}
 
-    def _opened(self) -> BlockStore:
+    def opened(self) -> BlockStore:
+        """A new, empty store."""
         archive = self.policy.archive
         made: object = archive.open(self.budget)
         if not isinstance(made, BlockStore):
@@ -313,20 +318,6 @@ class History(State):
         other = super().select_rows(at)
         other.geometry = attrs.evolve(self.geometry, batch=at.numel())
         return other
-
-    def empty(self, name: str) -> State:
-        if name == "stores":
-            return self._opened()
-        nothing: Any = None  # which is filled
-        made: Mapping[str, Callable[[], State]] = {
-            "selection": lambda: Selection(chosen=nothing, compressed=nothing),
-            "tokens": TokenTable,
-            "table": lambda: Growing(0),
-            "digests": lambda: Growing(2),
-        }
-        if name in made:
-            return made[name]()
-        return Blocks(keys=nothing, values=nothing, offsets=nothing, starts=nothing, span=0)
 
 
 def _rotated(blocks: Blocks, moment: Moment) -> Tensor:

@@ -6,7 +6,7 @@ history. `context` is pure. A verb that fails leaves the layer as it was, or the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import attrs
 import torch
@@ -24,7 +24,6 @@ from kvtiers.layer_state import LayerState
 from kvtiers.mid import Fetched
 from kvtiers.placed import Placed
 from kvtiers.policy import Policy
-from kvtiers.state import State
 from kvtiers.watched import Watched
 
 
@@ -39,20 +38,16 @@ class Layer(LayerState):
 
     def clear(self) -> None:
         """Forget everything."""
-        self.begin(self.policy)
-        for field in attrs.fields(type(self)):
-            if field.metadata.get("state") == "number":
-                setattr(self, field.name, field.default)
-        self.recent_start, self.live, self.broken = self.timeline.sink, None, False
-
-    def begin(self, policy: Policy) -> None:
-        """Empty tiers for `policy`."""
-        geometry = self.geometry
-        self.policy, self.timeline = policy, policy.timeline(geometry)
+        policy, geometry = self.policy, self.geometry
+        self.timeline = policy.timeline(geometry)
         self.placed = Placed.of(policy, geometry, self.rotary, self.layer)
         budget = self.budget or ByteBudget(None)
         self.history = History(policy=policy, geometry=geometry, layer=self.layer, budget=budget)
         self.watched = Watched.of(policy, geometry)
+        for field in attrs.fields(type(self)):
+            if field.metadata.get("state") == "number":
+                setattr(self, field.name, field.default)
+        self.recent_start, self.live, self.broken = self.timeline.sink, None, False
 
     # ------------------------------------------------------------------ the verbs
 
@@ -324,13 +319,10 @@ class Layer(LayerState):
         super().fill(tensors, about)
         check_filled(self)
 
-    def empty(self, name: str) -> State:
-        return cast(State, getattr(self, name))
-
     def set_policy(self, policy: Policy) -> None:
         """Go on under `policy`; the next write or select chooses anew. The caller has asked `kvtiers.changes`."""
         if self.num_steps == 0:
-            self.begin(policy)
+            self.policy = policy
             self.clear()
             return
         with self.changing():

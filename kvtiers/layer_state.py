@@ -57,10 +57,10 @@ class LayerState(Undoable):
     observe: Observe | None = None
     check: bool = False
     budget: ByteBudget | None = None
-    timeline: Timeline = part(None)
-    placed: Placed = part(None)
-    history: History = part(None)
-    watched: Watched = part(None)
+    timeline: Timeline = part()
+    placed: Placed = part()
+    history: History = part()
+    watched: Watched = part()
     num_steps: int = number(0)
     """Steps written."""
     committed_steps: int = number(0)

@@ -34,9 +34,9 @@ class Placed(State):
     anew: bool
     layer: int
     window: Window = part()
-    unrotated: Window | None = part(None)
+    unrotated: Window | None = part()
     """Unrotated keys of recent and current (and of the sink, if it is rotated anew)."""
-    mid: MidTokens | None = part(None)
+    mid: MidTokens | None = part(lambda _: MidTokens())
     """Where the mid tokens of the window come from and lie; None if there are none, or history stays in place."""
     waiting: bool = number(False)
     """Whether the current keys wait, unrotated, for the selection."""
@@ -255,6 +255,3 @@ class Placed(State):
             lead = torch.broadcast_shapes(*(p.shape[:-2] for p in wide), (1, 1))
             both.append(torch.cat([p.expand(*lead, *p.shape[-2:]) for p in wide], -2))
         return both[0], both[1]
-
-    def empty(self, name: str) -> State:
-        return MidTokens() if name == "mid" else getattr(self, name) or super().empty(name)

@@ -6,7 +6,7 @@ A frozen value declares the same by the `metadata` of its fields. Nothing here k
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import attrs
@@ -43,9 +43,13 @@ def shared() -> Any:
     return attrs.field(default=None, metadata=SHARED)
 
 
-def part(default: Any = attrs.NOTHING, *, factory: Any = None) -> Any:
-    """Another `State` (or None), or a mapping of names to them."""
-    return attrs.field(default=default if factory is None else attrs.Factory(factory), metadata=PART)
+def part(empty: Callable[[Any], "State"] | None = None, *, named: bool = False) -> Any:
+    """Another `State` (or None), or, if `named`, a mapping of names to them.
+
+    empty: makes one, to be filled, of what has it. None: one is there whenever something is loaded.
+    """
+    default: Any = attrs.Factory(dict) if named else None
+    return attrs.field(default=default, metadata={**PART, "empty": empty})
 
 
 def select(x: Tensor, at: Tensor) -> Tensor:
@@ -148,14 +152,13 @@ class State:
             return tensors[path]
         if not isinstance(said, dict) or set(said) != {"state"}:
             raise SavedCacheError(f"{path!r} of {type(self).__name__} is described by {said!r}")
-        made = self.empty(name)
+        empty = getattr(attrs.fields(cast(Any, type(self))), name).metadata.get("empty")
+        made = getattr(self, name) if empty is None else empty(self)
+        if made is None:
+            raise SavedCacheError(f"{type(self).__name__} has no part {name!r}")
         start = f"{path}."
         made.fill({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}, said["state"])
         return made
-
-    def empty(self, name: str) -> "State":
-        """A new, empty part for the field `name`, to be filled. Classes with parts that may be None override it."""
-        raise SavedCacheError(f"{type(self).__name__} has no part {name!r}")
 
 
 def _cloned(kind: str, x: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ class TokenTable(State):
 
     constant: Tensor | None = shared()
     """[1, 1, 1, tokens, axes], while tokens lie alike."""
-    offsets: Growing | None = part(None)
+    offsets: Growing | None = part(lambda _: Growing(2))
     """[batch, kv_heads, blocks, tokens, axes], once they lie otherwise in some block."""
-    bias: Growing | None = part(None)
+    bias: Growing | None = part(lambda _: Growing(2))
     """[batch, kv_heads, blocks, tokens], from the first block on that has one."""
 
     def append(self, blocks: Blocks, count: int, *, alike: bool) -> None:
@@ -70,9 +70,6 @@ class TokenTable(State):
     def bias_at(self, index: Int[Tensor, "#batch #kv_heads chosen"]) -> Float[Tensor, "b h chosen tokens"] | None:
         """The bias of the tokens of some blocks, or None if no block has one."""
         return None if self.bias is None else _held(self.bias, index)
-
-    def empty(self, name: str) -> State:
-        return Growing(2)
 
 
 def _held(growing: Growing | None, index: Tensor) -> Tensor:
