@@ -22,7 +22,7 @@ from kvtiers.mid import Fetched, MidTokens, merged
 from kvtiers.policy import Policy, choose
 from kvtiers.slots import Moment
 from kvtiers.state import PART, State, number, part
-from kvtiers.tokens import TokenTable, lengthened
+from kvtiers.tokens import TokenTable
 
 _NOTHING: Mapping[str, Any] = dict.fromkeys(("keys", "values", "offsets", "starts"))
 _UNCHOSEN: Mapping[str, Any] = dict.fromkeys(("chosen", "compressed"))
@@ -146,7 +146,16 @@ class History(State):
                 f"{called(self.layer, self.policy.compressor, 'age')} made blocks of {blocks.tokens} tokens, and its "
                 f"compressed_tokens() says {most}"
             )
-        return lengthened(blocks, most)
+        more, bias = most - blocks.tokens, blocks.bias
+        if not more:
+            return blocks
+        if bias is None:
+            bias = blocks.keys.new_zeros(1, 1, 1, blocks.tokens, dtype=torch.float32)
+        keys, values, offsets = (pad(x, (0, 0, 0, more)) for x in (blocks.keys, blocks.values, blocks.offsets))
+        bias = pad(bias, (0, more), value=-torch.inf)
+        return attrs.evolve(
+            blocks, keys=keys, values=values, offsets=offsets, bias=bias, rotated=None, offsets_differ=True
+        )
 
     def _digested(self, blocks: Blocks, moment: Moment) -> Tensor | None:
         """The digests of blocks that are archived, all of one size."""
@@ -162,20 +171,16 @@ class History(State):
         due = "[batch, kv_heads, blocks, digests, width]"
         check_returned(what, made, due, shape, dtype=dtype, device=moment.device)
         made = made.detach()
-        most = self._most_digests(made, moment) if held is None else held.shape[3]
+        longest = self.most_tokens[retriever.digests]
+        room = retriever.digest_bytes(longest, moment.geometry) // (made.shape[4] * made.element_size())
+        most = room if held is None else held.shape[3]
         if made.shape[3] > most:
             raise GeometryError(
                 f"{what} made {made.shape[3]} digests of {made.shape[4] * made.element_size()} bytes of a block of "
                 f"{blocks.tokens} tokens, and its digest_bytes() leaves room for {most} in the longest block, of "
-                f"{self.most_tokens[retriever.digests]} tokens; let it say the bytes of all digests of a block"
+                f"{longest} tokens; let it say the bytes of all digests of a block"
             )
         return pad(made, (0, 0, 0, most - made.shape[3]))
-
-    def _most_digests(self, made: Tensor, moment: Moment) -> int:
-        """How many digests the longest block has."""
-        retriever = self.policy.retriever
-        of_block = retriever.digest_bytes(self.most_tokens[retriever.digests], moment.geometry)
-        return of_block // (made.shape[4] * made.element_size())
 
     def digest_again(self, policy: Policy, moment: Moment, count: int | None = None) -> Growing:
         """The digests of the first `count` archived blocks (None: of all) for the retriever of another policy."""

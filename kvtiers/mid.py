@@ -52,13 +52,6 @@ class Fetched:
     attention: Float[Tensor, "batch query_heads tokens"] | None = None
 
 
-def entries(
-    table: Float[Tensor, "batch kv_heads blocks *block"], index: Int[Tensor, "#batch #kv_heads chosen"]
-) -> Tensor:
-    """The entries of the chosen blocks of every row and head."""
-    return table.take_along_dim(index.view(*index.shape, *(1 for _ in table.shape[3:])), 2)
-
-
 def merged(chosen: Fetched, further: Fetched, selection: Selection) -> Fetched:
     """Both runs of blocks as one, in order of origin, which differs by row and head."""
     both = (chosen, further)

@@ -149,7 +149,7 @@ class Policy(Bounds):
         cuts = timeline.cuts or ()
         block = Extent(cuts[-1] if cuts else 0, stop)
         anchor = timeline.sink == block.start and self.sinks.is_anchor(block, self.sink)
-        return timeline.extended(stop, anchor=anchor)
+        return attrs.evolve(timeline, cuts=(*cuts, stop), sink=stop if anchor else timeline.sink)
 
 
 FIELDS = tuple(field.name for field in attrs.fields(Policy))

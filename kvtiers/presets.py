@@ -133,18 +133,17 @@ def _with_options(made: Policy, options: Mapping[str, Any], what: str) -> Policy
     changed = {}
     _refuse_enormous(what, options)
     for slot, values in of_slot.items():
-        old = getattr(made, slot)
-        defaults = {field.alias: field.default for field in attrs.fields(type(old))}
+        old, own = getattr(made, slot), _options_of(getattr(made, slot))
         try:
-            changed[slot] = attrs.evolve(old, **{key: _meant(said, defaults[key]) for key, said in values.items()})
+            changed[slot] = attrs.evolve(old, **{key: _meant(said, own[key].default) for key, said in values.items()})
         except (TypeError, ValueError) as error:
             raise PolicyError(f"{what} with {values}: {_first(error).rstrip('.')}") from error
     return attrs.evolve(made, **changed)
 
 
-def _options_of(choice: Any) -> list[str]:
+def _options_of(choice: Any) -> "dict[str, attrs.Attribute[Any]]":
     """The options of a slot's choice by name."""
-    return [f.alias or f.name for f in attrs.fields(type(choice)) if f.init] if attrs.has(type(choice)) else []
+    return {f.alias or f.name: f for f in attrs.fields(type(choice)) if f.init} if attrs.has(type(choice)) else {}
 
 
 def _refuse_unknown(settings: Mapping[str, Any], what: str, options: Sequence[str] = ()) -> None:
@@ -219,7 +218,7 @@ def _options(factory: Any) -> dict[str, object] | None:
 def _describe_slot(slot: str, value: Any) -> dict[str, Any]:
     if not attrs.has(type(value)):
         raise PolicyError(f"{slot} {value!r} cannot be written down: it is no attrs class; make it @attrs.frozen")
-    options = {f.alias or f.name: getattr(value, f.name) for f in attrs.fields(type(value)) if f.init}
+    options = {key: getattr(value, field.name) for key, field in _options_of(value).items()}
     for key, option in options.items():
         if not isinstance(option, str | int | float | None):
             raise PolicyError(

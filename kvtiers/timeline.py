@@ -35,10 +35,6 @@ class Timeline(State):
         """The first step that was not made to leave recent."""
         return self.sink if self.origin is None else self.origin
 
-    def extended(self, stop: int, *, anchor: bool) -> "Timeline":
-        """With one more committed block, which ends at `stop` and is an anchor or not (video)."""
-        return attrs.evolve(self, cuts=(*(self.cuts or ()), stop), sink=stop if anchor else self.sink)
-
     def cropped(self, steps: int) -> "Timeline":
         """Of the first `steps` steps alone."""
         origin = None if self.origin is None else min(self.origin, steps)

@@ -4,12 +4,10 @@ import attrs
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kvtiers.blocks import Blocks
 from kvtiers.errors import SelectionError
 from kvtiers.growing import Growing
-from kvtiers.mid import entries
 from kvtiers.state import State, part, shared
 
 
@@ -73,25 +71,8 @@ class TokenTable(State):
 
 
 def _held(growing: Growing | None, index: Tensor) -> Tensor:
+    """The entries of the chosen blocks of every row and head."""
     if growing is None or growing.data is None:
         raise SelectionError("no block is noted here")
-    return entries(growing.data, index)
-
-
-def lengthened(blocks: Blocks, tokens: int) -> Blocks:
-    """`blocks` of `tokens` tokens: behind theirs come some that count for nothing."""
-    more = tokens - blocks.tokens
-    if not more:
-        return blocks
-    bias = blocks.bias
-    if bias is None:
-        bias = blocks.keys.new_zeros(1, 1, 1, blocks.tokens, dtype=torch.float32)
-    return attrs.evolve(
-        blocks,
-        keys=pad(blocks.keys, (0, 0, 0, more)),
-        values=pad(blocks.values, (0, 0, 0, more)),
-        offsets=pad(blocks.offsets, (0, 0, 0, more)),
-        bias=pad(bias, (0, more), value=-torch.inf),
-        rotated=None,
-        offsets_differ=True,
-    )
+    table = growing.data
+    return table.take_along_dim(index.view(*index.shape, *(1 for _ in table.shape[3:])), 2)
