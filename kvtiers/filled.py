@@ -18,6 +18,8 @@ from kvtiers.window import Window
 
 Claims = Iterator[tuple[object, str]]
 """Whether something holds, and what it is said of. Whoever reads them stops at the first that does not hold."""
+Planes = dict[str, tuple[Sizes, torch.dtype]]
+"""The shape and dtype that the planes of a window must have, by name."""
 _FAR = 2.0**31
 """Steps. No tier is shifted further."""
 
@@ -69,26 +71,15 @@ def _numbers(layer: LayerState) -> Claims:
 
 
 def _windows(layer: LayerState) -> Claims:
-    geometry, window, plain, per_step = (
-        layer.geometry,
-        layer.window,
-        layer.placed.unrotated,
-        layer.geometry.tokens_per_step,
-    )
-    lead, dtype, anchors = (
-        (geometry.batch, geometry.kv_heads),
-        geometry.dtype,
-        min(layer.timeline.sink, layer.num_steps),
-    )
+    geometry, window, plain = layer.geometry, layer.window, layer.placed.unrotated
+    per_step, anchors = geometry.tokens_per_step, min(layer.timeline.sink, layer.num_steps)
     recent = max(0, layer.num_steps - max(layer.recent_start, anchors)) * per_step
-    due: dict[str, tuple[tuple[int, int], int, torch.dtype]] = {
-        "rotated": (lead, geometry.head_dim, dtype),
-        "values": (lead, geometry.value_dim, dtype),
-    }
+    lead, dtype = (geometry.batch, geometry.kv_heads, None), geometry.dtype
+    due: Planes = {"rotated": ((*lead, geometry.head_dim), dtype), "values": ((*lead, geometry.value_dim), dtype)}
     if layer.watched.counts:
-        due["attention"] = ((geometry.batch, geometry.query_heads), 1, torch.float32)
+        due["attention"] = ((geometry.batch, geometry.query_heads, None, 1), torch.float32)
     if "bias" in window.planes:
-        due["bias"] = (lead, 1, torch.float32)
+        due["bias"] = ((*lead, 1), torch.float32)
     yield from _planes(window, due)
     yield window.sink == anchors * per_step and window.recent == recent, "tokens"
     free = window.begin - window.sink_slot
@@ -102,27 +93,24 @@ def _windows(layer: LayerState) -> Claims:
     yield (plain is not None) == (rotates and not layer.policy.in_place), "unrotated keys"
     if plain is not None:
         late, anew = layer.current if layer.placed.waiting else 0, layer.policy.realigner.sink_moves == "anew"
-        yield from _planes(plain, {"unrotated": (lead, geometry.head_dim, dtype)})
+        yield from _planes(plain, {"unrotated": ((*lead, geometry.head_dim), dtype)})
         yield plain.sink == (window.sink if anew else 0) and not plain.mid, "unrotated keys"
         if layer.policy.compressor.drops:  # what compact() dropped is forgotten by the next commit
             yield plain.recent >= recent - late, "unrotated keys"
         elif not layer.policy.leaves_without_keys:
             yield plain.recent == recent - late, "unrotated keys"
         yield plain.recent % per_step == 0, "unrotated keys"
-        yield (
-            plain.sink_slot + plain.sink <= plain.head and plain.sink_shift == plain.recent_shift == 0,
-            "unrotated keys",
-        )
+        yield plain.sink_slot + plain.sink <= plain.head, "unrotated keys"
+        yield plain.sink_shift == plain.recent_shift == 0, "unrotated keys"
 
 
-def _planes(window: Window, due: dict[str, tuple[tuple[int, int], int, torch.dtype]]) -> Claims:
-    """Named planes of these leading axes, widths and dtypes, and numbers that lie in them."""
+def _planes(window: Window, due: Planes) -> Claims:
+    """Planes as they are due, and numbers that lie in them."""
     planes = window.planes
     yield set(planes) in (set(due), set()), "planes"
     yield len({plane.shape[2] for plane in planes.values()}) <= 1, "slots"
     for name, plane in planes.items():
-        (batch, heads), width, dtype = due[name]
-        yield _is(plane, (batch, heads, None, width), dtype), f"{name} planes"
+        yield _is(plane, *due[name]), f"{name} planes"
     yield min(window.tail, window.sink, window.sink_slot, window.mid, window.recent) >= 0, "slots"
     yield window.tail <= window.slots and window.begin >= 0 and window.sink_slot + window.sink <= window.slots, "slots"
     for spare in (slice(window.sink_slot), slice(window.sink_slot + window.sink, window.begin + window.sink)):
@@ -158,7 +146,7 @@ def _watched(layer: LayerState) -> Claims:
         tokens = layer.window.tail - layer.window.begin
         due = (geometry.batch, geometry.query_heads, tokens)
         yield watched.counts and layer.current and _is(watched.got, due, torch.float32), "attention weights"
-        yield _in_range(watched.got, least=0.0), "attention weights"
+        yield _in_range(watched.got, 0.0), "attention weights"
 
 
 def _mid(layer: LayerState) -> Claims:
@@ -168,12 +156,12 @@ def _mid(layer: LayerState) -> Claims:
         return
     rows, heads, axes = (1, geometry.batch), (1, geometry.kv_heads), 1 + len(geometry.grid)
     yield not layer.policy.in_place and window.mid > 0, "mid tokens"
-    yield _is(mid.offsets, (rows, heads, window.mid, axes)) and _finite(mid.offsets), "offsets of mid tokens"
+    yield _is(mid.offsets, (rows, heads, window.mid, axes)) and _in_range(mid.offsets, -_FAR), "offsets of mid tokens"
     yield _is(mid.starts, (rows, heads, None), torch.long) and _ascending(mid.starts), "first steps of mid blocks"
     blocks = mid.starts.shape[2]
     yield 0 <= int(mid.starts.min()) <= int(mid.starts.max()) < layer.recent_start, "first steps of mid blocks"
     yield any(_is(mid.placed, (rows, heads, blocks), dtype) for dtype in (torch.long, None)), "places of mid blocks"
-    yield _finite(mid.placed), "places of mid blocks"
+    yield _in_range(mid.placed, -_FAR), "places of mid blocks"
     if mid.owner is None:
         yield window.mid % blocks == 0, "mid tokens"
     else:
@@ -231,7 +219,7 @@ def _digests(layer: LayerState) -> Claims:
         yield held is None or not held.shape[2], "digests"
         return
     yield held is not None, "digests"
-    made = history.digest_again(layer.policy, layer.moment(_device(layer)), 1).data
+    made = history.digest_again(layer.policy, layer.moment(), 1).data
     if held is not None and made is not None:
         yield _is(held, (*made.shape[:2], history.count, *made.shape[3:]), made.dtype), "digests"
         yield bool(torch.isfinite(held).all()), "digests"
@@ -240,7 +228,7 @@ def _digests(layer: LayerState) -> Claims:
 def _tokens(layer: LayerState) -> Claims:
     """What is noted of archived tokens, and that a block of each form can be read."""
     history, count, axes = layer.history, layer.history.count, 1 + len(layer.geometry.grid)
-    wide, index = history.wide, torch.zeros(1, 1, 1, dtype=torch.long, device=_device(layer))
+    wide, index = history.wide, torch.zeros(1, 1, 1, dtype=torch.long, device=layer.window.device)
     for form, one in history.tokens.items() if count else ():
         most = history.most_tokens[form]
         keys, values = history.parts(form, index.expand(*wide, -1))  # raises for what is of another shape or dtype
@@ -249,7 +237,7 @@ def _tokens(layer: LayerState) -> Claims:
         yield (one.constant is None) != (one.offsets is None), "offsets"
         held = one.constant if one.offsets is None else one.offsets.data
         lead = (1, 1, 1) if one.offsets is None else (*wide, count)
-        yield _is(held, (*lead, most, axes), torch.float32) and _finite(held), "offsets"
+        yield _is(held, (*lead, most, axes), torch.float32) and _in_range(held, -_FAR), "offsets"
         if one.bias is not None:
             yield _is(one.bias.data, (*wide, count, most), torch.float32) and _in_range(one.bias.data), "biases"
 
@@ -279,12 +267,12 @@ def _held(layer: LayerState, held: Blocks, tokens: int, what: str, *, at_most: b
     """One block, as a compressor may make it."""
     geometry = layer.geometry
     yield all(x is not None for x in (held.keys, held.values, held.offsets, held.starts)) and held.rotated is None, what
-    check_made(layer.history, held, 1, tokens, "age", layer.moment(_device(layer)), at_most=at_most)
-    yield _is(held.starts, (1,), torch.long) and _finite(held.offsets), what
+    check_made(layer.history, held, 1, tokens, "age", layer.moment(), at_most=at_most)
+    yield _is(held.starts, (1,), torch.long) and _in_range(held.offsets, -_FAR), what
     yield held.span <= _FAR and (held.bias is None or _in_range(held.bias)), what
     attention = (geometry.batch, geometry.query_heads, 1, held.keys.shape[3])
     if held.attention is not None:
-        yield _is(held.attention, attention, torch.float32) and _in_range(held.attention, least=0.0), what
+        yield _is(held.attention, attention, torch.float32) and _in_range(held.attention, 0.0), what
 
 
 def _kinds(parts: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -296,11 +284,6 @@ def _is(x: Tensor | None, shape: Sizes, dtype: torch.dtype | None = None) -> boo
     return x is not None and fits(x, shape) and (x.dtype == dtype if dtype else x.is_floating_point())
 
 
-def _finite(x: Tensor | None, most: float = _FAR) -> bool:
-    """Whether no number is NaN, or further from 0 than `most`."""
-    return x is not None and bool((x.abs() <= most).all())
-
-
 def _near(x: Tensor, due: Tensor) -> bool:
     """Whether two devices may have rounded the same numbers to these; what is NaN or infinite in both is passed."""
     rounding = 4 * torch.finfo(x.dtype).eps + 1e-4
@@ -310,13 +293,9 @@ def _near(x: Tensor, due: Tensor) -> bool:
 
 
 def _in_range(x: Tensor | None, least: float = -torch.inf) -> bool:
-    """Whether no number is NaN, below `least` or huge; a bias may be -inf."""
+    """Whether this is a tensor of which no number is NaN, below `least` or huge; a bias may be -inf."""
     return x is not None and bool(((x >= least) & (x <= _FAR)).all())
 
 
 def _ascending(index: Tensor) -> bool:
     return bool((index.diff(dim=-1) > 0).all())
-
-
-def _device(layer: LayerState) -> torch.device:
-    return layer.window.planes["rotated"].device

@@ -242,7 +242,7 @@ class Layer(LayerState):
     def _age(self, blocks: Sequence[Extent]) -> None:
         """Move `blocks`, the oldest of recent, out of it."""
         tokens = (blocks[-1].stop - blocks[0].start) * self.geometry.tokens_per_step
-        compressor, device, stop = self.policy.compressor, self.window.planes["rotated"].device, blocks[-1].stop
+        compressor, stop = self.policy.compressor, blocks[-1].stop
         if self.policy.in_place or compressor.drops:
             if compressor.drops:
                 self.dropped += stop - blocks[0].start
@@ -253,7 +253,7 @@ class Layer(LayerState):
                 self.assemble(None)
             return
         got = self.attention_of_leaving(tokens)
-        self.dropped += ageing.age(self.placed, self.history, blocks, got, self.moment(device), self.tell)
+        self.dropped += ageing.age(self.placed, self.history, blocks, got, self.moment(), self.tell)
         self.recent_start, self.stale = stop, True
         if compressor.rewrites:
             self.assemble(ageing.rewritten(self.history))
@@ -263,7 +263,7 @@ class Layer(LayerState):
     def renew(self, query: Tensor | None) -> None:
         """Choose which archived blocks are attended, by `query` as rotated at its origin, and put them in place."""
         history = self.history
-        selection = history.select(query, self.moment(self.window.planes["rotated"].device))
+        selection = history.select(query, self.moment())
         fetched = None if selection is None else history.fetch(selection)
         if selection is not None and fetched is not None:
             blocks = selection.chosen.shape[-1] + selection.compressed.shape[-1]
@@ -279,9 +279,9 @@ class Layer(LayerState):
 
     def assemble(self, mid: Fetched | None) -> None:
         """Write the sink and mid right before recent, and place everything."""
-        placement, realigner, device = None, self.policy.realigner, self.window.planes["rotated"].device
+        placement, realigner = None, self.policy.realigner
         if realigner.rotates:
-            nothing = torch.zeros(1, 1, 0, dtype=torch.long, device=device)
+            nothing = torch.zeros(1, 1, 0, dtype=torch.long, device=self.window.device)
             starts = nothing if mid is None else mid.where.starts
             placement = realigner.place(
                 sink=min(self.timeline.sink, self.num_steps),
@@ -289,7 +289,7 @@ class Layer(LayerState):
                 spans=nothing if mid is None else mid.spans,
                 total=0 if mid is None else mid.total,
                 recent=self.recent_start,
-                moment=self.moment(device),
+                moment=self.moment(),
             )
             check_placement(called(self.layer, realigner, "place"), placement, starts)
         self.placed.place(mid, placement, recent=self.recent_start, now=self.committed_steps, current=self.current)
@@ -328,7 +328,7 @@ class Layer(LayerState):
         with self.changing():
             history, old = self.history, self.policy
             if policy.retriever != old.retriever:
-                history.digests = history.digest_again(policy, self.moment(self.window.planes["rotated"].device))
+                history.digests = history.digest_again(policy, self.moment())
             self.policy = history.policy = policy
             self.placed.follow(policy)
             history.keep(policy.forms)

@@ -121,8 +121,7 @@ class LayerState(Undoable):
         of = (keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device)
         coming = (self.policy, self.geometry, of)
         if coming != self.admitted:
-            planes = self.window.planes
-            held = planes["rotated"].device if planes else None
+            held = self.window.device if self.window.planes else None
             admit(keys, values, self.policy, self.geometry, layer=self.layer, held=held)
             self.admitted = coming
 
@@ -186,14 +185,14 @@ class LayerState(Undoable):
         bias = context.logit_bias(self.geometry.query_heads, keys.dtype)
         return CurrentView(keys=keys, values=context.values, table=table, logit_bias=bias)
 
-    def moment(self, device: torch.device) -> Moment:
+    def moment(self) -> Moment:
         """What policies are told beside their input."""
         prompt, prompt_keys = self.prompt
         return Moment(
             layer=self.layer,
             step=self.committed_steps,
             geometry=self.geometry,
-            device=device,
+            device=self.window.device,
             rotary=self.rotary,
             keys_rotated=not self.policy.realigner.rotates,
             blocks_differ=not self.geometry.even or bool(self.history.spans),
@@ -242,7 +241,7 @@ class LayerState(Undoable):
         current = self.current
         if not self.geometry.causal or current <= 1:
             return None
-        device = self.window.planes["rotated"].device
+        device = self.window.device
         if self._bands():
             return dropping(self.timeline, self.recent_start, self.committed_steps, self.num_steps, device)
         return None if tokens == current else causal(current, tokens, device)

@@ -242,7 +242,7 @@ class Placed(State):
     def locate(self, anchors: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Original and placed positions of the tokens of the context: `anchors` steps, mid, steps `first` to `stop`."""
         window, geometry = self.window, self.geometry
-        device = window.planes["rotated"].device
+        device = window.device
         sink, recent = geometry.positions(0, anchors, device), geometry.positions(first, max(stop, first), device)
         shift = torch.zeros(sink.shape[-1], dtype=sink.dtype, device=device)
         shift[0] = 1

@@ -8,7 +8,8 @@ into a larger buffer if there is no limit. A window knows slots and tokens, and 
 from collections.abc import Mapping
 
 import attrs
-from torch import Tensor, float32
+import torch
+from torch import Tensor
 
 from kvtiers.growing import grown, lasting
 from kvtiers.state import State, number, rows
@@ -112,7 +113,7 @@ class Window(State):
 
     def add_plane(self, name: str, like: Tensor) -> None:
         """A plane of zeros, float32, with the heads of `like` and one number a token."""
-        made = lasting((*like.shape[:2], self.slots, 1), like=like, dtype=float32).zero_()
+        made = lasting((*like.shape[:2], self.slots, 1), like=like, dtype=torch.float32).zero_()
         self.planes = {**self.planes, name: made}
 
     def view(self, name: str, where: slice) -> Tensor:
@@ -123,6 +124,11 @@ class Window(State):
         """Write over tokens that are here."""
         self.moves += 1
         self.planes[name][:, :, where] = x
+
+    @property
+    def device(self) -> torch.device:
+        """Where the planes are, once there are any."""
+        return next(iter(self.planes.values())).device
 
     @property
     def slots(self) -> int:

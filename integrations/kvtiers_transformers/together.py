@@ -63,7 +63,7 @@ class SharedBuffer:
     def of(layers: Sequence[Layer], rows: Sequence[Sequence[int]]) -> "SharedBuffer":
         """Move what `layers` hold, which serve `rows` of the batch, into one buffer."""
         counts, flat = [len(one) for one in rows], [row for one in rows for row in one]
-        device = layers[0].window.planes["rotated"].device
+        device = layers[0].window.device
         second = [layer.placed.unrotated for layer in layers if layer.placed.unrotated is not None]
         return SharedBuffer(
             rotated=Joined.of([layer.window for layer in layers], counts),

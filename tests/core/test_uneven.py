@@ -292,7 +292,7 @@ def test_a_shorter_block_is_scored_by_its_own_digests_alone(retriever: Any) -> N
     layer = Layer(policy=found, geometry=geometry(), rotary=rotary())
     play(layer, film, range(6))
     turn, judge = rotary(), found.retriever
-    query, moment = turn.rotate(film.query[5], at(film, 5)), layer.moment(torch.device("cpu"))
+    query, moment = turn.rotate(film.query[5], at(film, 5)), layer.moment()
     assert moment.blocks_differ
     got = judge.score(query, layer.history.digests.data, 6, moment)
     for block in range(6):

@@ -86,13 +86,13 @@ def test_after_a_first_pass_that_failed_policies_are_told_the_prompt_and_a_cache
         wan.commit(clip, text)
         assert wan.cache is not None
         layer = wan.cache.every_layer()[0]
-        keys = layer.moment(clip.device).prompt_keys
+        keys = layer.moment().prompt_keys
         assert keys is not None
         held = weakref.ref(keys)
         del keys
         wan.forget_prompts()
         assert held() is None
-        assert layer.moment(clip.device).prompt_keys is None
+        assert layer.moment().prompt_keys is None
 
 
 def test_which_frames_memflow_keeps_depends_on_the_prompt() -> None:

@@ -77,7 +77,7 @@ def test_a_layer_attends_the_blocks_whose_representatives_the_query_matches(dist
     query, keys, _ = stream()
     method = InfLLM(representatives=2, distance=distance)
     layer = read(policy("infllm", retriever=method, refresh=1, **SIZES))
-    count, moment = layer.history.count, layer.moment(torch.device("cpu"))
+    count, moment = layer.history.count, layer.moment()
     last = rotary(WIDTH).rotate(query[:, :, -1:], torch.tensor([[STEPS - 1.0]]))
     found = method.score(last, layer.history.digests.data[:, :, :count], count, moment)
     scores, chosen = reference(query, keys, 2, distance)
