@@ -9,6 +9,8 @@ from attrs import validators as v
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvtiers.errors import GeometryError
+
 _POSITIVE = [v.instance_of(int), v.ge(1)]
 
 
@@ -45,8 +47,6 @@ class Geometry:
 
     def __attrs_post_init__(self) -> None:
         if self.query_heads % self.kv_heads:
-            from kvtiers.errors import GeometryError
-
             raise GeometryError(
                 f"query_heads must be a multiple of kv_heads, got {self.query_heads} and {self.kv_heads}; "
                 "every key/value head serves the same number of query heads"

@@ -171,7 +171,11 @@ class LayerState(Undoable):
         self, x: Float[Tensor, "batch heads tokens head_dim"], offsets: Float[Tensor, "tokens axes"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Rotate tokens that lie at `offsets` from the start of the current block to where it is placed."""
-        return self.placed.beside(x, offsets, self.committed_steps)
+        if not self.policy.realigner.rotates or self.rotary is None:
+            return x
+        where = offsets.double().clone()
+        where[:, 0] += self.committed_steps + self.window.recent_shift
+        return self.rotary.apply(x, self.rotary.table(where, x.dtype))
 
     def current_view(self) -> CurrentView | None:
         """Where further passes may write the current block, if its selection holds; None if they must `write`."""

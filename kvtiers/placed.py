@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import attrs
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from kvtiers.errors import RotaryError, SelectionError
@@ -93,14 +92,6 @@ class Placed(State):
     def near(self, x: Tensor, first: int) -> Tensor:
         """As `turned`, to where recent and current tokens from step `first` on are placed."""
         return self.turned(x, first + self.window.recent_shift)
-
-    def beside(self, x: Tensor, offsets: Float[Tensor, "tokens axes"], first: int) -> Tensor:
-        """Rotate tokens that lie at `offsets` from step `first`, to where that is placed."""
-        if not self.rotates or self.rotary is None:
-            return x
-        where = offsets.double().clone()
-        where[:, 0] += first + self.window.recent_shift
-        return self.rotary.apply(x, self.rotary.table(where, x.dtype))
 
     # ------------------------------------------------------------------ tokens come and go
 
