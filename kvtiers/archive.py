@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import attrs
 import torch
 from attrs import validators as v
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from kvtiers.blocks import Location
@@ -208,3 +208,13 @@ class Codec(ABC):
         if not self.exact:
             raise SlotError(f"{type(self).__name__} is not exact, so it must declare a tolerance()")
         return keys.new_zeros(()), values.new_zeros(())
+
+
+def pick(
+    part: Shaped[Tensor, "batch kv_heads slots *block"], index: Int[Tensor, "batch kv_heads chosen"]
+) -> Shaped[Tensor, "batch kv_heads chosen *block"]:
+    """The chosen blocks of every row and head, in one copy of whole blocks."""
+    batch, heads, slots, *block = part.shape
+    first = torch.arange(batch * heads, device=part.device).view(batch, heads, 1) * slots
+    whole = part.reshape(batch * heads * slots, -1)
+    return whole.index_select(0, (first + index).flatten()).view(batch, heads, index.shape[-1], *block)

@@ -3,10 +3,10 @@
 from collections.abc import Hashable, Iterable, Mapping
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 from torch import Tensor
 
-from kvtiers.archive import BlockStore, ByteBudget, Parts, Storages
+from kvtiers.archive import BlockStore, ByteBudget, Parts, Storages, pick
 from kvtiers.blocks import Location
 from kvtiers.errors import GeometryError
 from kvtiers.growing import Growing
@@ -70,13 +70,3 @@ class MemoryBlockStore(BlockStore):
 
     def parts(self) -> dict[str, Tensor]:
         return {name: part.data[:, :, : self.count] for name, part in self._parts.items() if part.data is not None}
-
-
-def pick(
-    part: Shaped[Tensor, "batch kv_heads slots *block"], index: Int[Tensor, "batch kv_heads chosen"]
-) -> Shaped[Tensor, "batch kv_heads chosen *block"]:
-    """The chosen blocks of every row and head, in one copy of whole blocks."""
-    batch, heads, slots, *block = part.shape
-    first = torch.arange(batch * heads, device=part.device).view(batch, heads, 1) * slots
-    whole = part.reshape(batch * heads * slots, -1)
-    return whole.index_select(0, (first + index).flatten()).view(batch, heads, index.shape[-1], *block)
