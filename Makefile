@@ -20,8 +20,12 @@ CONTRACT := $(addprefix tests/integrations/test_,versions.py odd_models.py refus
 	causal_wan.py pipeline.py)
 
 # The methods for text, at three sizes. What attends everything is measured once.
-METHODS := transformers:dynamic archive archive:refresh=1 packforcing-lm packforcing-lm:realigner=contiguous streaming sliding-window snapkv pyramidkv:layers=30 adakv h2o tova \
-	expected-attention triattention kvzip infllm shadowkv archive:retriever=page-bounds token-merging kivi
+METHODS := transformers:dynamic transformers:fp8 archive archive:refresh=1 archive:codec=int8 packforcing-lm packforcing-lm:codec=int4 \
+	packforcing-lm:realigner=contiguous streaming sliding-window snapkv pyramidkv:layers=30 adakv h2o tova expected-attention triattention kvzip infllm \
+	shadowkv archive:retriever=page-bounds token-merging kivi
+
+# Those that can be made to hold no more than 40 MB on the device.
+SMALL := transformers:dynamic packforcing-lm packforcing-lm:codec=int4 archive:archive=host streaming snapkv h2o tova expected-attention infllm shadowkv
 
 .PHONY: help install demo test test-versions test-presses test-slow compare distances test-deep lint bench wheel-test clean
 .DEFAULT_GOAL := help
@@ -59,6 +63,7 @@ test-slow: $(MODEL) ## run the tests that need a real model or much time
 
 compare: $(MODEL) ## compare all methods for text with one another (hours; what is in the folder is not measured again)
 	@$(BIN)/kvtiers compare text --document manual --seeds 3 --budget 1024,512,256 --out tests/benchmarks/methods $(ARGS) $(METHODS)
+	@$(BIN)/kvtiers compare text --document manual --seeds 3 --budget 40MB --out tests/benchmarks/bytes $(ARGS) $(SMALL)
 
 distances: $(INSTALLED) ## print how far published methods are from their references
 	@$(PYTEST) -q --distances tests/integrations/test_rewriting.py $(addprefix tests/plugins/test_, \

@@ -23,9 +23,14 @@ def high_resolution(
     count: int,
     blocks: Sequence[int],
 ) -> Float[Tensor, "batch compressed reduced_tokens token_width"]:
-    """The tokens of a compressor's high-resolution branch, of some of the `count` blocks of clean latents."""
-    cut = clean.unflatten(2, (count, -1))
-    tokens = compressor(cut[:, :, blocks].transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+    """The tokens of a compressor's high-resolution branch, of some of the `count` blocks of clean latents.
+
+    On a CPU not in mixed precision: there torch 2.13 leaves NaN in the gradient of a strided 3D convolution in bfloat16
+    (oneDNN, with AVX-512 and without AMX).
+    """
+    cut = clean.unflatten(2, (count, -1))[:, :, blocks].transpose(1, 2).flatten(0, 1)
+    with torch.autocast("cpu", enabled=False):
+        tokens = compressor(cut).flatten(2).transpose(1, 2)
     found: Tensor = tokens.unflatten(0, (len(clean), len(blocks)))
     return found
 
