@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from kvtiers.errors import KVTiersError
+from kvtiers_packforcing.measures.attention import attention
 from kvtiers_packforcing.measures.clip_scores import ClipScores
 from kvtiers_packforcing.measures.damages import DAMAGES
 from kvtiers_packforcing.measures.lengths import seconds_option
@@ -28,6 +29,7 @@ def evaluate() -> None:
 
 
 evaluate.add_command(policies)
+evaluate.add_command(attention)
 
 
 @evaluate.command()
