@@ -16,7 +16,7 @@ from kvtiers.accounting import MemoryUsage, memory_usage_of
 from kvtiers.archive import Archive, ByteBudget
 from kvtiers.blocks import Blocks, Context, Extent, Tier
 from kvtiers.changes import check_policy, check_realigners, check_steps, check_together, one_per_layer, why_not_crop
-from kvtiers.checks import check_layer, given_forms, one_of, rows_of
+from kvtiers.checks import check_layer, each_of, given_forms, one_of, rows_of
 from kvtiers.errors import CropError, GeometryError
 from kvtiers.geometry import Geometry
 from kvtiers.layer import Layer
@@ -50,8 +50,9 @@ class TieredCache:
         check: bool = False,
         layer: type[Layer] = Layer,
     ) -> None:
-        count = len(geometries)
-        each = [policies] * count if isinstance(policies, Policy) else list(policies)
+        shapes = each_of(geometries, Geometry, "Geometry")
+        count = len(shapes)
+        each = [policies] * count if isinstance(policies, Policy) else each_of(policies, Policy, "Policy")
         alike: dict[object, Rotary] = {}  # layers that rotate alike share the tables of one rotary
         given = list(rotaries) if rotaries is not None else [None] * count
         rotary = [None if one is None else alike.setdefault(one.fingerprint, one) for one in given]
@@ -62,7 +63,7 @@ class TieredCache:
                 f"and {len(self.numbers)} numbers for {count} layers"
             )
         check_realigners(each)
-        self.policies, self.geometries, self.rotaries = each, list(geometries), rotary
+        self.policies, self.geometries, self.rotaries = each, shapes, rotary
         self.observe, self.check, self.layer_class = observe, check, layer
         self.tell = Observers(observe)
         """Tells every observer of an event; false while there is none."""
@@ -301,7 +302,7 @@ class TieredCache:
         beside: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write everything to one safetensors file, whole or not at all; `extra` and `beside` are kept with it."""
-        saving.save(self.layers, self._outline(), saving.file_path(path), dict(extra or {}), dict(beside or {}))
+        saving.save(self.layers, self._outline(), saving.file_path(path), extra or {}, beside or {})
 
     def load(
         self,
@@ -316,7 +317,7 @@ class TieredCache:
         expect: what `extra` must say. beside: is given the tensors that were kept with it. On an error
         (`SavedCacheError`) this cache is unchanged.
         """
-        where, due = torch.device(device), dict(expect or {})
+        where, due = saving.usable_device(device), dict(expect or {})
         groups, extra, kept = saving.load(self.new_layer, self._outline(), saving.file_path(path), where, due)
         changes = [partial(setattr, layer, "groups", those) for layer, those in zip(self.layers, groups, strict=True)]
         self.all_or_nothing(*changes)
@@ -338,8 +339,10 @@ class TieredCache:
 
     def tier_counts(self, layer: int = 0, row: int = 0) -> dict[str, int]:
         """How many steps of a row are in each tier, and how many a policy dropped."""
-        found = (group.layer for group in one_of(self.layers, layer).groups if row in group.numbers())
-        return next((one.tier_counts() for one in found), {})
+        rows = one_of(self.layers, layer)
+        if rows.batch is not None and not 0 <= row < rows.batch:
+            raise GeometryError(f"there is no row {row!r}; layer {layer} holds {rows.batch} rows")
+        return next((group.layer.tier_counts() for group in rows.groups if row in group.numbers()), {})
 
     def layout(self, layer: int = 0) -> list[tuple[Extent, Tier]]:
         """The blocks of the row that has seen most, each with its tier."""

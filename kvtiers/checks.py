@@ -38,6 +38,13 @@ def one_of(layers: Sequence[One], index: int) -> One:
     return layers[index]
 
 
+def each_of(given: Any, kind: type[One], what: str) -> list[One]:
+    """The items of a list that holds nothing but `kind`. Raises `GeometryError` for anything else."""
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, kind) for one in given):
+        raise GeometryError(f"a cache takes a list of {what}, one for each layer; got {given!r}")
+    return list(given)
+
+
 def rows_of(keys: Any, values: Any, *, layer: int) -> int:
     """How many rows these tokens are of. Raises `GeometryError` for what is no tensor of four axes."""
     for name, given in (("keys", keys), ("values", values)):
@@ -61,6 +68,11 @@ def check_layer(policy: Policy, geometry: Geometry, rotary: Rotary | None, layer
                 f"{type(turns).__name__} rotates keys or queries itself, but layer {layer} was given no Rotary; make a "
                 "new cache under this policy, or pass rotaries= (of a model that does not: Rotary([torch.zeros(0)]))"
             )
+    if rotary is not None and rotary.first + rotary.width > geometry.head_dim:
+        raise RotaryError(
+            f"the rotary embedding of layer {layer} turns {rotary.width} channels from {rotary.first} on, and its keys "
+            f"have {geometry.head_dim}; give the Rotary and the Geometry of the same model"
+        )
     if geometry.causal and compressor.given:
         raise SlotError(
             f"compressor {type(compressor).__name__} is given the compressed form of a block when it is committed, and "

@@ -25,6 +25,8 @@ class PaddingPattern:
         self.columns: list[Tensor] = [pattern.nonzero()[:, 0].to(valid.device) for pattern in patterns]
         self.tokens = int(host.sum())
         """Real tokens of all rows."""
+        self.until = int((~host).any(0).nonzero().max()) + 1
+        """The column after the last one in which some row has padding."""
 
     @staticmethod
     def of(valid: Bool[Tensor, "batch steps"] | None) -> "PaddingPattern | None":

@@ -36,19 +36,36 @@ def file_path(path: object) -> Path:
     return Path(path)
 
 
+def usable_device(device: Any) -> torch.device:
+    """`device`, which a cache is to be loaded to. Raises `SavedCacheError` if torch cannot put a tensor there."""
+    try:
+        found: torch.device = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise SavedCacheError(f"a cache cannot be loaded to the device {device!r}: {error}") from error
+    return found
+
+
 def save(
     layers: Sequence[LayerRows],
     outline: list[dict[str, Any]],
     path: Path,
-    extra: dict[str, Any],
-    beside: Mapping[str, Tensor],
+    extra: Any,
+    beside: Any,
 ) -> None:
-    """Write `layers` to `path`, with plain data and tensors beside them."""
+    """Write `layers` to `path`, with a mapping of plain data (`extra`) and one of tensors beside them."""
+    for name, given in (("extra", extra), ("beside", beside)):
+        if not isinstance(given, Mapping):
+            raise SavedCacheError(f"{name} must be a mapping of names to what is kept, got a {type(given).__name__}")
     if not _come_equally_far([layer.groups for layer in layers]):
         raise SavedCacheError(
             "the layers of this cache have not come equally far, as in the middle of a forward, and could not be "
             "loaded so; give every layer its tokens first"
         )
+    for name, part in beside.items():
+        if not isinstance(part, Tensor) or part.is_meta:
+            got = "one on the meta device" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            raise SavedCacheError(f"beside[{name!r}] must be a tensor that holds values, got {got}")
     tensors = {f"beside.{name}": part.contiguous() for name, part in beside.items()}
     said: list[list[dict[str, Any]]] = []
     for index, layer in enumerate(layers):
@@ -60,7 +77,9 @@ def save(
             groups.append({"rows": rows, "batch": group.layer.geometry.batch, "state": about})
         said.append(groups)
     try:
-        about_all = json.dumps({"policies": outline, "layers": said, "extra": extra}, sort_keys=True)
+        about_all = json.dumps(
+            {"policies": outline, "layers": said, "extra": dict(extra)}, sort_keys=True, allow_nan=False
+        )
     except (TypeError, ValueError) as error:
         raise SavedCacheError(f"extra must be plain data that JSON can hold: {error}") from error
     write_file(path, tensors, {"format": FORMAT, "about": about_all, "sha256": _checksum(tensors, about_all)})
@@ -109,7 +128,11 @@ def extra(path: Path) -> dict[str, Any]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Mapping[str, str]]]:
     """A saved cache that is being read, and its header. What cannot be read is a `SavedCacheError`."""
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # as for a name that is too long
+        there = False
+    if not there:
         raise SavedCacheError(f"{path} is no file; give the path that save() was given")
     try:
         with safe_open(path, framework="pt") as file:

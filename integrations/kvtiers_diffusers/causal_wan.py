@@ -30,7 +30,6 @@ from kvtiers.undoing import undone_on_error
 from kvtiers_diffusers.admitting import by_row, check_block, check_continues, check_model
 from kvtiers_diffusers.graph_layer import GraphLayer
 from kvtiers_diffusers.offloading import device_of
-from kvtiers_diffusers.processors import disable
 from kvtiers_diffusers.reducing import Reducer
 from kvtiers_diffusers.running import Runner
 from kvtiers_diffusers.sources import Sources
@@ -102,7 +101,6 @@ class CausalWan:
         self.sources = Sources(compressor, self.transformer, vae, compressor_network)
         self.runner = Runner(transformer)
         self.rotary = self.runner.rotary
-        self._closed = False
         if keep_graph and self.sources.reducer is None:
             self.close()
             raise SlotError(
@@ -218,7 +216,7 @@ class CausalWan:
 
     def _admit(self, block: Tensor, text: Tensor) -> None:
         """Check a block against the model and the video so far; the first one gives the video its size."""
-        if self._closed:
+        if self.runner.closed:
             raise UnsupportedModelError("this CausalWan was closed; make a new one")
         check_block(self.transformer, block, text)
         grid = self.runner.grid(block)
@@ -316,9 +314,12 @@ class CausalWan:
         self._last_timestep = None
 
     def fork(self) -> "CausalWan":
-        """An independent `CausalWan` of the same transformer that goes on exactly from here; it has its own `close`."""
+        """An independent `CausalWan` of the same transformer that goes on exactly from here.
+
+        It needs the transformer until its own `close`, or until nothing refers to it.
+        """
         self._finish()
-        if self._closed:
+        if self.runner.closed:
             raise UnsupportedModelError("this CausalWan was closed; make a new one and load() the video")
         other = copy.copy(self)
         other.cache = None if self.cache is None else self.cache.fork()
@@ -389,9 +390,7 @@ class CausalWan:
 
     def close(self) -> None:
         """Give the transformer back as it was. Harmless if that is done."""
-        if not self._closed:
-            self._closed = True
-            disable(self.transformer)
+        self.runner.close()
 
 
 @contextmanager

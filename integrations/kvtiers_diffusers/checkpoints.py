@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
     unexpected or weights are not finite, and if the model is offloaded so that it would not run with what is written;
     it changes nothing then.
     """
+    if not isinstance(path, str | PathLike):
+        raise UnsupportedModelError(f"a checkpoint is a file or a folder, named by a text or a Path; got {path!r}")
     transformer = unwrap_module(transformer)
     hidden = hidden_weights(transformer)
     if hidden is not None:
@@ -56,6 +59,12 @@ def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
             f"{path} does not fit this {type(transformer).__name__}: {said}; make the model with the configuration "
             "that the checkpoint was trained with"
         )
+    whole = sorted(key for key in own if own[key].is_floating_point() and not weights[key].is_floating_point())
+    if whole:
+        raise UnsupportedModelError(
+            f"{path} holds whole numbers ({_kinds(weights, whole)}) for {len(whole)} weights: {_some(whole)}; a "
+            "quantised checkpoint is loaded by what wrote it"
+        )
     unfit = sorted(key for key, part in weights.items() if part.is_floating_point() and not part.isfinite().all())
     if unfit:
         raise UnsupportedModelError(
@@ -72,14 +81,21 @@ def load_causal_checkpoint(transformer: Any, path: str | Path) -> None:
         )
 
 
+def _kinds(weights: Mapping[str, Tensor], keys: list[str]) -> str:
+    return ", ".join(sorted({str(weights[key].dtype).removeprefix("torch.") for key in keys}))
+
+
 def _same(written: Tensor, given: Tensor) -> bool:
     return not written.is_meta and torch.equal(written, given.to(written))
 
 
 def _weights(path: Path) -> Mapping[str, Tensor]:
     """The weights in one file, or in the shards that an index names, which may be given by their folder."""
-    if path.is_dir():
-        path = _index_in(path)
+    try:
+        if path.is_dir():
+            path = _index_in(path)
+    except OSError as error:
+        raise UnsupportedModelError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not path.name.endswith(".index.json"):
         return _read(path)
     try:

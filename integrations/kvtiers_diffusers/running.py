@@ -11,7 +11,7 @@ from torch import Tensor
 from kvtiers import Blocks, CurrentView, Geometry, GeometryError, TieredCache
 from kvtiers.events import PromptChanged
 from kvtiers_diffusers.admitting import check_gradients, check_hooks
-from kvtiers_diffusers.processors import Pass, enable
+from kvtiers_diffusers.processors import Pass, disable, enable
 from kvtiers_diffusers.prompts import KeysValues, Prompts
 from kvtiers_diffusers.reducing import Reduced
 from kvtiers_diffusers.rope import rotary_of
@@ -21,7 +21,7 @@ _owners: "weakref.WeakKeyDictionary[TieredCache, weakref.ref[Runner]]" = weakref
 
 
 class Runner:
-    """Runs a transformer over the blocks of one video. `kvtiers_diffusers.disable` gives the transformer back."""
+    """Runs a transformer over the blocks of one video, until it is closed or nothing refers to it."""
 
     def __init__(self, transformer: Any) -> None:
         self.given = transformer
@@ -29,11 +29,24 @@ class Runner:
         self.transformer: Any = unwrap_module(transformer)
         self.rotary = rotary_of(self.transformer)
         self.switch = enable(self.transformer)
+        self._give_back = weakref.finalize(
+            self, disable, self.transformer
+        )  # by `close`, or when nobody has it any more
+        self._give_back.atexit = False
         self.forget_prompts()
 
     def fork(self) -> "Runner":
         """For another video with the same transformer."""
         return Runner(self.given)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has given the transformer back."""
+        return not self._give_back.alive
+
+    def close(self) -> None:
+        """Give the transformer back. Harmless if that is done."""
+        self._give_back()
 
     def forget_prompts(self) -> None:
         """Project prompts anew from here on."""

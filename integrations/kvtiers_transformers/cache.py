@@ -26,6 +26,8 @@ from kvtiers import (
 from kvtiers.undoing import Made
 from kvtiers_transformers.tiered_layer import TieredLayer
 
+_PADDED = "some rows had padding there; fork() the cache before steps that may have to be undone"
+
 
 @attrs.frozen(kw_only=True)
 class Outline:
@@ -136,12 +138,16 @@ class TransformersCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, named by number or by a mask, in every layer or (on an error) in none."""
+        given: Any = indices
+        if not isinstance(given, Tensor):
+            raise GeometryError(f"rows are named by a tensor of numbers or a mask, got {given!r}")
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         self._change_rows(rows, lambda layer: layer.batch_select_indices(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make every row `repeats` rows, one behind the other, in every layer or (on an error) in none."""
-        if not hasattr(repeats, "__index__") or operator.index(repeats) < 0:
+        given: Any = repeats
+        if isinstance(given, Tensor) or not hasattr(given, "__index__") or operator.index(given) < 0:
             raise GeometryError(f"a row cannot be repeated {repeats!r} times; give a whole number of at least 1")
         rows = torch.arange(self.core.layers[0].batch or 0).repeat_interleave(repeats)
         self._change_rows(rows, lambda layer: layer.batch_repeat_interleave(repeats))
@@ -260,7 +266,8 @@ class TransformersCache(Cache):
     def rewind_recent(self) -> int:
         """Forget the recent tokens of every row; returns how many columns must be fed again.
 
-        Rows must have come equally far, and the model must have no layers of its own.
+        Rows must have come equally far, without padding among the recent tokens, and the model must have no layers of
+        its own; raises `CropError` otherwise, and nothing changes.
         """
         self.check_whole()
         own = [layer for layer in self.layers if not isinstance(layer, TieredLayer)]
@@ -272,6 +279,8 @@ class TransformersCache(Cache):
         def rewind() -> int:
             steps = self.core.rewind_recent()
             for layer in self.tiered_layers:
+                if layer.columns - steps < layer.padded_until:
+                    raise CropError(f"{steps} recent tokens cannot be rewound: {_PADDED}")
                 layer.columns -= steps
             return steps
 
@@ -347,7 +356,7 @@ def _why_not_crop(layer: Any, columns: int) -> str | None:
         return f"the cache holds {held}"
     if isinstance(layer, TieredLayer):
         if held - columns < layer.padded_until:
-            return "some rows had padding there; fork() the cache before steps that may have to be undone"
+            return _PADDED
     elif isinstance(layer, DynamicSlidingWindowLayer):
         kept = 0 if layer.keys is None else layer.keys.shape[2]
         if kept - columns < min(layer.sliding_window - 1, held - columns):

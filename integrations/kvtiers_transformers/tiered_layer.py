@@ -62,9 +62,9 @@ class TieredLayer(CacheLayerMixin):
             )
         forward.updated.add(self)
         self.is_initialized = True
-        self.columns += key_states.shape[2]
         if forward.padding is not None:
-            self.padded_until = self.columns
+            self.padded_until = self.columns + forward.padding.until
+        self.columns += key_states.shape[2]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

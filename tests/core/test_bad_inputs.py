@@ -238,6 +238,62 @@ def test_a_layer_that_is_not_there_is_named(verb, layer):
         cache.write(layer, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
 
 
+def test_a_row_that_is_not_there_is_named():
+    cache = TieredCache(policy("sliding-window"), [GEOMETRY])
+    cache.write(0, torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4))
+    for row in (-1, 2):
+        with pytest.raises(GeometryError, match=f"there is no row {row}; layer 0 holds 2 rows"):
+            cache.tier_counts(row=row)
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize(
+    ("policies", "geometries", "message"),
+    [
+        pytest.param("archive", [GEOMETRY], "a list of Policy, one for each layer; got 'archive'", id="a name"),
+        pytest.param(None, [GEOMETRY], "a list of Policy, one for each layer; got None", id="no policy"),
+        pytest.param(policy("full"), GEOMETRY, "a list of Geometry, one for each layer; got Geometry", id="one shape"),
+        pytest.param(policy("full"), [None], r"a list of Geometry, one for each layer; got \[None\]", id="no shape"),
+    ],
+)
+def test_a_cache_is_made_of_policies_and_geometries(policies, geometries, message):
+    with pytest.raises(GeometryError, match=message):
+        TieredCache(policies, geometries)
+
+
+def test_a_rotary_embedding_of_wider_heads_is_refused():
+    with pytest.raises(RotaryError, match="turns 16 channels from 0 on, and its keys have 4"):
+        TieredCache(policy("streaming"), [GEOMETRY], rotaries=[rotary(16)])
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        pytest.param({"extra": [1]}, "extra must be a mapping of names to what is kept, got a list", id="a list"),
+        pytest.param({"extra": {"loss": float("nan")}}, "extra must be plain data that JSON can hold", id="NaN"),
+        pytest.param({"beside": {"x": 3}}, r"beside\['x'\] must be a tensor that holds values, got a int", id="3"),
+        pytest.param(
+            {"beside": {"x": torch.zeros(1, device="meta")}}, "got one on the meta device", id="a tensor without values"
+        ),
+    ],
+)
+def test_what_cannot_be_kept_with_a_cache_is_named(beside, message, tmp_path):
+    cache = TieredCache(policy("full"), [GEOMETRY])
+    with pytest.raises(SavedCacheError, match=message):
+        cache.save(tmp_path / "cache", **beside)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_cache_cannot_be_loaded_from_or_to_is_named(tmp_path):
+    cache = TieredCache(policy("full"), [GEOMETRY])
+    cache.save(tmp_path / "cache")
+    with pytest.raises(SavedCacheError, match="a cache cannot be loaded to the device 'nowhere'"):
+        cache.load(tmp_path / "cache", device="nowhere")
+    with pytest.raises(SavedCacheError, match="is no file; give the path that save"):
+        cache.load("a" * 300)
+
+
 def test_compressed_forms_are_given_for_every_layer_or_none_is_committed():
     geometry = Geometry(kv_heads=1, head_dim=4)
     cache = TieredCache(policy("sliding-window"), [geometry, geometry])

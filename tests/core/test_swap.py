@@ -305,6 +305,23 @@ def test_what_was_swapped_is_saved_and_loaded_before_blocks_are_chosen_anew(name
         assert testing.difference(trial.feed(4), loaded.feed(4)) is None
 
 
+@pytest.mark.parametrize("name", ["archive", "streaming", "sliding-window", "full"])
+@pytest.mark.parametrize("chunk_size", [1, 3, None], ids="chunks of {}".format)
+def test_tokens_taken_in_chunks_of_another_size_are_saved_and_loaded(name, chunk_size, tmp_path):
+    before = policy(name, chunk_size=8, **({} if name == "full" else {"recent": 3}))
+    trial = testing.Trial.start(before, Geometry(kv_heads=2, head_dim=8), rotary(8), seed=0, steps=60)
+    for _ in range(4):
+        trial.feed(8)
+    after = attrs.evolve(before, chunk_size=chunk_size)
+    trial.cache.swap(after)
+    trial.cache.save(tmp_path / "cache")
+    trial = attrs.evolve(trial, policy=after)
+    loaded = trial.branch()
+    loaded.cache.load(tmp_path / "cache")
+    for _ in range(4):
+        assert testing.difference(trial.feed(1), loaded.feed(1)) is None
+
+
 def test_another_realigner_places_at_once_what_a_compressor_rewrites(tmp_path):
     geometry, path = Geometry(kv_heads=1, head_dim=8), tmp_path / "cache"
     chosen = policy(

@@ -184,3 +184,20 @@ def test_weights_that_are_only_moved_are_written_and_read(
     offload(model, tmp_path)
     load_causal_checkpoint(model, tmp_path / "model.safetensors")
     assert is_loaded(model)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.bool])
+def test_weights_that_are_whole_numbers_are_refused_and_change_nothing(kind: torch.dtype, tmp_path: Path) -> None:
+    model = build()
+    before = {key: part.clone() for key, part in model.state_dict().items()}
+    save_file({key: part.to(kind) for key, part in before.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"holds whole numbers \(\w+\) for \d+ weights: .* quantised"):
+        load_causal_checkpoint(model, tmp_path / "model.safetensors")
+    assert all(torch.equal(part, before[key]) for key, part in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("_shapes_go_unchecked")
+@pytest.mark.parametrize("path", ["y" * 300, None], ids=["too long", "None"])
+def test_what_names_no_checkpoint_is_refused(path: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"cannot be read as a checkpoint|named by a text or a Path"):
+        load_causal_checkpoint(build(), path)

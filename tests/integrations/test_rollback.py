@@ -148,10 +148,45 @@ def test_rows_with_padding_are_cropped_exactly_where_they_have_none() -> None:
         untouched = cache.fork()
         model(tokens(5, rows=2), **given(cache))
         with pytest.raises(CropError, match="some rows had padding"):
-            cache.crop(-6)
+            cache.crop(-15)
+        cropped = cache.fork()
+        cropped.crop(-14)
+        model(ids[:, -9:], **given(cropped))
+        model(tokens(5, rows=2), **given(cropped))
+        cropped.crop(-5)
         cache.crop(-5)
         more = tokens(4, rows=2, seed=3)
+        wanted = model(more, **given(untouched)).logits
+        assert all(distance(model(more, **given(one)).logits, wanted) < 1e-5 for one in (cache, cropped))
+
+
+def test_recent_tokens_with_padding_between_them_are_not_rewound() -> None:
+    model = build()
+    policy = kvtiers.policy("archive", sink=2, recent=200, block_size=4, chunk_size=None)
+    first, turn = tokens(20), tokens(3, seed=9)
+    mask = torch.tensor([[1] * 20 + [0] * 5 + [1] * 3])
+    with tiered(model, policy) as cache, torch.no_grad():
+        model(first, **given(cache))
+        model(torch.cat((torch.zeros(1, 5, dtype=torch.long), turn), 1), attention_mask=mask, **given(cache))
+        untouched = cache.fork()
+        with pytest.raises(CropError, match="21 recent tokens cannot be rewound: some rows had padding there"):
+            cache.rewind_recent()
+        more = tokens(4, seed=3)
         assert torch.equal(model(more, **given(cache)).logits, model(more, **given(untouched)).logits)
+
+
+def test_recent_tokens_behind_padding_are_rewound_and_fed_again() -> None:
+    model = build()
+    policy = kvtiers.policy("archive", sink=2, recent=6, block_size=4, chunk_size=None)
+    ids, mask = pad_left([tokens(9, seed=4)[0], tokens(14, seed=5)[0]])
+    with tiered(model, policy) as cache, torch.no_grad():
+        model(ids[:1], attention_mask=mask[:1], **given(cache))
+        cache.compact(recent=6)
+        untouched, more = cache.fork(), tokens(4, seed=3)
+        back = cache.rewind_recent()
+        assert back == 6
+        model(ids[:1, -back:], **given(cache))
+        assert distance(model(more, **given(cache)).logits, model(more, **given(untouched)).logits) < 1e-5
 
 
 def test_sliding_layers_are_cropped_with_the_others_or_not_at_all() -> None:
@@ -285,7 +320,7 @@ def test_a_saved_cache_goes_on_exactly(name: str, padded: bool, tmp_path: Path) 
         assert torch.equal(feed(model, more, loaded, (1, 2, 3, 4)), wanted)
         if padded:
             with pytest.raises(CropError, match="padding"):
-                loaded.crop(-10)
+                loaded.crop(-21)
 
 
 def test_a_model_with_sliding_layers_of_its_own_is_forked_and_not_saved(tmp_path: Path) -> None:

@@ -177,6 +177,19 @@ def test_what_a_file_says_of_its_video_is_checked(name: str, value: Any, tmp_pat
         assert wan.frames == 4
 
 
+def test_a_branch_that_nobody_has_any_more_gives_the_model_back() -> None:
+    model = build()
+    own, hooks = dict(model.attn_processors), [len(block._forward_hooks) for block in model.blocks]
+    with tiered(model, "archive", **ROLLING) as wan:
+        go_on(wan, blocks(2))
+        fork = wan.fork()
+    assert model.attn_processors != own
+    go_on(fork, blocks(1))
+    del fork
+    assert model.attn_processors == own
+    assert [len(block._forward_hooks) for block in model.blocks] == hooks
+
+
 def test_a_closed_video_is_not_forked() -> None:
     model = build()
     own = dict(model.attn_processors)
