@@ -33,7 +33,8 @@ def about(name: str) -> str:
     if not kinds:
         known = sorted({known for kind in ("policy", *SLOTS) for known in registry().names(kind)})
         near = suggest(name.partition(":")[0].lower(), known)
-        raise UnknownPolicyError(f"nothing installed is called {name!r}; see `kvtiers policies`.{near}")
+        file = " A file is read by kvtiers.load_policy()." if name.endswith(".toml") else ""
+        raise UnknownPolicyError(f"nothing installed is called {name!r}; see `kvtiers policies`.{file or near}")
     return "\n\n".join("\n".join(_lines(kind, name)) for kind in kinds)
 
 

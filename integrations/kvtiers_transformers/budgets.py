@@ -31,14 +31,15 @@ def fitted(
 
     One that always attends everything stays as it is. tokens: the most that a query may attend (`Policy.bound`).
     layer_bytes: the most that a layer may hold on the device (`Policy.bound_bytes`) when it has read `length` tokens.
-    stride: tokens of a forward, for a policy that does not cut it. A policy that compresses after reading keeps the
+    stride: tokens of a forward. Larger chunks are cut to it, so that no policy spends more of its size on them than
+    another. A policy that compresses after reading keeps the
     limit in tokens once it has, with room for a chunk. Raises `PolicyError` if the smallest size is too large.
     """
     if attends_everything(policy, geometry) or (tokens is None and layer_bytes is None):
         return policy
     if policy.budget is not None:
         tokens = policy.budget if tokens is None else min(tokens, policy.budget)
-    free = attrs.evolve(policy, budget=None, chunk_size=policy.chunk_size or stride)
+    free = attrs.evolve(policy, budget=None, chunk_size=min(policy.chunk_size or stride, stride))
     reads_twice = policy.compressor.kept_after_reading is not None
     if reads_twice and layer_bytes is not None:
         raise PolicyError("it holds the whole text while it reads, so that its size in bytes cannot be chosen")

@@ -167,6 +167,7 @@ def test_a_size_keeps_to_what_a_policy_says_itself() -> None:
     budgeted = fitted(policy("h2o", budget=2000), GEOMETRY, tokens=512)
     assert budgeted.budget == 2000
     assert attrs.evolve(budgeted, budget=None) == fitted(policy("h2o"), GEOMETRY, tokens=512)
+    assert {fitted(policy(name), GEOMETRY, tokens=512).chunk_size for name in ("streaming", "archive", "h2o")} == {64}
     free = fitted(policy("streaming", chunk_size=None), GEOMETRY, tokens=512, stride=100)
     assert free.chunk_size == 100
     bound = free.bound(GEOMETRY)
