@@ -6,6 +6,7 @@ import torch
 from kvtiers_packforcing.tiny_world import Clips, Houses, Walks, text_table
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES, ROOMS
 from kvtiers_packforcing.training import TrainingConfigError, config_of
+from kvtiers_packforcing.training.layout import LAYOUTS
 from kvtiers_packforcing.training.matching import mismatch
 from kvtiers_packforcing.training.student import StudentStage
 
@@ -96,6 +97,18 @@ def test_blocks_are_to_like_their_own_room_by_a_margin():
     assert mismatch(logits, clips) == 0
     logits[1, :, :, 2, 1] = 3.5
     assert torch.allclose(mismatch(logits, clips), torch.tensor(1 / 2)), "the mean of two layers"
+
+
+def test_only_the_blocks_that_are_named_are_compared():
+    clips = one_clip(("hall", 1), ("attic", 1), ("hall", 2))
+    logits = torch.zeros(1, 1, 1, 4, 4)
+    logits[..., 3, :] = torch.tensor([1.0, 0.0, 9.0, 0.0])
+    forms = LAYOUTS["packforcing"].forms(4)
+    assert forms.nonzero().tolist() == [[3, 1]], "sink and recent are whole"
+    assert mismatch(logits, clips, forms) == 0, "blocks of one room alone"
+    both = torch.zeros(4, 4, dtype=torch.bool)
+    both[3, :2] = True
+    assert torch.allclose(mismatch(logits, clips, both), torch.tensor((2 / 3) ** 2))
 
 
 def test_what_a_curtain_hides_does_not_count_nor_a_clip_of_one_room():

@@ -2,6 +2,7 @@
 
 Each query's attention weights sum to 1. What falls on a tier, beside the share of its tokens, says whether the model
 looks there at all; of what falls on mid, the share on blocks that show the room in sight says whether it finds them.
+Layers differ: the first one of this model knows no prompt yet.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,10 +54,10 @@ class Mass:
         """The share of attention, and of the tokens attended, of each tier in each layer."""
         return self.attention / self.count, self.tokens / self.count
 
-    def found(self) -> tuple[float, float]:
+    def found(self) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
         """Of the attention on mid, and of mid's tokens, the share that shows the room in sight (0 without mid)."""
-        both = torch.stack([self.attention[:, 1].sum(), self.tokens[:, 1].sum()])
-        attention, tokens = (self.same_room.sum(0) / both).nan_to_num().tolist()
+        both = torch.stack([self.attention[:, 1], self.tokens[:, 1]], 1)
+        attention, tokens = (self.same_room / both).nan_to_num().unbind(1)
         return attention, tokens
 
 
@@ -155,7 +156,7 @@ def attention(policies: str, walks: int, seconds: int, weights: Path) -> None:
         models, console = load_models(weights), Console()
         shown = Walks.of_seeds([f"evaluation walk {nth}" for nth in range(walks)], seconds)
         table = Table(title=f"Attention, {walks} videos of {seconds} s", box=box.SIMPLE_HEAD, padding=(0, 1))
-        for name in ("memory", "blocks", *TIERS, "of mid: the room in sight", "mid, layer by layer"):
+        for name in ("memory", "blocks", *TIERS, "mid, layer by layer", "of it the room in sight"):
             table.add_column(name, justify="left" if name in ("memory", "blocks") else "right", overflow="fold")
         for variant in track(chosen, "memories", console=console, disable=not console.is_terminal):
             found = attention_mass(models, variant, shown, seeds=range(walks), sampler=models.sampler)
@@ -170,5 +171,11 @@ def attention(policies: str, walks: int, seconds: int, weights: Path) -> None:
 def _cells(mass: Mass) -> list[str]:
     attended, tokens = mass.shares()
     cells = [f"{a:.1%} ({t:.1%})" for a, t in zip(attended.mean(0).tolist(), tokens.mean(0).tolist(), strict=True)]
-    room = "{:.0%} ({:.0%})".format(*mass.found())
-    return [*cells, room if mass.attention[:, 1].any() else "", " ".join(f"{a:.0%}" for a in attended[:, 1].tolist())]
+    if not mass.attention[:, 1].any():
+        return [*cells, "", ""]
+    by_layer, room, there = (_percent(shares) for shares in (attended[:, 1], *mass.found()))
+    return [*cells, by_layer, f"{room} ({there})"]
+
+
+def _percent(shares: Float[Tensor, " layers"]) -> str:
+    return " ".join(f"{share:.0%}" for share in shares.tolist())

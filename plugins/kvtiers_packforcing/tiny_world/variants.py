@@ -157,6 +157,6 @@ def _random(trained: Any) -> Any:
     """A network of the same size, the same one every time. All of it is random: its last layer begins at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = type(trained)(trained.config.channels, trained.config.width, trained.config.widths)
+        made = type(trained).from_config(trained.config)
         made.layers[-1].reset_parameters()
     return made.to(trained.device).eval().requires_grad_(requires_grad=False)

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 import attrs
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from kvtiers_packforcing.training.config import one_of, whole, yes_or_no
 
@@ -33,6 +36,12 @@ class Layout:
             elif self.mid == "compressed":
                 found.append((past, "compressed"))
         return found
+
+    def forms(self, blocks: int) -> Bool[Tensor, "blocks earlier"]:
+        """Which earlier blocks each block of a clip attends compressed."""
+        every = range(blocks)
+        seen = [dict(self.history(block)) for block in every]
+        return torch.tensor([[forms.get(past) == "compressed" for past in every] for forms in seen])
 
     def compressed(self, blocks: int) -> list[int]:
         """The blocks of a clip that some block attends compressed."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kvtiers_packforcing.tiny_world import Clips, LinearCodec, text_table
@@ -35,20 +35,28 @@ _MARGIN = 3.0
 """By how much a logit of an earlier block of the same room is to be above that of one of another room."""
 
 
-def mismatch(affinities: Float[Tensor, "layers batch streams blocks earlier"], clips: Clips) -> Float[Tensor, ""]:
+def mismatch(
+    affinities: Float[Tensor, "layers batch streams blocks earlier"],
+    clips: Clips,
+    which: Bool[Tensor, "blocks earlier"] | None = None,
+) -> Float[Tensor, ""]:
     """A loss that is 0 if blocks like earlier blocks of their own room more than those of other rooms, by a margin.
 
-    affinities: logits of the mean query of each block and the mean key of each block of the clip. Blocks behind a
-    curtain do not count, and a clip in which nothing can be compared counts 0.
+    affinities: logits of the mean query of each block and the mean key of each block of the clip. which: the earlier
+    blocks that are compared with one another, for each block; None: all. Neither blocks behind a curtain count, nor
+    clips in which nothing can be compared; without any, it is 0.
     """
     rows = torch.arange(len(clips.blocks))[:, None]
     rooms, opened = clips.walks.rooms[rows, clips.blocks], ~clips.walks.curtains[rows, clips.blocks]
     earlier = (opened[:, :, None] & opened[:, None]).tril(-1)
+    if which is not None:
+        earlier = earlier & which.to(earlier.device)
     same = rooms[:, :, None] == rooms[:, None]
     pairs = ((earlier & same)[..., None] & (earlier & ~same)[:, :, None]).to(affinities.device)
     above = affinities[..., None] - affinities[..., None, :]
     off = ((_MARGIN - above).clamp(min=0) / _MARGIN).square().mean((0, 2)) * pairs
-    found: Tensor = (off.sum((1, 2, 3)) / pairs.sum((1, 2, 3)).clamp(min=1)).mean()
+    count = pairs.sum((1, 2, 3))
+    found: Tensor = (off.sum((1, 2, 3)) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
     return found
 
 

@@ -251,9 +251,7 @@ def _affinity(layout: Layout, query: Tensor, key: Tensor, few_key: Tensor) -> Te
     whole, *reduced = (torch.einsum("bsihd,bjhd->bsijh", query, mean) for mean in means)
     if not reduced:
         return whole
-    blocks = range(key.shape[1])
-    forms = [[dict(layout.history(block)).get(past) == "compressed" for past in blocks] for block in blocks]
-    return torch.where(torch.tensor(forms, device=key.device)[..., None], reduced[0], whole)
+    return torch.where(layout.forms(key.shape[1]).to(key.device)[..., None], reduced[0], whole)
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

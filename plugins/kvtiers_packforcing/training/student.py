@@ -82,9 +82,10 @@ class StudentStage(Stage):
         return super().preparation(config)
 
     def make_model(self, settings: StudentConfig) -> nn.Module:
-        made = self._made(settings)
-        if settings.start is not None:
-            theirs, ours = load_student(settings.start).state_dict(), made.state_dict()
+        start: Any = None if settings.start is None else load_student(settings.start)
+        made = self._made(settings, normalise=start is None or start["compressor"].config.normalise)
+        if start is not None:
+            theirs, ours = start.state_dict(), made.state_dict()
             if [(name, part.shape) for name, part in theirs.items()] != [(n, part.shape) for n, part in ours.items()]:
                 raise TrainingConfigError(
                     f"[model]: start: the model in {settings.start} is of another size than [model] says; give the "
@@ -95,7 +96,7 @@ class StudentStage(Stage):
             match_prompts(made.get_submodule("transformer"))
         return made
 
-    def _made(self, settings: StudentConfig) -> nn.ModuleDict:
+    def _made(self, settings: StudentConfig, *, normalise: bool) -> nn.ModuleDict:
         """A model with random weights."""
         transformer: Any = WanTransformer3DModel(
             patch_size=(1, 2, 2),
@@ -112,7 +113,7 @@ class StudentStage(Stage):
         nn.init.zeros_(transformer.proj_out.weight)
         nn.init.zeros_(transformer.proj_out.bias)
         widths = [settings.compressor_width * 2**layer for layer in range(4)]
-        compressor = HighResolution(LATENT_CHANNELS, settings.width, widths)
+        compressor = HighResolution(LATENT_CHANNELS, settings.width, widths, normalise=normalise)
         return nn.ModuleDict({"transformer": transformer, "compressor": compressor})
 
     @property
@@ -169,8 +170,12 @@ class StudentStage(Stage):
         own = (off.detach() * by_frame(sigmas).square()).unflatten(3, (-1, BLOCK_FRAMES)).mean((0, 1, 2, 4, 5, 6))
         loss, figures = off.mean(), {"flow": off.detach().mean(), "first_block": own[0], "later_blocks": own[1:].mean()}
         if affinities is not None:
-            apart = mismatch(torch.stack(affinities[1:]).float().mean(-1), clips)  # the first layer knows no prompt yet
-            loss, figures["mismatch"] = loss + weight * apart, apart.detach()
+            liked = torch.stack(affinities[1:]).float().mean(-1)  # the first layer knows no prompt yet
+            every, compressed = (
+                mismatch(liked, clips, which) for which in (None, wan.layout.forms(latents.shape[2] // BLOCK_FRAMES))
+            )
+            loss = loss + weight * (every + compressed)
+            figures |= {"mismatch": every.detach(), "mismatch_compressed": compressed.detach()}
         return loss, figures
 
     def predict(
@@ -282,7 +287,10 @@ class StudentStage(Stage):
         by_block = off.unflatten(3, (blocks, -1)).mean((1, 2, 4, 5, 6)).cpu()
         found = {"return": float(by_block[rows, at].mean()), "all": float(by_block.mean())}
         if affinities[1:]:  # the first layer knows no prompt yet
-            found["mismatch"] = float(mismatch(torch.stack(affinities[1:]).float().mean(-1), clips))
+            liked = torch.stack(affinities[1:]).float().mean(-1)
+            found["mismatch"] = float(
+                mismatch(liked, clips, layout.forms(blocks) if layout.compressed(blocks) else None)
+            )
         return found
 
     @torch.no_grad()
