@@ -127,7 +127,7 @@ def test_equal_blocks_are_chosen_newest_first(data):
     found = data.draw(policies(refresh="chunk", realigner="original", recent=3, compressor="keep"))
     found = attrs.evolve(found, retriever=build("retriever", retriever))
     setting = data.draw(settings_of(st.just(found)))
-    setting = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, head_dim=4))
+    setting = attrs.evolve(setting, geometry=attrs.evolve(setting.geometry, head_dim=4), rotary=rotary(4))
     tokens = setting.tokens
     keys = tokens.keys[:, :, :1].round().expand(-1, -1, setting.steps, -1)
     layer = setting.layer()

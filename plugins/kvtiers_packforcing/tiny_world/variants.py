@@ -157,6 +157,7 @@ def _random(trained: Any) -> Any:
     """A network of the same size, the same one every time. All of it is random: its last layer begins at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = type(trained).from_config(trained.config)
+        said = trained.config
+        made = type(trained)(said.channels, said.width, said.widths, normalise=said.normalise)
         made.layers[-1].reset_parameters()
     return made.to(trained.device).eval().requires_grad_(requires_grad=False)
