@@ -25,6 +25,7 @@ from kvtiers_transformers.compare_results import ANY_SIZE, Job, Results
 from kvtiers_transformers.decoders import geometries_of
 from kvtiers_transformers.plain_cache import PLAIN
 from kvtiers_transformers.reading import (
+    STRIDE,
     Reading,
     answer,
     document_option,
@@ -202,7 +203,9 @@ def _at_size(
             found[spec] = policy, size
             continue
         try:
-            made = fitted(policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length)
+            made = fitted(
+                policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length, stride=STRIDE
+            )
         except PolicyError as error:
             console.print(f"{spec} is left out at {size}: {error}", markup=False)
             continue
