@@ -50,9 +50,9 @@ class TieredCache:
         check: bool = False,
         layer: type[Layer] = Layer,
     ) -> None:
-        shapes = each_of(geometries, Geometry, "Geometry")
+        shapes = each_of(geometries, Geometry)
         count = len(shapes)
-        each = [policies] * count if isinstance(policies, Policy) else each_of(policies, Policy, "Policy")
+        each = [policies] * count if isinstance(policies, Policy) else each_of(policies, Policy)
         alike: dict[object, Rotary] = {}  # layers that rotate alike share the tables of one rotary
         given = list(rotaries) if rotaries is not None else [None] * count
         rotary = [None if one is None else alike.setdefault(one.fingerprint, one) for one in given]

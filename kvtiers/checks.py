@@ -38,10 +38,11 @@ def one_of(layers: Sequence[One], index: int) -> One:
     return layers[index]
 
 
-def each_of(given: Any, kind: type[One], what: str) -> list[One]:
+def each_of(given: Any, kind: type[One]) -> list[One]:
     """The items of a list that holds nothing but `kind`. Raises `GeometryError` for anything else."""
     if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, kind) for one in given):
-        raise GeometryError(f"a cache takes a list of {what}, one for each layer; got {given!r}")
+        also = "one Policy, or " if kind is Policy else ""
+        raise GeometryError(f"a cache takes {also}a list with a {kind.__name__} for each layer, got {given!r}")
     return list(given)
 
 

@@ -38,10 +38,12 @@ def check_filled(layer: LayerState) -> None:
 def _numbers(layer: LayerState) -> Claims:
     line, policy, geometry = layer.timeline, layer.policy, layer.geometry
     steps, committed, start = layer.num_steps, layer.committed_steps, layer.recent_start
-    most = steps if geometry.causal else geometry.steps_per_commit  # text may have come in larger chunks before a swap
     yield line.cuts is None if geometry.causal else isinstance(line.cuts, tuple), "blocks"
     yield line.sink == policy.sink_steps if line.cuts is None else line.sink in (0, *line.cuts), "anchors"
-    yield 0 <= committed <= steps <= committed + most, "steps"
+    whole = (
+        geometry.causal or steps - committed <= geometry.steps_per_commit
+    )  # text: chunks were of any size before swap
+    yield 0 <= committed <= steps and whole, "steps"
     yield layer.window.planes or not any(True for _ in layer.tensors()), "tensors"
     yield layer.window.planes or steps == 0, "steps"
     latest = _FAR if policy.in_place else committed

@@ -29,9 +29,8 @@ class Runner:
         self.transformer: Any = unwrap_module(transformer)
         self.rotary = rotary_of(self.transformer)
         self.switch = enable(self.transformer)
-        self._give_back = weakref.finalize(
-            self, disable, self.transformer
-        )  # by `close`, or when nobody has it any more
+        self._give_back = weakref.finalize(self, disable, self.transformer)
+        """Called by `close`, or when nothing refers to this any more."""
         self._give_back.atexit = False
         self.forget_prompts()
 

@@ -31,9 +31,8 @@ def fitted(
 
     One that always attends everything stays as it is. tokens: the most that a query may attend (`Policy.bound`).
     layer_bytes: the most that a layer may hold on the device (`Policy.bound_bytes`) when it has read `length` tokens.
-    stride: tokens of a forward. Larger chunks are cut to it, so that no policy spends more of its size on them than
-    another. A policy that compresses after reading keeps the
-    limit in tokens once it has, with room for a chunk. Raises `PolicyError` if the smallest size is too large.
+    stride: tokens of a forward. Larger chunks are cut to it. A policy that compresses after reading keeps the limit in
+    tokens once it has, with room for a chunk. Raises `PolicyError` if the smallest size is too large.
     """
     if attends_everything(policy, geometry) or (tokens is None and layer_bytes is None):
         return policy

@@ -250,10 +250,12 @@ def test_a_row_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     ("policies", "geometries", "message"),
     [
-        pytest.param("archive", [GEOMETRY], "a list of Policy, one for each layer; got 'archive'", id="a name"),
-        pytest.param(None, [GEOMETRY], "a list of Policy, one for each layer; got None", id="no policy"),
-        pytest.param(policy("full"), GEOMETRY, "a list of Geometry, one for each layer; got Geometry", id="one shape"),
-        pytest.param(policy("full"), [None], r"a list of Geometry, one for each layer; got \[None\]", id="no shape"),
+        pytest.param(
+            "archive", [GEOMETRY], "one Policy, or a list with a Policy for each layer, got 'archive'", id="a name"
+        ),
+        pytest.param(None, [GEOMETRY], "one Policy, or a list with a Policy for each layer, got None", id="no policy"),
+        pytest.param(policy("full"), GEOMETRY, "a list with a Geometry for each layer, got Geometry", id="one shape"),
+        pytest.param(policy("full"), [None], r"a list with a Geometry for each layer, got \[None\]", id="no shape"),
     ],
 )
 def test_a_cache_is_made_of_policies_and_geometries(policies, geometries, message):

@@ -286,12 +286,11 @@ def test_the_shipped_weights_know_rooms_by_name_and_less_so_from_compressed_bloc
     clips = returns_beyond_the_sink(8)
     remembered, without = made.told(clips, LAYOUTS["packforcing"]), made.told(clips, LAYOUTS["sink_window"])
     misnamed = made.told(clips, LAYOUTS["packforcing"], misnamed=True)
-    assert made.told(clips, LAYOUTS["full"])["mismatch"] < 0.05, (
-        "keys of a room are not liked more than those of others"
-    )
-    assert remembered["mismatch"] < 0.6, "compressed keys of a room are not"
+    assert remembered["mismatch"] < 0.2, "keys of a room are not liked more than those of others"
+    assert remembered["mismatch_compressed"] < 0.6, "compressed keys of a room are not"
     assert remembered["return"] < 0.95 * without["return"]
     assert remembered["return"] < 0.95 * misnamed["return"]
     for layer in made.transformer.blocks[1:]:
         layer.attn1.to_k.weight.zero_()
-    assert made.told(clips, LAYOUTS["packforcing"])["mismatch"] > 0.9, "the figure notices keys without names"
+    nameless = made.told(clips, LAYOUTS["packforcing"])
+    assert min(nameless["mismatch"], nameless["mismatch_compressed"]) > 0.9, "the figures notice keys without names"

@@ -265,7 +265,8 @@ class StudentStage(Stage):
         * `return`: the mean squared error of the clean latents where a room returns, over three levels of noise.
         * `all`: that of all blocks.
         * `mismatch`: how far queries are from liking blocks of their own room more, in the form in which they attend
-          them; 1: not at all. It is left out of a model of one layer.
+          them; 1: not at all. It is left out of a model of one layer. `mismatch_compressed` is that among compressed
+          blocks alone, in a layout that has any: whole blocks hide what compressed ones lack.
 
         clips: of kind `return`. misnamed: whether the block of the return is told the name of another room.
         """
@@ -288,9 +289,9 @@ class StudentStage(Stage):
         found = {"return": float(by_block[rows, at].mean()), "all": float(by_block.mean())}
         if affinities[1:]:  # the first layer knows no prompt yet
             liked = torch.stack(affinities[1:]).float().mean(-1)
-            found["mismatch"] = float(
-                mismatch(liked, clips, layout.forms(blocks) if layout.compressed(blocks) else None)
-            )
+            found["mismatch"] = float(mismatch(liked, clips))
+            if layout.mid == "compressed":
+                found["mismatch_compressed"] = float(mismatch(liked, clips, layout.forms(blocks)))
         return found
 
     @torch.no_grad()
