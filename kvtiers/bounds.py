@@ -171,6 +171,11 @@ class Bounds:
             return None
         anchors = self.anchors(geometry) * geometry.tokens_per_step
         slots = steps * geometry.tokens_per_step + (0 if self.in_place else anchors + (self.mid_bound(geometry) or 0))
+        if self.mid_bound(geometry) is None and self.archives and self._cut_short(geometry):  # they are padded
+            current = self.chunk_size if geometry.causal else self.block_steps(geometry)
+            near = self.anchors(geometry) + self._recent_bound(geometry) + (steps if current is None else current)
+            padded = archived_blocks * max(self.block_tokens(geometry, form) for form in self.forms)
+            slots = max(slots, min(steps, near) * geometry.tokens_per_step + padded)
         plain = (plain or slots) if self.realigner.rotates and not self.in_place else 0
         return grown(self._bytes_of(geometry, archived_blocks, attended=slots, slots=slots, plain=plain))
 

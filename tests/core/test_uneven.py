@@ -18,6 +18,7 @@ from kvtiers.layer import Layer
 from kvtiers.policy import Policy
 from kvtiers.presets import policy
 from kvtiers.rotary import Rotary
+from kvtiers.trials import Trial
 from kvtiers_policies.affinity import Affinity
 from strategies import attend, copied, fewer
 
@@ -327,3 +328,18 @@ def test_a_retriever_that_makes_more_digests_than_it_says_is_refused_and_nothing
     ):
         play(layer, film, range(1, 2))
     assert (layer.history.count, layer.committed_steps, layer.num_steps) == (1, 1, 5)
+
+
+def test_padding_of_short_blocks_counts_in_the_bound_where_all_are_attended() -> None:
+    chosen = policy("archive", sink=0, recent=4, retriever="all", realigner="contiguous", archive="host")
+    geometry = Geometry(kv_heads=1, head_dim=16, grid=(2,), steps_per_commit=4, even=False, causal=False)
+    turns = Rotary([torch.tensor([1.0, 0.1, 0.01]), torch.tensor([0.7, 0.2])], layout="interleaved")
+    trial = Trial.start(chosen, geometry, turns, seed=0, steps=40)
+    for nth, steps in enumerate((1, 4, 2, 2, 4, 3, 3, 1, 1, 1, 1, 4, 4)):
+        if nth == 4:
+            trial.compact(0)
+        trial.feed(steps)
+        layer, limit = trial.layer, chosen.bound_bytes(geometry, trial.layer.history.count, steps=trial.num_steps)
+        held = sum(one.bytes for one in memory_usage_of([layer]) if one.location == "device")
+        assert limit is not None
+        assert held <= limit, f"after {trial.num_steps} steps"
