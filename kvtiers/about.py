@@ -55,7 +55,7 @@ def _settings(made: Policy) -> Iterator[str]:
     for key, value in describe(made).items():
         unit = f" {_UNITS[key][: None if value != 1 else -1]}" if key in _UNITS and isinstance(value, int) else ""
         idle = key in _OF_ARCHIVES and not made.archives
-        yield f"  {key} = {value}{unit}{' (not used: nothing is archived)' if idle else ''}"
+        yield f"  {key} = {_brief(value)}{unit}{' (not used: nothing is archived)' if idle else ''}"
     yield "  A step is a token of text, or a latent frame of video."
     if made.recent is None:
         yield "  A query attends everything."
@@ -63,6 +63,14 @@ def _settings(made: Policy) -> Iterator[str]:
         yield f"  A query of text attends at most {bound:,} tokens."
     elif made.chunk_size is None and (bound := made.bound(_VIDEO)) is not None:
         yield f"  A query of video, 832 x 480 in blocks of 4 latent frames, attends at most {bound:,} tokens."
+
+
+def _brief(value: Any) -> str:
+    """A choice by its name, with its options in brackets."""
+    if not isinstance(value, dict):
+        return str(value)
+    options = ", ".join(f"{key}={option}" for key, option in value.items() if key != "name" and option is not None)
+    return f"{value['name']} ({options})" if options else str(value["name"])
 
 
 def _options(factory: Any) -> Iterator[str]:

@@ -20,8 +20,9 @@ from kvtiers.presets import describe, policy
 
 try:
     import click
+    from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 except ImportError as error:
     raise MissingExtraError(f"the command line needs {error.name}; pip install 'kvtiers[cli]'") from error
 
@@ -115,7 +116,7 @@ def plugins(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("name", required=False)
 def policies(as_json: bool, name: str | None) -> None:
-    """The presets with their settings, and what can be put in each slot; or everything about NAME."""
+    """The presets, and what can be put in each slot; or everything about NAME."""
     if name is not None:
         told = about(name)
         click.echo(json.dumps({"name": name, "about": told}, indent=2) if as_json else told)
@@ -126,18 +127,12 @@ def policies(as_json: bool, name: str | None) -> None:
         click.echo(json.dumps({"policies": presets, "slots": choices}, indent=2))
         return
     console = Console()
-    table = _table("policy", "what it does, its slots and settings", "distribution")
-    for preset in presets:
-        said = preset["settings"].items()
-        slots = "; ".join(f"{key} = {_brief(value)}" for key, value in said if key in SLOTS)
-        sizes = ", ".join(f"{key} = {value}" for key, value in said if key not in SLOTS and value is not None)
-        settings = preset["error"] or f"{slots}\n{sizes}"
-        table.add_row(preset["name"], f"{preset['about']}\n{settings}", preset["distribution"])
-    console.print(table)
-    table = _table("slot", "name", "distribution", "what it does")
-    for choice in choices:
-        table.add_row(choice["slot"], choice["name"], choice["distribution"], choice["error"] or choice["about"])
-    console.print(table)
+    for kind in ("preset", *SLOTS):
+        table = Table(kind, Column("what it does", ratio=1), "distribution", box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in presets if kind == "preset" else [choice for choice in choices if choice["slot"] == kind]:
+            table.add_row(row["name"], row["error"] or row["about"], row["distribution"])
+        console.print(table)
+    console.print("`kvtiers policies NAME` says everything about one: its source, its settings, what a query attends.")
 
 
 def _beside(preset: dict[str, Any]) -> int:
@@ -189,10 +184,3 @@ def _choice(kind: str, name: str) -> dict[str, Any]:
         return {"slot": kind, "name": name, "distribution": "", "about": "", "error": explain(error)}
     about = next((line.strip() for line in (factory.__doc__ or "").splitlines() if line.strip()), "")
     return {"slot": kind, "name": name, "distribution": plugin.distribution, "about": about, "error": ""}
-
-
-def _brief(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    options = ", ".join(f"{key}={option}" for key, option in value.items() if key != "name" and option is not None)
-    return f"{value['name']} ({options})" if options else str(value["name"])

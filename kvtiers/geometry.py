@@ -2,6 +2,7 @@
 
 import math
 from functools import cached_property, lru_cache
+from typing import Any
 
 import attrs
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from kvtiers.errors import GeometryError
 
-_POSITIVE = [v.instance_of(int), v.ge(1)]
+
+def _positive(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise GeometryError(f"{field.name} must be a whole number of at least 1, got {value!r}")
 
 
 @attrs.frozen(kw_only=True)
@@ -23,18 +27,18 @@ class Geometry:
     as one block that is committed as a whole (video). `steps_per_commit` is the length of such a block, 1 for text.
     """
 
-    kv_heads: int = attrs.field(validator=_POSITIVE)
-    head_dim: int = attrs.field(validator=_POSITIVE)
-    query_heads: int = attrs.field(validator=_POSITIVE)
-    value_dim: int = attrs.field(validator=_POSITIVE)
-    batch: int = attrs.field(default=1, validator=_POSITIVE)
+    kv_heads: int = attrs.field(validator=_positive)
+    head_dim: int = attrs.field(validator=_positive)
+    query_heads: int = attrs.field(validator=_positive)
+    value_dim: int = attrs.field(validator=_positive)
+    batch: int = attrs.field(default=1, validator=_positive)
     grid: tuple[int, ...] = ()
-    steps_per_commit: int = attrs.field(default=1, validator=_POSITIVE)
+    steps_per_commit: int = attrs.field(default=1, validator=_positive)
     even: bool = True
     """Whether all committed blocks are of `steps_per_commit` steps; else that is the most."""
     causal: bool = True
     dtype: torch.dtype = torch.float32
-    known_positions: int | None = attrs.field(default=None, validator=v.optional(_POSITIVE))
+    known_positions: int | None = attrs.field(default=None, validator=v.optional(_positive))
     """How many positions the model was made for; None if nobody knows. A saved cache may be loaded where it differs."""
 
     @query_heads.default

@@ -93,17 +93,21 @@ def test_a_realigner_needs_a_rotary_embedding(realigner):
 
 
 @pytest.mark.parametrize(
-    ("fields", "error"),
+    ("fields", "message"),
     [
-        pytest.param({"kv_heads": 0, "head_dim": 4}, ValueError, id="no heads"),
-        pytest.param({"kv_heads": 2, "head_dim": -4}, ValueError, id="negative width"),
-        pytest.param({"kv_heads": 2, "head_dim": 4, "batch": 0}, ValueError, id="no rows"),
-        pytest.param({"kv_heads": 2, "head_dim": 4, "query_heads": 3}, GeometryError, id="heads that do not divide"),
-        pytest.param({"kv_heads": 2, "head_dim": 4, "steps_per_commit": 0}, ValueError, id="commits of nothing"),
+        pytest.param(
+            {"kv_heads": 0, "head_dim": 4}, "kv_heads must be a whole number of at least 1, got 0", id="no heads"
+        ),
+        pytest.param({"kv_heads": 2, "head_dim": -4}, "head_dim .* got -4", id="negative width"),
+        pytest.param({"kv_heads": 2, "head_dim": 4, "batch": True}, "batch .* got True", id="rows that are no number"),
+        pytest.param(
+            {"kv_heads": 2, "head_dim": 4, "query_heads": 3}, "a multiple of kv_heads", id="heads that do not divide"
+        ),
+        pytest.param({"kv_heads": 2, "head_dim": 4, "steps_per_commit": 0}, "commit .* got 0", id="commits of nothing"),
     ],
 )
-def test_a_geometry_that_cannot_be_is_refused(fields, error):
-    with pytest.raises(error):
+def test_a_geometry_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(GeometryError, match=message):
         Geometry(**fields)
 
 
@@ -274,6 +278,7 @@ def test_a_rotary_embedding_of_wider_heads_is_refused():
     [
         pytest.param({"extra": [1]}, "extra must be a mapping of names to what is kept, got a list", id="a list"),
         pytest.param({"extra": {"loss": float("nan")}}, "extra must be plain data that JSON can hold", id="NaN"),
+        pytest.param({"extra": {1: 2}}, "names in extra must be text, got 1", id="a name that is a number"),
         pytest.param({"beside": {"x": 3}}, r"beside\['x'\] must be a tensor that holds values, got a int", id="3"),
         pytest.param(
             {"beside": {"x": torch.zeros(1, device="meta")}}, "got one on the meta device", id="a tensor without values"

@@ -87,7 +87,13 @@ def test_policies_of_a_name_say_what_it_is_its_source_its_options_and_its_bound(
     assert run("policies", "none").output.count("a choice for") == 2
     assert "attends everything" in run("policies", "full").output
     video = run("policies", "packforcing").output
-    for said in ("sink = 8 steps", "top_k = 16 blocks", "chunk_size = None\n", "attends at most 27,872 tokens"):
+    for said in (
+        "  realigner = contiguous\n",
+        "sink = 8 steps",
+        "top_k = 16 blocks",
+        "chunk_size = None\n",
+        "at most 27,872 tokens",
+    ):
         assert said in video
     with pytest.raises(UnknownPolicyError, match=r"called 'mean-pol'.* Did you mean 'mean-pool'"):
         CliRunner().invoke(main, ["policies", "mean-pol"], catch_exceptions=False)
