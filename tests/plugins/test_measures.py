@@ -101,10 +101,15 @@ def test_the_codec_costs_little_of_what_counts(truth):
         ("wrong-rooms", "room", -1),
         ("wrong-curtains", "curtain", -1),
         ("wrong-curtains", "prompt", -1),
+        ("curtains-lost", "prompt_drop", 1),
         ("blurred", "recognised", -1),
         ("noisier", "return_psnr", -1),
+        ("blurred", "identity_5_15", -1),
+        ("blurred", "identity_15_60", -1),
+        ("noisier", "ground_stay", -1),
         ("noisier", "flicker", 1),
         ("noisier", "drift", 1),
+        ("noisier", "drift_detail", 1),
         ("collapsed", "identity", -1),
         ("collapsed", "prompt", -1),
         ("collapsed", "drift", 1),
@@ -115,6 +120,7 @@ def test_the_codec_costs_little_of_what_counts(truth):
         ("brighter", "drift_brightness", 1),
         ("greyer", "drift_contrast", -1),
         ("greyer", "drift_saturation", -1),
+        ("greyer", "drift_detail", -1),
         ("greyer", "return_ssim", -1),
         ("jumping", "border_jump", 1),
         ("flickering", "flicker", 1),
@@ -131,9 +137,11 @@ def test_the_stronger_a_damage_the_worse_the_figure(truth, damage, figure, sign)
     assert abs(found[-1] - found[0]) > 0.1 * max(1, abs(found[0])), found
 
 
-def test_every_damage_is_noticed_by_some_measure_above():
+def test_every_damage_is_noticed_above_and_every_figure_notices_one():
     marks = test_the_stronger_a_damage_the_worse_the_figure.pytestmark
-    assert {case[0] for mark in marks for case in mark.args[1]} == set(DAMAGES)
+    cases = [case for mark in marks for case in mark.args[1]]
+    assert {damage for damage, _, _ in cases} == set(DAMAGES)
+    assert {figure for _, figure, _ in cases} == set(BY_MEASURE)
 
 
 def test_what_cannot_be_named_counts_as_lost_and_is_not_left_out(truth):

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from kvtiers_packforcing.measures.pictures import blur
 from kvtiers_packforcing.measures.prompt import curtain_picture
-from kvtiers_packforcing.measures.visits import block_count, clocks, frames_at, shots_of, visits_of
+from kvtiers_packforcing.measures.visits import Shot, block_count, clocks, frames_at, shots_of, visits_of
 from kvtiers_packforcing.seeding import generator_of
 from kvtiers_packforcing.tiny_world import FIRST_FRAME, FRAMES_PER_BLOCK, Houses, Walks, render
 from kvtiers_packforcing.tiny_world.houses import CURTAIN_GAP
@@ -112,15 +112,30 @@ def flickering(pixels: Video, walks: Walks, strength: float) -> Video:
 
 def wrong_curtains(pixels: Video, walks: Walks, strength: float) -> Video:
     """In a share `strength` of the shots the curtain is the other way round; an open one shows a still room."""
-    shown, blocks, curtain = pixels.clone(), block_count(pixels, walks), curtain_picture()
-    for row, video in enumerate(pixels):
+    shown, blocks = pixels.clone(), block_count(pixels, walks)
+    for row in range(len(pixels)):
         for shot in _some(shots_of(walks, row, blocks), strength, "curtains", row):
-            frames = slice(shot.frames().start, shot.frames().stop)
-            if shot.curtain:
-                shown[row, :, frames] = video[:, max(0, shot.start * FRAMES_PER_BLOCK - FIRST_FRAME - 1), None]
-            else:
-                shown[row, :, frames, :, CURTAIN_GAP:] = curtain[:, None, None]
+            _turn_curtain(shown[row], pixels[row], shot)
     return shown
+
+
+def curtains_lost(pixels: Video, walks: Walks, strength: float) -> Video:
+    """From a share 1 - `strength` of the video on, no curtain is drawn any more: a still room is shown."""
+    shown, blocks = pixels.clone(), block_count(pixels, walks)
+    for row in range(len(pixels)):
+        for shot in shots_of(walks, row, blocks):
+            if shot.curtain:
+                _turn_curtain(shown[row], pixels[row], shot, round((1 - strength) * pixels.shape[2]))
+    return shown
+
+
+def _turn_curtain(shown: Tensor, video: Tensor, shot: Shot, since: int = 0) -> None:
+    """Show a shot from frame `since` on with its curtain the other way round; an open one shows a still room."""
+    frames = slice(max(shot.frames().start, since), max(shot.frames().stop, since))
+    if shot.curtain:
+        shown[:, frames] = video[:, max(0, shot.start * FRAMES_PER_BLOCK - FIRST_FRAME - 1), None]
+    else:
+        shown[:, frames, :, CURTAIN_GAP:] = curtain_picture()[:, None, None]
 
 
 def _some(items: Sequence[T], share: float, name: str, row: int) -> list[T]:
@@ -133,6 +148,7 @@ DAMAGES: Mapping[str, tuple[Callable[[Video, Walks, float], Video], tuple[float,
     "invented": (invented, (0.25, 0.5, 1.0)),
     "wrong-rooms": (wrong_rooms, (0.25, 0.5, 1.0)),
     "wrong-curtains": (wrong_curtains, (0.2, 0.5, 1.0)),
+    "curtains-lost": (curtains_lost, (0.4, 0.5, 0.6)),
     "blurred": (blurred, (2.5, 3.0, 4.0)),
     "noisier": (noisier, (0.25, 0.5, 1.0)),
     "collapsed": (collapsed, (0.15, 0.3, 0.5)),
