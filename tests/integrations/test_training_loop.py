@@ -101,6 +101,17 @@ def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(config, tmp_path):
     assert [json.loads(line)["step"] for line in log[0].splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_goes_on_from_any_checkpoint_that_was_kept(config, tmp_path):
+    path, folder = config("kept", ("save_every = 2", "save_every = 2\nkeep_every = 2")), tmp_path / "kept"
+    last, log = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
+    trained(path)
+    whole = last.read_bytes(), log.read_text()
+    (folder / "checkpoint-2.safetensors").replace(last)
+    assert trained(path, 3).step == 3
+    trained(path)
+    assert (last.read_bytes(), log.read_text()) == whole
+
+
 def test_another_seed_gives_another_run(config):
     one = trained(config("one"), 1)
     two = trained(config("two", ("seed = 3", "seed = 4")), 1)
