@@ -27,8 +27,10 @@ COST_SCALES: Mapping[str, Scale] = {
 }
 """What a video cost to make. Known for videos that this command made."""
 ALL_SCALES: Mapping[str, Scale] = {**SCALES, **CLIP_SCALES, **COST_SCALES}
-_LABELS, _COLUMN = 56, 13
-"""How wide the first two columns are, and each further one."""
+_LABELS, _PAPER, _COLUMN = 34, 22, 13
+"""How wide are the first column, the one of the paper, and each further one."""
+_WIDE = 100
+"""In a narrower terminal the paper's column makes room for a row."""
 _ARROWS = {"higher": "↑", "lower": "↓", "truth": "="}
 
 
@@ -107,10 +109,12 @@ class Results:
     def print(self, console: Console, *, everything: bool = False) -> None:
         """Tables for each length: a line for each measure, a column for each row, the codec's first in every table."""
         others = [row for row in self.rows if row != self.ceiling]
-        fit = max(1, (console.width - _LABELS) // _COLUMN - 1)
+        paper = console.width >= _WIDE
+        fit = max(1, (console.width - _LABELS - paper * _PAPER) // _COLUMN - 1)
         for seconds in self.lengths():
             for first in range(0, max(1, len(others)), fit):
-                console.print(self.table(seconds, others[first : first + fit], everything=everything))
+                shown = others[first : first + fit]
+                console.print(self.table(seconds, shown, everything=everything, paper=paper))
         console.print(
             "↑ higher is better, ↓ lower, = nearest to truth. ± is half of the 95% interval over videos. "
             f"{self.ceiling}: the true videos, passed through the codec, which no model can be expected to exceed. "
@@ -118,21 +122,26 @@ class Results:
             style="dim",
         )
 
-    def table(self, seconds: int, rows: Iterable[str], *, everything: bool = False) -> Table:
-        """The figures of some rows at one length, beside the ceiling. Without `everything`: the main measures."""
+    def table(self, seconds: int, rows: Iterable[str], *, everything: bool = False, paper: bool = True) -> Table:
+        """The figures of some rows at one length, beside the ceiling. Without `everything`: the main measures.
+
+        paper: whether a column says what PackForcing reports of the kind.
+        """
         shown = [row for row in (self.ceiling, *rows) if seconds in self.rows.get(row, {})]
         found = {row: self.summaries(row, seconds) for row in shown}
         videos = max((summary["flicker"].videos for summary in found.values()), default=0)
         title = f"{seconds} s, {videos} video{'s' if videos > 1 else ''} a row"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("measure", no_wrap=True)
-        table.add_column("in the paper", overflow="fold", style="dim")
+        if paper:
+            table.add_column("in the paper", overflow="fold", style="dim")
         for row in shown:
             table.add_column(row, justify="right", overflow="fold", style="dim" if row == self.ceiling else None)
         for name, scale in ALL_SCALES.items():
             cells = [_cell(scale, found[row][name]) if name in found[row] else "" for row in shown]
             if (scale.main or everything) and any(cells):
-                table.add_row(f"{scale.label}, {scale.unit} {_ARROWS[scale.better]}", scale.paper, *cells)
+                label = f"{scale.label}, {scale.unit} {_ARROWS[scale.better]}"
+                table.add_row(label, *([scale.paper] if paper else []), *cells)
         return table
 
 
