@@ -36,8 +36,8 @@ def test_the_loop_over_blocks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     given = {
         "transformer": model,
         "vae": vae(),
-        "blocks": [(clip, clip / 2) for clip in clips],
-        "timestep": 500.0,
+        "noise": clips,
+        "sigmas": [1.0, 0.6, 0.0],
         "text": prompt(),
     }
     exec(compile(marked(README.read_text(encoding="utf-8"))["video"], str(README), "exec"), given)
