@@ -64,7 +64,9 @@ def test_a_self_forcing_checkpoint_and_a_wan_are_distilled(hub, monkeypatch):
     assert made.model.get_submodule("compressor").layers[0].weight.grad.any(), "the loss does not reach the compressor"
     # the embeddings are there now, and the text encoder is not read again
     monkeypatch.setattr("kvtiers_packforcing.training.wan.encoder_of", lambda *_: pytest.fail("the encoder is read"))
-    made = WanDistillStage(config(hub))
+    assert made.generator.compressor.normalise
+    made = WanDistillStage(config(hub, model={"normalise": False}))
+    assert not made.generator.compressor.normalise
     texts = made.text([f"clip {nth}" for nth in range(8)])
     assert texts.shape == (8, 4, 512, 32)
     assert len({text.sum().item() for text in texts}) == 2

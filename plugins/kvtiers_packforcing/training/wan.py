@@ -83,7 +83,9 @@ class WanDistillStage(Distillation):
         if settings.start is not None:
             load_causal_checkpoint(transformer, settings.start)
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        compressor = HighResolution(transformer.config.in_channels, width, settings.compressor_widths)
+        compressor = HighResolution(
+            transformer.config.in_channels, width, settings.compressor_widths, normalise=settings.normalise
+        )
         return nn.ModuleDict({"transformer": transformer, "compressor": compressor})
 
     @classmethod

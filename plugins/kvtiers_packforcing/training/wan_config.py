@@ -31,7 +31,9 @@ class WanDistillConfig(DistillConfig):
     the text encoder. start: a checkpoint of a causal model, as Self-Forcing publishes them, for the generator; none:
     the base. prompts: a text file with one on each line. embeddings: where they are kept once embedded; none: beside
     it. negative_prompt: what guidance goes away from. low_resolution: whether the compressor looks at pixels too.
-    compressor_widths: channels between the convolutions of its other branch. height, width: in pixels. frames: latent.
+    compressor_widths: channels between the convolutions of its other branch. normalise: whether the tokens of that
+    branch stay about as long as the transformer's own (see `HighResolution`; the paper does not say). height, width: in
+    pixels. frames: latent.
     """
 
     base: str = text()
@@ -42,6 +44,7 @@ class WanDistillConfig(DistillConfig):
     guidance: float = number(0.0, default=3.0)
     low_resolution: bool = yes_or_no(default=True)
     compressor_widths: tuple[int, ...] = attrs.field(default=(32, 128, 512, 2048), converter=values)
+    normalise: bool = yes_or_no(default=True)
     sink_blocks: int = whole(0, default=2)
     frames: int = whole(BLOCK_FRAMES, default=20)
     height: int = whole(_LEAST, default=480)
