@@ -39,11 +39,12 @@ demo: $(MODEL) ## read a long document with a real model under every policy, the
 	@$(BIN)/kvtiers demo text $(ARGS)
 	@$(BIN)/kvtiers demo video
 
-bench: $(MODEL) ## measure decoding speed, recall, codecs, digests, video and drift
+bench: $(MODEL) ## measure decoding speed, recall, codecs, digests, ranks, video and drift
 	@$(BIN)/kvtiers bench text $(ARGS)
 	@$(BIN)/kvtiers bench recall $(ARGS)
 	@$(BIN)/kvtiers bench codec $(ARGS)
 	@$(BIN)/kvtiers bench digests $(ARGS)
+	@$(BIN)/kvtiers bench ranks $(ARGS)
 	@$(BIN)/kvtiers bench video
 	@$(BIN)/kvtiers bench drift
 

@@ -1,0 +1,76 @@
+"""`kvtiers bench ranks`: what it says of attention is what the model's own attention says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich", reason="needs the extra 'cli'")
+pytest.importorskip("tokenizers", reason="needs the extra 'demo'")
+
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+import tiny_chat
+from kvtiers import PolicyError, policy
+from kvtiers_transformers.bench_ranks import MASS, check, place_of, rank, ranks
+from kvtiers_transformers.reading import encoded, encoder, needles
+from kvtiers_transformers.smollm2 import load_model
+
+SMALL = {"recent": 64, "top_k": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat.save(tmp_path_factory.mktemp("tiny"))
+
+
+def test_the_rank_and_the_share_of_attention_are_those_of_the_models_own_attention(folder: Path) -> None:
+    model, tokenizer = load_model(str(folder))
+    text = encoded("novel", tokenizer, least=500)
+    (task,) = needles(text, encoder(tokenizer), tokens=500, depths=[0.3], seeds=1)
+    made = policy("archive", **SMALL)
+    found = rank(model, tokenizer, {"fine": policy(made, digest_tokens=1, digest_bits=None), "coarse": made}, task)
+
+    eager: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.inference_mode():
+        shown = eager(torch.tensor([task.document + task.question]), output_attentions=True).attentions
+    at, size, sink = place_of(task, encoder(tokenizer)), made.block_size, 4
+    first, last = (at.start - sink) // size, (at.stop - 1 - sink) // size
+    archived = sink + size * found[MASS].blocks
+    heads, late = eager.config.num_key_value_heads, 500 - 500 // 64 * 64  # of a chunk of 64, which chooses at once
+    for layer, weights in enumerate(shown):
+        asked = weights[0, :, -late:, sink:archived]
+        asked = (asked / asked.sum(-1, keepdim=True)).unflatten(0, (heads, -1)).sum((1, 2))
+        by_block = asked.unflatten(-1, (-1, size)).sum(-1)
+        share = by_block[:, first : last + 1].sum(-1) / by_block.sum(-1)
+        assert found[MASS].share[0][layer] == pytest.approx(share.tolist(), rel=1e-3)
+        above = (by_block > by_block[:, first : last + 1].amax(-1, keepdim=True)).sum(-1)
+        assert found[MASS].above[0][layer] == above.tolist()
+    assert found["fine"].blocks == found[MASS].blocks > 20
+    assert found["fine"].above != found["coarse"].above, "digests of three bits rank as keys do"
+
+
+def test_it_shows_a_row_for_each_retriever_and_writes_every_rank(folder: Path, tmp_path: Path) -> None:
+    given = (
+        "--tokens 500 --seeds 1 --depths 0.3 --heads 3 --document entries archive:recent=64 archive:recent=64,top_k=9"
+    )
+    shown = CliRunner().invoke(ranks, ["--model", str(folder), *given.split(), "--json", str(tmp_path / "r.json")])
+    assert shown.exit_code == 0, shown.output
+    assert "top_k=9" in "".join(shown.output.split())
+    assert (tmp_path / "r.json").stat().st_size > 100
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["streaming"], "streaming ranks no archived blocks of text by a query"),
+        (["packforcing"], "packforcing ranks no archived blocks"),
+        (["archive", "infllm"], "give all policies the same block_size"),
+    ],
+)
+def test_what_ranks_nothing_is_refused(names: list[str], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        check({name: policy(name) for name in names})
