@@ -25,7 +25,6 @@ from kvtiers_transformers.compare_results import ANY_SIZE, Job, Results
 from kvtiers_transformers.decoders import geometries_of
 from kvtiers_transformers.plain_cache import PLAIN
 from kvtiers_transformers.reading import (
-    STRIDE,
     Reading,
     answer,
     document_option,
@@ -204,7 +203,7 @@ def _at_size(
             continue
         try:
             made = fitted(
-                policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length, stride=STRIDE
+                policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length
             )
         except PolicyError as error:
             console.print(f"{spec} is left out at {size}: {error}", markup=False)
