@@ -28,7 +28,7 @@ class BudgetError(PolicyError):
 
 
 class GeometryError(KVTiersError, ValueError):
-    """When tensors do not have the shape, dtype or device that the cache was filled with."""
+    """When a shape cannot be, or tensors have another shape, dtype or device than the cache was filled with."""
 
 
 class RotaryError(KVTiersError, ValueError):

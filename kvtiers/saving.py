@@ -57,8 +57,8 @@ def save(
     for name, given in (("extra", extra), ("beside", beside)):
         if not isinstance(given, Mapping):
             raise SavedCacheError(f"{name} must be a mapping of names to what is kept, got a {type(given).__name__}")
-        if (odd := next((key for key in given if not isinstance(key, str)), None)) is not None:
-            raise SavedCacheError(f"names in {name} must be text, got {odd!r}")
+        if odd := [key for key in given if not isinstance(key, str)]:
+            raise SavedCacheError(f"names in {name} must be text, got {odd[0]!r}")
     if not _come_equally_far([layer.groups for layer in layers]):
         raise SavedCacheError(
             "the layers of this cache have not come equally far, as in the middle of a forward, and could not be "

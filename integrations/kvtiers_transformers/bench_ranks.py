@@ -1,8 +1,9 @@
 """`kvtiers bench ranks`: why a block was not chosen. Where do retrievers rank the block that holds the answer?
 
-A key is planted in a document, which is read once with everything attended. Then the question is asked, and the key is
-told token by token, still with everything attended, so that all retrievers see the queries of the full cache. Beside
-the ranks stands how much attention the block gets: only heads that read it need it.
+A key is planted in a document, twice in one passage, so that several blocks may have the answer. The document is read
+once with everything attended. Then the question is asked, and the key is told token by token, still with everything
+attended, so that all retrievers see the queries of the full cache. Beside the ranks stands how much attention the
+blocks get: only heads that read them need them.
 """
 
 import json
@@ -51,10 +52,11 @@ Seen = Callable[[int, Tensor], object]
 
 @attrs.frozen(kw_only=True)
 class Ranks:
-    """What a retriever makes of the block with the key, by step, layer and KV head.
+    """What a retriever makes of the blocks with the key, by step, layer and KV head.
 
     A step is the question (its last chunk, which chooses at once), then each token of the key but the last. above: how
-    many blocks it scores higher. share: the block's share of all scores. blocks: archived at the question.
+    many blocks it scores higher than the best of them. share: of all scores, what they got. blocks: archived at the
+    question.
     """
 
     above: list[list[list[int]]]
@@ -96,7 +98,7 @@ def ranks(
     with Progress(console=console) as progress:
         bar = progress.add_task("reading", total=len(tasks) * (len(chosen) + 2))
         found = [rank(loaded, tokenizer, chosen, task, lambda: progress.advance(bar)) for task in tasks]
-    title = f"The block with the key, of {found[0][MASS].blocks} archived ({document})"
+    title = f"The blocks with the key, of {found[0][MASS].blocks} archived ({document})"
     console.print(ranks_table(found, {spec: made.top_k for spec, made in chosen.items()}, heads, title))
     if out is not None:
         raw = [{spec: attrs.asdict(each) for spec, each in of_task.items()} for of_task in found]
@@ -124,7 +126,7 @@ def rank(
 ) -> dict[str, Ranks]:
     """The ranks under each policy's retriever, and under the attention itself (`MASS`)."""
     first, encode = next(iter(policies.values())), encoder(tokenizer)
-    at = place_of(task, encode)
+    places = places_of(task, encode)
     most = (len(task.document) + len(task.question)) // first.block_size + 1
     whole = attrs.evolve(first, top_k=most, refresh=1)
     steps = [task.question, *([token] for token in encode(f" {task.key}")[:-1])]
@@ -135,7 +137,13 @@ def rank(
         model(torch.tensor([task.document], device=model.device), **{CACHE: cache}, logits_to_keep=1)
         done()
         sink = cache.tier_counts()["sink"]
-        wanted = range((at.start - sink) // first.block_size, (at.stop - 1 - sink) // first.block_size + 1)
+        wanted = sorted({(at - sink) // first.block_size for at in places})
+        archived = cache.tier_counts()["mid"] // first.block_size
+        if not 0 <= wanted[0] <= wanted[-1] < archived:
+            raise click.UsageError(
+                f"the key at depth {task.depth} lies outside the archive, in sink or recent; give depths further "
+                "inside, or more --tokens"
+            )
         for spec, judge in judges.items():
             seen: dict[int, Tensor] = {}
             asked = cache.fork()
@@ -152,12 +160,13 @@ def rank(
     return found
 
 
-def place_of(task: Needle, encode: Callable[[str], list[int]]) -> range:
+def places_of(task: Needle, encode: Callable[[str], list[int]]) -> list[int]:
     """Where the digits of the key stand in the document; where they cannot be told apart, the passage that has them."""
     for part in (encode(f" {task.key}"), encode(passkey(task.key))):
-        for start in range(len(task.document) - len(part) + 1):
-            if task.document[start : start + len(part)] == part:
-                return range(start, start + len(part))
+        starts = range(len(task.document) - len(part) + 1)
+        found = [start for start in starts if task.document[start : start + len(part)] == part]
+        if found:
+            return [start + nth for start in found for nth in range(len(part))]
     raise click.UsageError("the tokenizer writes the key otherwise in the document than alone; choose another model")
 
 
@@ -175,9 +184,9 @@ def watched(retriever: Retriever, seen: Seen) -> Retriever:
     return made
 
 
-def _told(scores: Float[Tensor, "kv_heads blocks"], wanted: range) -> tuple[list[int], list[float]]:
+def _told(scores: Float[Tensor, "kv_heads blocks"], wanted: list[int]) -> tuple[list[int], list[float]]:
     """How many blocks are scored above the best of `wanted`, and the share of the scores that those got."""
-    mine = scores[:, wanted.start : wanted.stop]
+    mine = scores[:, wanted]
     above = (scores > mine.amax(1, keepdim=True)).sum(1)
     return above.tolist(), (mine.sum(1) / scores.sum(1)).tolist()
 
@@ -186,11 +195,12 @@ def ranks_table(found: Sequence[Mapping[str, Ranks]], sizes: Mapping[str, int], 
     """A row for each retriever, a column for each step, over the `heads` heads that give the key most attention."""
     made = narrow_table(title)
     made.caption = (
-        f"Of the {heads} heads that give it most attention at each step (their mean share of it in the first row): "
-        "how many would be given it, and its median rank (1: the first). Tokens are those of the key, as they are fed"
+        f"First row: what share of the attention to archived keys these blocks get in the {heads} heads that give them "
+        "most. Others: how many of these heads would get one of them, and its median rank (1: the first). Tokens are "
+        "those of the key, as they are fed"
     )
     made.add_column("retriever")
-    steps = len(found[0][MASS].above)
+    steps = min(len(one[MASS].above) for one in found)  # a tokenizer may write one key in fewer tokens than another
     for step in range(steps):
         made.add_column("question" if step == 0 else f"token {step}", justify="right")
     readers = [[_readers(one[MASS].share[step], heads) for step in range(steps)] for one in found]

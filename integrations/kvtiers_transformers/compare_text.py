@@ -202,9 +202,7 @@ def _at_size(
             found[spec] = policy, size
             continue
         try:
-            made = fitted(
-                policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length
-            )
+            made = fitted(policy, geometry, tokens=limits.get("tokens"), layer_bytes=layer_bytes, length=length)
         except PolicyError as error:
             console.print(f"{spec} is left out at {size}: {error}", markup=False)
             continue

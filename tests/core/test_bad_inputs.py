@@ -279,6 +279,7 @@ def test_a_rotary_embedding_of_wider_heads_is_refused():
         pytest.param({"extra": [1]}, "extra must be a mapping of names to what is kept, got a list", id="a list"),
         pytest.param({"extra": {"loss": float("nan")}}, "extra must be plain data that JSON can hold", id="NaN"),
         pytest.param({"extra": {1: 2}}, "names in extra must be text, got 1", id="a name that is a number"),
+        pytest.param({"extra": {None: 2}}, "names in extra must be text, got None", id="None as a name"),
         pytest.param({"beside": {"x": 3}}, r"beside\['x'\] must be a tensor that holds values, got a int", id="3"),
         pytest.param(
             {"beside": {"x": torch.zeros(1, device="meta")}}, "got one on the meta device", id="a tensor without values"

@@ -53,6 +53,17 @@ def test_the_table_is_what_the_memories_made(weights, tmp_path):
         assert found["block_seconds"]["mean"] > 0
 
 
+@pytest.mark.parametrize(("width", "paper"), [(80, False), (120, True)])
+def test_in_a_narrow_terminal_memories_stand_side_by_side_without_the_papers_column(weights, monkeypatch, width, paper):
+    monkeypatch.setenv("COLUMNS", str(width))
+    shape = ("--weights", weights, "--walks", 1, "--seeds", 1, "--seconds", 2, "--steps", 1, "--decoder", "codec")
+    shown = ask(*shape, "--policies", "full,rolling-window").output
+    (head,) = [line for line in shown.splitlines() if line.split()[:1] == ["measure"]]
+    assert ("in the paper" in head) == paper
+    assert head.split()[-3:] == ["codec", "full", "rolling-window"]
+    assert max(map(len, shown.splitlines())) <= width
+
+
 def test_what_was_kept_is_not_made_again(weights, tmp_path, monkeypatch):
     shape = ("--weights", weights, "--seeds", 1, "--seconds", "2,4", "--decoder", "codec")
     kept, tables = tmp_path / "kept.jsonl", [tmp_path / f"{name}.json" for name in "abc"]

@@ -3,9 +3,9 @@
 A block is 4 latent frames of 32 tokens; compressed it is 4 tokens. `packforcing` attends its sink, one recent and the
 current block whole, and `top_k` compressed ones: 448 tokens with the paper's 16. The windows are not to lose for want
 of room: they attend five whole blocks, 640 tokens. `archive` attends as many, two of which it chooses from all of the
-past, which lies whole on the host. Published methods attend at most as many. Most steps of training have
-PackForcing's layout, and others those of the windows and of `full`. No layout has what `recency`, `mean-pool`,
-`original-positions`, `random-compressor`, `hr-only`, `lr-only` and most published methods show a model.
+past, which lies whole on the host. Published methods attend at most as many. About half of the steps
+of training have PackForcing's layout, others those of `full` and of sink and window. No layout has what `recency`,
+`mean-pool`, `original-positions`, `random-compressor`, `hr-only`, `lr-only` and most published methods show a model.
 """
 
 from collections.abc import Mapping
