@@ -345,6 +345,6 @@ def test_none_is_a_name_where_it_is_one():
 
 def test_benchmarks_come_from_the_packages_that_have_them():
     found = {entry.name for entry in metadata.entry_points(group="kvtiers.benchmarks")}
-    assert found >= {"codec", "digests", "drift", "recall", "text", "video"}
+    assert found >= {"codec", "digests", "drift", "ranks", "recall", "text", "video"}
     said = " ".join(run("bench", "speed").output.split())
-    assert "No such command 'speed'. There are codec, digests, drift, recall, text, video." in said
+    assert "No such command 'speed'. There are codec, digests, drift, ranks, recall, text, video." in said
