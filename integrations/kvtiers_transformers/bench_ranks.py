@@ -87,8 +87,11 @@ def ranks(
 ) -> None:
     """Where retrievers rank the block that holds the answer, and whether the heads that read it would get it.
 
-    POLICIES are names, or name:setting=value,...; each must have an archive and choose by a query.
+    POLICIES are names, or name:setting=value,...; each must have an archive and choose by a query. Of each
+    its retriever and its top_k count; all else is that of the first.
     """
+    if out is not None and not out.parent.is_dir():
+        raise click.UsageError(f"--json: there is no folder {out.parent}; make it first")
     console = Console()
     chosen = {spec: parse(spec) for spec in policies or _DEFAULT}
     check(chosen)
@@ -107,10 +110,15 @@ def ranks(
 
 
 def check(policies: Mapping[str, Policy]) -> None:
-    """Raise `PolicyError` for a policy that ranks nothing, or policies whose blocks differ in size."""
+    """Raise `PolicyError` for a policy that cannot be ranked here, or policies whose blocks differ in size."""
     for spec, made in policies.items():
         if not (made.archives and made.retriever.needs_query and made.chunk_size and "full" in made.forms):
             raise PolicyError(f"{spec} ranks no archived blocks of text by a query; choose one such as archive")
+        if made.retriever.attention is not None:
+            raise PolicyError(
+                f"{spec} chooses by the attention that tokens got while the document was read, which is not noted "
+                "here; choose another policy"
+            )
     sizes = {made.block_size for made in policies.values()}
     if len(sizes) > 1:
         raise PolicyError(f"blocks are of {sorted(sizes)} tokens; give all policies the same block_size")

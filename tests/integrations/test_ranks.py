@@ -75,7 +75,8 @@ def test_it_shows_a_row_for_each_retriever_and_writes_every_rank(folder: Path, t
     [
         (["streaming"], "streaming ranks no archived blocks of text by a query"),
         (["packforcing"], "packforcing ranks no archived blocks"),
-        (["archive", "infllm"], "give all policies the same block_size"),
+        (["archive", "shadowkv"], "give all policies the same block_size"),
+        (["archive", "infllm"], "infllm chooses by the attention that tokens got while the document was read"),
     ],
 )
 def test_what_ranks_nothing_is_refused(names: list[str], message: str) -> None:
@@ -89,3 +90,9 @@ def test_a_key_that_was_not_archived_is_told_with_its_depth(folder: Path) -> Non
     (task,) = needles(text, encoder(tokenizer), tokens=500, depths=[1.0], seeds=1)
     with pytest.raises(click.UsageError, match=r"the key at depth 1\.0 lies outside the archive"):
         rank(model, tokenizer, {"archive": policy("archive", **SMALL)}, task)
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(ranks, ["--model", "no-such-model", "--json", str(tmp_path / "none" / "r.json")])
+    assert shown.exit_code == 2
+    assert "there is no folder" in shown.output

@@ -286,6 +286,7 @@ def test_the_shipped_weights_know_rooms_by_name_also_from_compressed_blocks():
     clips = returns_beyond_the_sink(8)
     remembered, without = made.told(clips, LAYOUTS["packforcing"]), made.told(clips, LAYOUTS["sink_window"])
     misnamed = made.told(clips, LAYOUTS["packforcing"], misnamed=True)
+    assert made.told(clips, LAYOUTS["full"])["mismatch"] < 0.05, "keys of whole blocks of a room are not liked more"
     assert remembered["mismatch"] < 0.1, "keys of a room are not liked more than those of others"
     assert remembered["mismatch_compressed"] < 0.1, "compressed keys of a room are not"
     assert remembered["return"] < 0.95 * without["return"]
