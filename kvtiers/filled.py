@@ -40,10 +40,9 @@ def _numbers(layer: LayerState) -> Claims:
     steps, committed, start = layer.num_steps, layer.committed_steps, layer.recent_start
     yield line.cuts is None if geometry.causal else isinstance(line.cuts, tuple), "blocks"
     yield line.sink == policy.sink_steps if line.cuts is None else line.sink in (0, *line.cuts), "anchors"
-    whole = (
-        geometry.causal or steps - committed <= geometry.steps_per_commit
-    )  # text: chunks were of any size before swap
-    yield 0 <= committed <= steps and whole, "steps"
+    # a text's current tokens may have come under another chunk_size, before a swap
+    fits = geometry.causal or steps - committed <= geometry.steps_per_commit
+    yield 0 <= committed <= steps and fits, "steps"
     yield layer.window.planes or not any(True for _ in layer.tensors()), "tensors"
     yield layer.window.planes or steps == 0, "steps"
     latest = _FAR if policy.in_place else committed

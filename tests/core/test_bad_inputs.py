@@ -99,6 +99,7 @@ def test_a_realigner_needs_a_rotary_embedding(realigner):
             {"kv_heads": 0, "head_dim": 4}, "kv_heads must be a whole number of at least 1, got 0", id="no heads"
         ),
         pytest.param({"kv_heads": 2, "head_dim": -4}, "head_dim .* got -4", id="negative width"),
+        pytest.param({"kv_heads": 2, "head_dim": 4, "batch": 0}, "batch .* got 0", id="no rows"),
         pytest.param({"kv_heads": 2, "head_dim": 4, "batch": True}, "batch .* got True", id="rows that are no number"),
         pytest.param(
             {"kv_heads": 2, "head_dim": 4, "query_heads": 3}, "a multiple of kv_heads", id="heads that do not divide"
