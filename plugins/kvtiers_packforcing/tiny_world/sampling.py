@@ -28,15 +28,19 @@ class Sampler:
     """How many steps a block takes, and what a step does.
 
     shift: Wan's shift of the evenly spaced noise levels: beyond 1, more of them are high.
-    kind: `euler` goes along the flow to the next noise level. `renoise` tells the clean block at every step and adds
-        fresh noise to the next level, as models do that were distilled to few steps (Self-Forcing, arXiv 2506.08009).
+    kind: `euler` goes along the flow to the next noise level. `multistep` goes along the line through this flow and
+        that of the step before (the method of Adams and Bashforth of second order, for steps of unequal length), which
+        takes no longer and errs less. `renoise` tells the clean block at every step and adds fresh noise to the next
+        level, as models do that were distilled to few steps (Self-Forcing, arXiv 2506.08009).
     guidance: how far a step goes on from the prompt's flow, away from that without a prompt: prompt + guidance *
         (prompt - without). 0 looks at the prompt alone and takes half the time.
     """
 
     steps: int = attrs.field(default=4, validator=[v.instance_of(int), v.ge(1)])
     shift: float = attrs.field(default=_SHIFT, validator=[v.instance_of((int, float)), v.gt(0)])
-    kind: Literal["euler", "renoise"] = attrs.field(default="euler", validator=v.in_(("euler", "renoise")))
+    kind: Literal["euler", "multistep", "renoise"] = attrs.field(
+        default="euler", validator=v.in_(("euler", "multistep", "renoise"))
+    )
     guidance: float = attrs.field(default=0.0, validator=[v.instance_of((int, float)), v.ge(0)])
 
     @property
@@ -58,12 +62,14 @@ class Sampler:
     ) -> Float[Tensor, "batch channels frames height width"]:
         """A clean block. It is not committed. wan: a `CausalWan`. noises: as many as `noises` says."""
         block, without = noises[0], torch.zeros_like(text) if self.guidance else None
+        last: tuple[Tensor, float] | None = None
         for nth, (before, after) in enumerate(pairwise(self.sigmas()), 1):
             tell = partial(wan.denoise, block, before * 1000)
-            flow = guided(tell, text, without, self.guidance)
-            if self.kind == "euler":
-                block = block + (after - before) * flow
-            else:
+            flow, length = guided(tell, text, without, self.guidance), after - before
+            if self.kind == "renoise":
                 block = clean(block, flow, before * 1000)
                 block = noised(block, noises[nth], after * 1000) if after else block
+                continue
+            bend = 0.0 if last is None or self.kind == "euler" else (flow - last[0]) * (length / last[1] / 2)
+            block, last = block + length * (flow + bend), (flow, length)
         return block

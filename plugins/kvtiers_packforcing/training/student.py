@@ -52,8 +52,8 @@ from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
 _GRID = (HEIGHT // 16, WIDTH // 16)
-_STEPS = 8
-"""Denoising steps of a block in an evaluation, and where the weights are used."""
+_SAMPLER = Sampler(steps=4, kind="multistep")
+"""How a block is denoised in an evaluation, and where the weights are used."""
 _EARLIER_BLOCKS = 6
 """How many blocks before itself a block's own reduced tokens are placed at most, in layout `compressed_self`."""
 
@@ -255,7 +255,7 @@ class StudentStage(Stage):
             for figure, value in self.told(clips, layout).items()
         }
         found["return_misnamed"] = self.told(clips, LAYOUTS["packforcing"], misnamed=True)["return"]
-        draw_rollout(folder / f"step-{step:06d}.png", self.codec, partial(self.rollout, steps=_STEPS))
+        draw_rollout(folder / f"step-{step:06d}.png", self.codec, self.rollout)
         return found
 
     @torch.no_grad()
@@ -295,13 +295,14 @@ class StudentStage(Stage):
         return found
 
     @torch.no_grad()
-    def rollout(self, given: Tensor, text: Tensor, *, steps: int, seed: int = 0, top_k: int = 2) -> Tensor:
+    def rollout(
+        self, given: Tensor, text: Tensor, *, sampler: Sampler = _SAMPLER, seed: int = 0, top_k: int = 2
+    ) -> Tensor:
         """The latents of a video through the cache: `given` blocks, then one for each further prompt.
 
         given: [batch, channels, frames, height, width]. text: [batch, blocks, words, text_width].
         """
         generator, made = torch.Generator().manual_seed(seed), []
-        sampler = Sampler(steps=steps)
         options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
         options |= {"branches": "hr" if self.vae is None else "both", "compressor_network": self.compressor}
         given, text = given.to(self.device), text.to(self.device)
@@ -319,4 +320,4 @@ class StudentStage(Stage):
         """Write the transformer and the compressor as diffusers does, and how blocks are to be denoised."""
         self.transformer.save_pretrained(folder / "transformer")
         self.compressor.save_pretrained(folder / "compressor")
-        write_sampler(folder, Sampler(steps=_STEPS))
+        write_sampler(folder, _SAMPLER)
