@@ -96,7 +96,7 @@ def test_a_rollout_of_the_student_is_the_video_that_is_made(tmp_path):
     for last in (stage.transformer.proj_out, stage.compressor.layers[-1]):
         torch.nn.init.normal_(last.weight, std=0.1)  # both begin at zero, which lets nothing through
     models = attrs.evolve(MODELS, transformer=stage.transformer, compressor=stage.compressor)
-    rolled = stage.rollout(torch.zeros(1, 16, 0, 8, 16), embed_walks(WALK), steps=3, seed=7)
+    rolled = stage.rollout(torch.zeros(1, 16, 0, 8, 16), embed_walks(WALK), sampler=Sampler(steps=3), seed=7)
     made = make_videos(models, choose_variants("packforcing"), WALK, seeds=[7], sampler=Sampler(steps=3))
     assert torch.allclose(video(made, "packforcing")[0], rolled, atol=1e-5)
 
@@ -135,14 +135,32 @@ class Straight:
         return (block - self.target) / (timestep / 1000)
 
 
-@pytest.mark.parametrize("kind", ["euler", "renoise"])
-def test_both_kinds_of_sampling_reach_where_the_flow_leads(kind):
+@pytest.mark.parametrize("kind", ["euler", "multistep", "renoise"])
+def test_every_kind_of_sampling_reaches_where_the_flow_leads(kind):
     sampler, target = Sampler(steps=4, kind=kind), torch.randn(1, 16, 4, 8, 16)
     model = Straight(target)
     noises = [torch.randn(target.shape) for _ in range(sampler.noises)]
     assert torch.allclose(sampler.denoise(model, noises, torch.zeros(1, 3, 64)), target, atol=1e-5)
     assert model.told == pytest.approx([1000, 937.5, 833.333, 625], abs=1e-3)
-    assert sampler.noises == {"euler": 1, "renoise": 4}[kind]
+    assert sampler.noises == {"euler": 1, "multistep": 1, "renoise": 4}[kind]
+
+
+class Bent:
+    """A model whose flow is the noise level, so that noise x leads to x - 1/2."""
+
+    def denoise(self, block, timestep, text):
+        return torch.full_like(block, timestep / 1000)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_with_two_flows_only_the_first_step_errs_where_the_flow_changes_evenly(shift):
+    sampler = Sampler(steps=4, shift=shift, kind="multistep")
+    begin = torch.randn(1, 16, 4, 8, 16, dtype=torch.float64)
+    made = sampler.denoise(Bent(), [begin], torch.zeros(1, 3, 64))
+    first = (1 - sampler.sigmas()[1]) ** 2 / 2  # what a step along one flow goes too far
+    assert torch.allclose(made, begin - 0.5 - first, atol=1e-6)
+    euler = attrs.evolve(sampler, kind="euler").denoise(Bent(), [begin], torch.zeros(1, 3, 64))
+    assert float((euler - begin + 0.5).abs().max()) > 0.05
 
 
 class Promised(Straight):
@@ -152,7 +170,7 @@ class Promised(Straight):
         return (block - text.mean() * self.target) / (timestep / 1000)
 
 
-@pytest.mark.parametrize("kind", ["euler", "renoise"])
+@pytest.mark.parametrize("kind", ["euler", "multistep", "renoise"])
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0])
 def test_guidance_goes_on_from_no_prompt_beyond_the_prompt(kind, guidance):
     sampler, target = Sampler(steps=3, kind=kind, guidance=guidance), torch.randn(1, 16, 4, 8, 16)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from kvtiers_diffusers import tiered
 from kvtiers_packforcing.tiny_world import Clips
+from kvtiers_packforcing.tiny_world.sampling import Sampler
 from kvtiers_packforcing.tiny_world.weights import SHIPPED
 from kvtiers_packforcing.training import Trainer, TrainingConfigError, config_of
 from kvtiers_packforcing.training.causal_clips import high_resolution
@@ -58,7 +59,7 @@ def test_a_rollout_is_what_the_packed_forward_predicts():
     made = stage()
     clips = Clips.of_seeds(["a", "b"])
     latents, text = made.codec.encode(clips.pixels()), clips.text()
-    video = made.rollout(latents[:, :, :16], text, steps=1)
+    video = made.rollout(latents[:, :, :16], text, sampler=Sampler(steps=1))
     assert torch.equal(video[:, :, :16], latents[:, :, :16])
     noise = torch.randn(2, 16, 4, 8, 16, generator=torch.Generator().manual_seed(0))
     noisy = torch.cat((latents[:, :, :16], noise), 2)[:, None]
