@@ -51,7 +51,7 @@ from kvtiers_packforcing.training.stage import Stage
 from kvtiers_packforcing.training.student_config import StudentConfig, StudentPhase
 
 _GRID = (HEIGHT // 16, WIDTH // 16)
-_SAMPLER = Sampler(steps=4, kind="multistep")
+_SAMPLER = Sampler(steps=8, shift=3.0, kind="multistep")
 """How a block is denoised in an evaluation, and where the weights are used."""
 _EARLIER_BLOCKS = 6
 """How many blocks before itself a block's own reduced tokens are placed at most, in layout `compressed_self`."""
