@@ -84,6 +84,9 @@ def test_what_was_kept_is_not_made_again(weights, tmp_path, monkeypatch):
     assert kept.read_text() == text, "something was made again"
     assert tables[2].read_text() == tables[1].read_text(), "times of making included"
     assert ("full", 0, 2) in made(tables[0], "full", "--walks", 1, "--steps", 2), "other settings are not the same"
+    made(tables[0], "full", *one, "--sampling", "multistep", "--shift", 3)
+    last = json.loads(kept.read_text().splitlines()[-1])["of"]["sampler"]
+    assert last == {"steps": 1, "shift": 3.0, "kind": "multistep", "guidance": 0.0}
     with monkeypatch.context() as patch:
         patch.setattr("kvtiers_packforcing.measures.policies.code_of", lambda policy: "another code")
         assert made(tables[0], "full", *one)[-1] == ("full", 0, 1), "figures of other code counted"

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvtiers_diffusers.schedule import clean, noised
 from kvtiers_packforcing.guidance import guided
 
+KINDS = ("euler", "multistep", "renoise")
 _SHIFT = 5.0
 Sigma = TypeVar("Sigma", Tensor, float)
 
@@ -38,9 +39,7 @@ class Sampler:
 
     steps: int = attrs.field(default=4, validator=[v.instance_of(int), v.ge(1)])
     shift: float = attrs.field(default=_SHIFT, validator=[v.instance_of((int, float)), v.gt(0)])
-    kind: Literal["euler", "multistep", "renoise"] = attrs.field(
-        default="euler", validator=v.in_(("euler", "multistep", "renoise"))
-    )
+    kind: Literal["euler", "multistep", "renoise"] = attrs.field(default="euler", validator=v.in_(KINDS))
     guidance: float = attrs.field(default=0.0, validator=[v.instance_of((int, float)), v.ge(0)])
 
     @property
