@@ -39,7 +39,7 @@ Decoder = Literal["autoencoder", "codec"]
 @click.option(
     "--shift",
     type=click.FloatRange(min=0, min_open=True),
-    help="Beyond 1, more noise levels are high.  [default: as the weights say]",
+    help="Wan's shift: beyond 1, more noise levels are high.  [default: as the weights say]",
 )
 @click.option(
     "--sampling", type=click.Choice(KINDS), help="How a step goes on (`Sampler.kind`).  [default: as the weights say]"
