@@ -104,8 +104,10 @@ def test_what_was_kept_is_not_made_again(weights, tmp_path, monkeypatch):
         (("--weights", "nowhere"), "there are no weights in nowhere"),
         (("--json", "nowhere/figures.json"), "there is no folder nowhere"),
         (("--walks", 0), "0 is not in the range"),
+        (("--shift", "nan"), "nan is no finite number"),
+        (("--sampling", "heun"), "'heun' is not one of 'euler', 'multistep', 'renoise'"),
     ],
-    ids=["policy", "seconds", "weights", "folder", "walks"],
+    ids=["policy", "seconds", "weights", "folder", "walks", "shift", "sampling"],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(words, says):
     done = ask(*words)

@@ -85,7 +85,8 @@ def test_no_two_memories_make_the_same_video():
     assert {attended[name] for name in ("recency", "original-positions", "mean-pool", "hr-only", "lr-only")} == {388}
 
 
-def test_a_rollout_of_the_student_is_the_video_that_is_made(tmp_path):
+@pytest.mark.parametrize("kind", ["multistep", "renoise"])
+def test_a_rollout_of_the_student_is_the_video_that_is_made(tmp_path, kind):
     MODELS.autoencoder.save_pretrained(tmp_path)
     table = {
         "run": {"stage": "student", "folder": "nowhere"},
@@ -96,8 +97,9 @@ def test_a_rollout_of_the_student_is_the_video_that_is_made(tmp_path):
     for last in (stage.transformer.proj_out, stage.compressor.layers[-1]):
         torch.nn.init.normal_(last.weight, std=0.1)  # both begin at zero, which lets nothing through
     models = attrs.evolve(MODELS, transformer=stage.transformer, compressor=stage.compressor)
-    rolled = stage.rollout(torch.zeros(1, 16, 0, 8, 16), embed_walks(WALK), sampler=Sampler(steps=3), seed=7)
-    made = make_videos(models, choose_variants("packforcing"), WALK, seeds=[7], sampler=Sampler(steps=3))
+    sampler = Sampler(steps=3, kind=kind)
+    rolled = stage.rollout(torch.zeros(1, 16, 0, 8, 16), embed_walks(WALK), sampler=sampler, seed=7)
+    made = make_videos(models, choose_variants("packforcing"), WALK, seeds=[7], sampler=sampler)
     assert torch.allclose(video(made, "packforcing")[0], rolled, atol=1e-5)
 
 
@@ -219,10 +221,11 @@ def test_variants_and_presets_can_be_changed_where_they_are_named():
         (lambda: make_videos(MODELS, ALL[:1] * 2, WALK), PolicyError, "each name once"),
         (lambda: make_videos(MODELS, ALL, BOTH, seeds=[1]), GeometryError, "one seed for each of the 2 walks, got 1"),
         (lambda: Sampler(steps=0), ValueError, "'steps' must be >= 1"),
+        (lambda: Sampler(shift=float("inf")), ValueError, "'shift' must be < inf"),
         (lambda: Sampler(kind="heun"), ValueError, "'kind' must be in"),
         (lambda: Sampler(guidance=-1.0), ValueError, "'guidance' must be >= 0"),
     ],
-    ids=["near", "foreign", "unread", "none", "empty", "twice", "seeds", "steps", "kind", "guidance"],
+    ids=["near", "foreign", "unread", "none", "empty", "twice", "seeds", "steps", "shift", "kind", "guidance"],
 )
 def test_what_cannot_be_made_is_refused_at_once(ask, error, message):
     with pytest.raises(error, match=message):

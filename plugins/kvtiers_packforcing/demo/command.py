@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import attrs
 import click
 import torch
 from rich import box
@@ -17,6 +16,7 @@ from rich.table import Table
 from kvtiers.errors import KVTiersError, MissingExtraError
 from kvtiers_packforcing.demo.output import filled_whole
 from kvtiers_packforcing.demo.walk_text import DEFAULT_WALK, read_walk
+from kvtiers_packforcing.tiny_world.sampling_options import sampled, sampling_options
 from kvtiers_packforcing.tiny_world.variants import TOP_K, choose_variants
 from kvtiers_packforcing.tiny_world.weights import SHIPPED, check_weights, load_models, read_sampler
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 @click.option(
     "--top-k", default=TOP_K, show_default=True, type=click.IntRange(min=1), help="Compressed blocks that are attended."
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of a block.  [default: as the weights say]")
+@sampling_options
 @click.option(
     "--weights",
     default=SHIPPED,
@@ -58,7 +58,16 @@ T = TypeVar("T")
     help="Folder for the video and two pictures.",
 )
 def video(
-    prompt: str, seconds: int | None, seed: int, policies: str, top_k: int, steps: int | None, weights: Path, out: Path
+    prompt: str,
+    seconds: int | None,
+    seed: int,
+    policies: str,
+    top_k: int,
+    steps: int | None,
+    shift: float | None,
+    sampling: str | None,
+    weights: Path,
+    out: Path,
 ) -> None:
     """Make a video of a walk in which rooms return, under several memories, with a model that is shipped."""
     walks = _asked("'--prompt' and '--seconds'", lambda: read_walk(prompt, seconds))
@@ -70,8 +79,7 @@ def video(
         from kvtiers_packforcing.demo.showing import show
 
         names = ", ".join(variant.name for variant in chosen)
-        sampler = read_sampler(weights)
-        sampler = sampler if steps is None else attrs.evolve(sampler, steps=steps)
+        sampler = sampled(read_sampler(weights), steps=steps, shift=shift, sampling=sampling)
         console.print(f"{walks.blocks} seconds, {sampler.steps} steps a block, seed {seed}, under {names}")
         columns = (TextColumn("seconds made"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:

@@ -27,6 +27,7 @@ from kvtiers_packforcing.tiny_world.codec import LinearCodec
 from kvtiers_packforcing.tiny_world.making import LATENT_SHAPE, CodecDecoder
 from kvtiers_packforcing.tiny_world.prompts import embed_walks
 from kvtiers_packforcing.tiny_world.sampling import Sampler
+from kvtiers_packforcing.tiny_world.sampling_options import sampled, sampling_options
 from kvtiers_packforcing.tiny_world.variants import Variant, choose_variants
 from kvtiers_packforcing.tiny_world.vocabulary import BLOCK_FRAMES
 from kvtiers_packforcing.tiny_world.weights import SHIPPED, Models, check_weights, load_models
@@ -144,8 +145,17 @@ def attention_mass(
 @click.option("--policies", default="packforcing,archive,full", show_default=True, help="Memories, with commas.")
 @click.option("--walks", default=4, show_default=True, type=click.IntRange(min=1), help="Videos, of a walk each.")
 @click.option("--seconds", default=60, show_default=True, type=click.IntRange(min=1), help="Their length.")
+@sampling_options
 @click.option("--weights", default=SHIPPED, type=click.Path(path_type=Path), help="Models.  [default: those shipped]")
-def attention(policies: str, walks: int, seconds: int, weights: Path) -> None:
+def attention(
+    policies: str,
+    walks: int,
+    seconds: int,
+    steps: int | None,
+    shift: float | None,
+    sampling: str | None,
+    weights: Path,
+) -> None:
     """How much attention a model gives to sink, mid, recent and current, while it makes videos of the tiny world.
 
     A cell is the share of attention, and in brackets the share of the tokens attended.
@@ -154,12 +164,13 @@ def attention(policies: str, walks: int, seconds: int, weights: Path) -> None:
         chosen = choose_variants(policies)
         check_weights(weights)
         models, console = load_models(weights), Console()
+        sampler = sampled(models.sampler, steps=steps, shift=shift, sampling=sampling)
         shown = Walks.of_seeds([f"evaluation walk {nth}" for nth in range(walks)], seconds)
         table = Table(title=f"Attention, {walks} videos of {seconds} s", box=box.SIMPLE_HEAD, padding=(0, 1))
         for name in ("memory", "blocks", *TIERS, "mid, layer by layer", "of it the room in sight"):
             table.add_column(name, justify="left" if name in ("memory", "blocks") else "right", overflow="fold")
         for variant in track(chosen, "memories", console=console, disable=not console.is_terminal):
-            found = attention_mass(models, variant, shown, seeds=range(walks), sampler=models.sampler)
+            found = attention_mass(models, variant, shown, seeds=range(walks), sampler=sampler)
             for kind, mass in found.items():
                 if mass.count:
                     table.add_row(variant.name, kind, *_cells(mass))

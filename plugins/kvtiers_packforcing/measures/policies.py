@@ -22,7 +22,8 @@ from kvtiers_packforcing.measures.results import Results
 from kvtiers_packforcing.measures.rows import codec, measure_rows
 from kvtiers_packforcing.measures.visits import MeasureError
 from kvtiers_packforcing.tiny_world import Walks
-from kvtiers_packforcing.tiny_world.sampling import KINDS, Sampler
+from kvtiers_packforcing.tiny_world.sampling import Sampler
+from kvtiers_packforcing.tiny_world.sampling_options import sampled, sampling_options
 from kvtiers_packforcing.tiny_world.variants import TOP_K, Variant, choose_variants, variants
 from kvtiers_packforcing.tiny_world.weights import SHIPPED, Models, check_weights, fingerprint, load_models
 
@@ -35,15 +36,7 @@ Decoder = Literal["autoencoder", "codec"]
 @click.option("--walks", default=8, show_default=True, type=click.IntRange(min=1), help="Walks: prompts of a video.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Videos of each walk.")
 @seconds_option("At what lengths; the longest is made.")
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of a block.  [default: as the weights say]")
-@click.option(
-    "--shift",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Wan's shift: beyond 1, more noise levels are high.  [default: as the weights say]",
-)
-@click.option(
-    "--sampling", type=click.Choice(KINDS), help="How a step goes on (`Sampler.kind`).  [default: as the weights say]"
-)
+@sampling_options
 @click.option(
     "--top-k", default=TOP_K, show_default=True, type=click.IntRange(min=1), help="Compressed blocks attended."
 )
@@ -102,8 +95,7 @@ def policies(
         for variant in chosen:  # what cannot be remembered so is refused before anything is made
             with variant.remember(models) as wan:
                 codes[variant.name] = code_of(wan.policies[0])
-        changes: dict[str, Any] = {"steps": steps, "shift": shift, "kind": sampling}
-        sampler = attrs.evolve(models.sampler, **{name: value for name, value in changes.items() if value is not None})
+        sampler = sampled(models.sampler, steps=steps, shift=shift, sampling=sampling)
         kept = None if keep is None else Kept(keep, _made_with(weights, sampler, decoder, results.seconds))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:

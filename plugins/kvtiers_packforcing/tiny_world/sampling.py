@@ -29,16 +29,16 @@ class Sampler:
     """How many steps a block takes, and what a step does.
 
     shift: Wan's shift of the evenly spaced noise levels: beyond 1, more of them are high.
-    kind: `euler` goes along the flow to the next noise level. `multistep` goes along the line through this flow and
-        that of the step before (the method of Adams and Bashforth of second order, for steps of unequal length), which
-        takes no longer and errs less. `renoise` tells the clean block at every step and adds fresh noise to the next
+    kind: `euler` goes along the flow to the next noise level. `multistep` extrapolates from this flow and that of the
+        step before (the method of Adams and Bashforth of second order, for steps of unequal length). It asks the model
+        as often, and errs less. `renoise` tells the clean block at every step and adds fresh noise to the next
         level, as models do that were distilled to few steps (Self-Forcing, arXiv 2506.08009).
     guidance: how far a step goes on from the prompt's flow, away from that without a prompt: prompt + guidance *
         (prompt - without). 0 looks at the prompt alone and takes half the time.
     """
 
     steps: int = attrs.field(default=4, validator=[v.instance_of(int), v.ge(1)])
-    shift: float = attrs.field(default=_SHIFT, validator=[v.instance_of((int, float)), v.gt(0)])
+    shift: float = attrs.field(default=_SHIFT, validator=[v.instance_of((int, float)), v.gt(0), v.lt(float("inf"))])
     kind: Literal["euler", "multistep", "renoise"] = attrs.field(default="euler", validator=v.in_(KINDS))
     guidance: float = attrs.field(default=0.0, validator=[v.instance_of((int, float)), v.ge(0)])
 

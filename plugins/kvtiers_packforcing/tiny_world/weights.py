@@ -2,7 +2,7 @@
 
 weights/
     autoencoder/  transformer/  compressor/    each as `save_pretrained` of diffusers writes it
-    sampler.json                               how a block is denoised, as training wrote it; else 4 Euler steps
+    sampler.json                               how a block is denoised, if nothing else is asked; else 4 Euler steps
     sha256                                     as `sha256sum` writes it; without it nothing is compared
 """
 
@@ -31,7 +31,7 @@ class WeightsError(KVTiersError, OSError):
 class Models:
     """What makes videos: a Wan transformer, the HR branch of its compressor, and the autoencoder, all in float32.
 
-    sampler: how the transformer was trained to denoise a block.
+    sampler: how a block is denoised, if nothing else is asked.
     """
 
     transformer: Any

@@ -299,7 +299,8 @@ class StudentStage(Stage):
     ) -> Tensor:
         """The latents of a video through the cache: `given` blocks, then one for each further prompt.
 
-        given: [batch, channels, frames, height, width]. text: [batch, blocks, words, text_width].
+        given: [batch, channels, frames, height, width]. text: [batch, blocks, words, text_width]. sampler: of the
+        blocks that are not given. seed: of their noise.
         """
         generator, made = torch.Generator().manual_seed(seed), []
         options: dict[str, Any] = {"sink": BLOCK_FRAMES, "recent": BLOCK_FRAMES, "top_k": top_k}
@@ -309,8 +310,9 @@ class StudentStage(Stage):
             for nth in range(text.shape[1]):
                 block = given[:, :, nth * BLOCK_FRAMES : (nth + 1) * BLOCK_FRAMES]
                 if not block.shape[2]:
-                    noise = torch.randn((*block.shape[:2], BLOCK_FRAMES, *block.shape[3:]), generator=generator)
-                    block = sampler.denoise(wan, [noise.to(self.device)], text[:, nth])
+                    shape = (*block.shape[:2], BLOCK_FRAMES, *block.shape[3:])
+                    noises = [torch.randn(shape, generator=generator) for _ in range(sampler.noises)]
+                    block = sampler.denoise(wan, [noise.to(self.device) for noise in noises], text[:, nth])
                 wan.commit(block, text[:, nth])
                 made.append(block)
         return torch.cat(made, 2).cpu()
