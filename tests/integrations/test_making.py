@@ -275,6 +275,13 @@ def test_weights_say_how_their_blocks_are_denoised(tmp_path):
     models = load_models(folder)
     assert models.sampler == Sampler(steps=2, shift=3.0, kind="renoise")
     assert models.sampler.sigmas() == pytest.approx([1, 0.75, 0])
-    (folder / "sampler.json").write_text('{"steps": 0}')
-    with pytest.raises(WeightsError, match="says no sampler"):
-        read_sampler(folder)
+    for text, says in (
+        ('{"steps": 0}', "'steps' must be >= 1: 0"),
+        ('{"kind": "heun"}', r"'kind' must be in \(.*\) \(got 'heun'\)"),
+        ('{"step": 1}', ".*unexpected keyword argument 'step'"),
+        ('{"steps": ', "Expecting value: .*"),
+        ("[]", ".*must be a mapping.*"),
+    ):
+        (folder / "sampler.json").write_text(text)
+        with pytest.raises(WeightsError, match=f"says no sampler: {says}; copy the file"):
+            read_sampler(folder)

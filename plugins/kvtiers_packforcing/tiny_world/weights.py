@@ -94,8 +94,9 @@ def read_sampler(folder: Path | str) -> Sampler:
     try:
         return Sampler(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
+        said = error if isinstance(error, OSError | UnicodeDecodeError) else error.args[0]  # attrs has more in args
         raise WeightsError(
-            f"{path} says no sampler: {error}; copy the file that the export of a training wrote"
+            f"{path} says no sampler: {said}; copy the file that the export of a training wrote"
         ) from error
 
 
